@@ -1,0 +1,211 @@
+"""The three losses of SimCroP and their weighted sum. All are computed in float32, outside autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from custom_components.errors import InputError
+
+MASKED = -1e9  # not -inf: logsumexp over a fully masked row would send NaN back
+
+
+def pool_patches(cosine: Tensor, align_pool: str, top_k: int, beta: float) -> tuple[Tensor, Tensor]:
+    """Pool a sentence's similarity to all patches of a volume into one score, and into the patches' weights.
+
+    Args:
+        cosine: ``[..., n]`` cosine similarities to the n patches of one volume.
+        align_pool: ``topk_mean`` (published): mean over the ``top_k`` most similar patches. ``lse``: log-mean-exp
+            with sharpness ``beta`` over all patches, which lets every patch compete for the gradient.
+
+    Returns:
+        score ``[...]`` on the scale of a cosine, and weights ``[..., n]`` that sum to 1 over the patches: the aligned
+        visual feature is the patch features' mean under them.
+
+    Raises:
+        InputError: ``top_k`` exceeds the number of patches, or ``align_pool`` is unknown.
+    """
+    if align_pool == "topk_mean":
+        if top_k > cosine.shape[-1]:
+            raise InputError(
+                f"top_k is {top_k}, but only {cosine.shape[-1]} patches of a volume are visible: "
+                "lower top_k or mask_ratio, or take smaller patches (patch_size)"
+            )
+        values, index = cosine.topk(top_k, dim=-1)
+        weights = torch.zeros_like(cosine).scatter(-1, index, 1.0 / top_k)
+        return values.mean(-1), weights
+    if align_pool == "lse":
+        log_patches = torch.log(torch.tensor(float(cosine.shape[-1]), device=cosine.device))
+        return (torch.logsumexp(beta * cosine, dim=-1) - log_patches) / beta, (beta * cosine).softmax(-1)
+    raise InputError(f"align_pool {align_pool!r} is unknown: choose topk_mean or lse")
+
+
+class MaskedVolumeLoss(nn.Module):
+    """Mean squared error on the masked patches ("radiograph reconstruction loss" of the paper).
+
+    Args:
+        norm_target: normalise every target patch to mean 0 and variance 1 first, as MAE (He et al. 2022) has it.
+    """
+
+    def __init__(self, norm_target: bool = False) -> None:
+        super().__init__()
+        self.norm_target = norm_target
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """``pred``, ``target``: ``[B, m, voxels]``, the m masked patches of each volume."""
+        pred, target = pred.float(), target.float()
+        if self.norm_target:
+            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+            target = (target - mean) / (variance + 1e-6).sqrt()
+        return F.mse_loss(pred, target)
+
+
+class SimilarityAlignmentLoss(nn.Module):
+    """InfoNCE between sentences and the patches most similar to them (similarity-driven alignment of the paper).
+
+    Args:
+        top_k: patches that make a sentence's aligned visual feature (for ``align_pool: topk_mean``).
+        temperature: of the softmax over negatives.
+        negatives: ``report`` (published): the other sentences of the same report, both directions summed. ``volume``:
+            the sentence-volume score, with the other volumes of the batch (sentence to volume) and the other reports'
+            sentences (volume to sentence) as negatives, both directions averaged; a volume whose own report holds the
+            identical sentence is left out. ``both``: the mean of the two.
+        align_pool: ``topk_mean`` (published) or ``lse``, see :func:`pool_patches`.
+        beta: sharpness of ``lse``.
+
+    Padded sentences enter neither rows nor columns. A report with fewer than two sentences adds nothing to ``report``;
+    a batch with nothing to contrast gives a zero that still carries (zero) gradients, so that DDP stays in step.
+    """
+
+    def __init__(
+        self,
+        top_k: int = 32,
+        temperature: float = 0.07,
+        negatives: str = "report",
+        align_pool: str = "topk_mean",
+        beta: float = 10.0,
+    ) -> None:
+        super().__init__()
+        if negatives not in ("report", "volume", "both"):
+            raise InputError(f"negatives {negatives!r} is unknown: choose report, volume or both")
+        self.top_k = top_k
+        self.temperature = temperature
+        self.negatives = negatives
+        self.align_pool = align_pool
+        self.beta = beta
+
+    def scores(self, patch_features: Tensor, sentence_features: Tensor) -> Tensor:
+        """Sentence-volume scores s(i, v).
+
+        Args:
+            patch_features: ``[V, n, D]``, the patches of V volumes.
+            sentence_features: ``[S, D]``.
+
+        Returns:
+            ``[S, V]`` float32, on the scale of a cosine: the ``top_k`` mean or the log-mean-exp over a volume's patches.
+        """
+        patches = F.normalize(patch_features.float(), dim=-1)
+        sentences = F.normalize(sentence_features.float(), dim=-1)
+        cosine = torch.einsum("sd,vnd->svn", sentences, patches)
+        return pool_patches(cosine, self.align_pool, self.top_k, self.beta)[0]
+
+    def forward(self, patch_features: Tensor, sentence_features: Tensor, sentence_id: Tensor) -> Tensor:
+        """
+        Args:
+            patch_features: ``[B, n, D]``, projected visible patches.
+            sentence_features: ``[B, S, D]``, projected sentences, padded to the longest report.
+            sentence_id: ``[B, S]`` int64; equal numbers are identical sentences, 0 is padding.
+        """
+        with torch.autocast(patch_features.device.type, enabled=False):
+            patches, sentences = patch_features.float(), sentence_features.float()
+            terms = []
+            if self.negatives in ("report", "both"):
+                terms.append(self._within_report(patches, sentences, sentence_id))
+            if self.negatives in ("volume", "both"):
+                terms.append(self._across_volumes(patches, sentences, sentence_id))
+            return torch.stack(terms).mean()
+
+    def _within_report(self, patches: Tensor, sentences: Tensor, sentence_id: Tensor) -> Tensor:
+        real = sentence_id != 0
+        rows = real & (real.sum(1, keepdim=True) > 1)
+        if not rows.any():
+            return (patches.sum() + sentences.sum()) * 0.0
+        queries = F.normalize(sentences, dim=-1)
+        cosine = queries @ F.normalize(patches, dim=-1).transpose(1, 2)  # b s n
+        weights = pool_patches(cosine, self.align_pool, self.top_k, self.beta)[1]
+        aligned = F.normalize(weights @ patches, dim=-1)  # b s d
+        logits = queries @ aligned.transpose(1, 2) / self.temperature  # b sentence aligned
+        target = torch.arange(real.shape[1], device=real.device).expand_as(real)[rows]
+        directions = (logits, logits.transpose(1, 2))
+        columns = ~real[:, None, :]
+        return sum(F.cross_entropy(d.masked_fill(columns, MASKED)[rows], target) for d in directions)
+
+    def _across_volumes(self, patches: Tensor, sentences: Tensor, sentence_id: Tensor) -> Tensor:
+        real = sentence_id != 0
+        if real.any(1).sum() == 0 or len(real) < 2:
+            return (patches.sum() + sentences.sum()) * 0.0
+        own = real.nonzero()[:, 0]  # the volume that each sentence belongs to
+        flat_id = sentence_id[real]
+        logits = self.scores(patches, sentences[real]) / self.temperature  # s v
+        # a volume whose report holds the very sentence is no negative of it
+        says = (flat_id[:, None, None] == sentence_id[None]).any(-1)  # s v
+        is_own = own[:, None] == torch.arange(len(real), device=own.device)
+        logits = logits.masked_fill(says & ~is_own, MASKED)
+        to_volume = F.cross_entropy(logits, own)
+        # volume to sentence: each own sentence against the sentences of other reports, never against its siblings
+        positive = logits[is_own]
+        others = logits.masked_fill(is_own, MASKED).logsumexp(0)[own]
+        to_sentence = F.softplus(others - positive).mean()
+        return 0.5 * (to_volume + to_sentence)
+
+
+class MaskedReportLoss(nn.Module):
+    """Cross-entropy over the masked, non-padding tokens of the report (cross-granularity fusion of the paper)."""
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """``logits [M, vocabulary]`` and ``target [M]`` int64 at the M masked positions of the batch; M may be 0."""
+        logits = logits.float()
+        return F.cross_entropy(logits, target) if len(target) else logits.sum()
+
+
+class SimCroPLoss(nn.Module):
+    """Weighted sum of the three losses; the unweighted parts of the last call stand in ``parts`` for the loggers.
+
+    Args:
+        weights: weight of ``volume``, ``alignment`` and ``report``; a weight of 0 skips that loss.
+        volume, alignment, report: the losses; see the classes above.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        volume: MaskedVolumeLoss,
+        alignment: SimilarityAlignmentLoss,
+        report: MaskedReportLoss,
+    ) -> None:
+        super().__init__()
+        if set(weights) != {"volume", "alignment", "report"}:
+            raise InputError(f"loss weights name {sorted(weights)}: exactly volume, alignment and report are needed")
+        if not any(weights.values()):
+            raise InputError("all three loss weights are 0: give at least one branch a weight")
+        self.weights = dict(weights)
+        self.volume = volume
+        self.alignment = alignment
+        self.report = report
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, pred: Mapping[str, Tensor], target: Tensor | None = None) -> Tensor:
+        """``pred`` is the output of :class:`custom_components.simcrop.SimCroP`; ``target`` is not used."""
+        parts: dict[str, Tensor] = {}
+        if self.weights["volume"]:
+            parts["volume"] = self.volume(pred["volume_pred"], pred["volume_target"])
+        if self.weights["alignment"]:
+            parts["alignment"] = self.alignment(pred["patch_features"], pred["sentence_features"], pred["sentence_id"])
+        if self.weights["report"]:
+            parts["report"] = self.report(pred["report_logits"], pred["report_target"])
+        total = sum(self.weights[name] * value for name, value in parts.items())
+        self.parts = {"total": total.detach()} | {name: value.detach() for name, value in parts.items()}
+        return total

@@ -1,0 +1,302 @@
+"""SimCroP's pre-training network: masked volume modelling, similarity-driven alignment, cross-granularity fusion."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM
+
+from custom_components.errors import InputError
+from custom_components.vit import (
+    POSITIONS,
+    Block,
+    SimCroPEncoder,
+    gather_tokens,
+    init_weights,
+    patchify,
+)
+
+
+def random_masking(batch_size: int, num_patches: int, mask_ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A random split of the patches of each volume, from one permutation, as MAE makes it.
+
+    Returns:
+        ``keep [B, n]`` and ``masked [B, m]``, int64 patch indices; m = round(num_patches * mask_ratio).
+    """
+    order = torch.rand(batch_size, num_patches, device=device).argsort(dim=1)
+    num_masked = round(num_patches * mask_ratio)
+    return order[:, num_masked:], order[:, :num_masked]
+
+
+class ProjectionHead(nn.Sequential):
+    """Linear, GELU, LayerNorm, Linear: into the space where sentences and patches are compared (ToniChopp/ASAP)."""
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        super().__init__(nn.Linear(in_size, out_size), nn.GELU(), nn.LayerNorm(out_size), nn.Linear(out_size, out_size))
+
+
+class VolumeDecoder(nn.Module):
+    """ViT decoder of masked volume modelling: encoded patches and mask tokens -> voxels of the masked patches.
+
+    Args:
+        encoder: whose tokens it reads; tells grid, patch and hidden sizes.
+        hidden_size, num_layers, num_heads: 768, 4, 16 in the authors' follow-up (ToniChopp/ASAP).
+        in_channels: channels of the volume.
+    """
+
+    def __init__(
+        self,
+        encoder: SimCroPEncoder,
+        hidden_size: int = 768,
+        num_layers: int = 4,
+        num_heads: int = 16,
+        in_channels: int = 1,
+    ) -> None:
+        super().__init__()
+        px, py, pz = encoder.patch_size
+        self.num_prefix_tokens = encoder.num_prefix_tokens
+        self.embed = nn.Linear(encoder.hidden_size, hidden_size)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.register_buffer("pos_embed", POSITIONS["sincos3d"](encoder.grid, hidden_size)[None])
+        self.blocks = nn.ModuleList(Block(hidden_size, 4 * hidden_size, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.pred = nn.Linear(hidden_size, in_channels * px * py * pz)
+        self.apply(init_weights)
+
+    def forward(self, tokens: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
+        """``tokens [B, 1 + n, C]`` of the patches ``keep [B, n]`` -> ``[B, m, voxels]`` at ``masked [B, m]``."""
+        x = self.embed(tokens)
+        prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
+        mask_tokens = self.mask_token.to(x.dtype).expand(masked.shape[0], masked.shape[1], -1)
+        positions = self.pos_embed.expand(len(x), -1, -1)
+        visible = visible + gather_tokens(positions, keep)
+        mask_tokens = mask_tokens + gather_tokens(positions, masked)
+        # attention is blind to order, so the masked patches can stand at the end, where they are wanted
+        x = torch.cat([prefix.to(visible.dtype), visible, mask_tokens], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        return self.pred(self.norm(x[:, -masked.shape[1] :]))
+
+
+class Aligner(nn.Module):
+    """Projects patches and sentences into the space where their cosine similarity is taken.
+
+    Args:
+        visual_size, text_size: channels of the encoder's tokens and of the text encoder's.
+        projection_size: channels of the common space.
+        align_layer: which tokens are aligned: the encoder's final ones (None, published), or the output of that block;
+            0 is the patch embedding. Early layers keep a patch's feature about that patch.
+    """
+
+    def __init__(
+        self, visual_size: int, text_size: int, projection_size: int = 768, align_layer: int | None = None
+    ) -> None:
+        super().__init__()
+        self.align_layer = -1 if align_layer is None else align_layer
+        self.patch_projection = ProjectionHead(visual_size, projection_size)
+        self.sentence_projection = ProjectionHead(text_size, projection_size)
+        self.apply(init_weights)
+
+    def patches(self, embedded: Tensor, tokens: Tensor, hidden_states: list[Tensor], num_prefix_tokens: int) -> Tensor:
+        """What the encoder's ``embed`` and ``transform`` gave -> ``[B, n, projection_size]``."""
+        if self.align_layer > len(hidden_states):
+            raise ValueError(
+                "align_layer is larger than the encoder's num_layers: lower align_layer, or set it to null for the final tokens"
+            )
+        if self.align_layer == 0:
+            tokens = embedded
+        elif self.align_layer > 0:
+            tokens = hidden_states[self.align_layer - 1]
+        return self.patch_projection(tokens[:, num_prefix_tokens:])
+
+    def sentences(self, token_features: Tensor, sentence_index: Tensor, num_sentences: int) -> Tensor:
+        """Mean of each sentence's projected tokens.
+
+        Args:
+            token_features: ``[B, T, text_size]`` of the frozen text encoder.
+            sentence_index: ``[B, T]`` int64, the sentence of each token, -1 for special tokens and padding.
+            num_sentences: S, of the longest report.
+
+        Returns:
+            ``[B, S, projection_size]``; zeros where a report has fewer sentences.
+        """
+        projected = self.sentence_projection(token_features)
+        member = F.one_hot(sentence_index + 1, num_sentences + 1)[..., 1:].to(projected.dtype)  # b t s
+        return member.transpose(1, 2) @ projected / member.sum(1).clamp(min=1)[..., None]
+
+
+class ReportDecoder(nn.Module):
+    """Cross-granularity fusion and the BERT decoder that restores the masked report.
+
+    Word-patch level: cross-attention from the tokens to the visible patches. Instance level: the mean patch feature is
+    added to every token (framework figure of the paper; layout of the authors' follow-up, ToniChopp/ASAP).
+
+    Args:
+        visual_size, text_size: channels of the encoder's tokens and of the text encoder's.
+        vocab_size, pad_token_id: of the text encoder's tokenizer.
+        hidden_size, num_layers, num_heads, mlp_dim: 768, 6, 6, 1536 in the authors' follow-up.
+        max_length: positions of the decoder.
+    """
+
+    def __init__(
+        self,
+        visual_size: int,
+        text_size: int,
+        vocab_size: int,
+        pad_token_id: int,
+        hidden_size: int = 768,
+        num_layers: int = 6,
+        num_heads: int = 6,
+        mlp_dim: int = 1536,
+        max_length: int = 512,
+    ) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise InputError(
+                f"report decoder: hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of the two"
+            )
+        self.token_projection = nn.Linear(text_size, hidden_size)
+        self.patch_projection = nn.Linear(visual_size, hidden_size)
+        self.instance_projection = nn.Linear(visual_size, hidden_size)
+        self.self_attention = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
+        self.norm1 = nn.LayerNorm(hidden_size)
+        self.cross_attention = nn.MultiheadAttention(hidden_size, num_heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(hidden_size)
+        self.feed_forward = nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size))
+        self.norm3 = nn.LayerNorm(hidden_size)
+        self.language_model = BertForMaskedLM(
+            BertConfig(
+                vocab_size=vocab_size,
+                pad_token_id=pad_token_id,
+                hidden_size=hidden_size,
+                num_hidden_layers=num_layers,
+                num_attention_heads=num_heads,
+                intermediate_size=mlp_dim,
+                max_position_embeddings=max_length,
+            )
+        )
+
+    def forward(self, token_features: Tensor, patches: Tensor, padding: Tensor, masked: Tensor) -> Tensor:
+        """
+        Args:
+            token_features: ``[B, L, text_size]`` of the masked report.
+            patches: ``[B, n, visual_size]``, the visible patches.
+            padding: ``[B, L]`` bool, True at padding.
+            masked: ``[B, L]`` bool, True at masked tokens.
+
+        Returns:
+            ``[M, vocab_size]`` logits at the M masked positions, in the order of ``masked.nonzero()``.
+        """
+        x = self.token_projection(token_features)
+        x = self.norm1(x + self.self_attention(x, x, x, key_padding_mask=padding, need_weights=False)[0])
+        memory = self.patch_projection(patches)
+        word_patch = self.cross_attention(x, memory, memory, need_weights=False)[0]
+        instance = self.instance_projection(patches.mean(1, keepdim=True))
+        x = self.norm2(x + word_patch + instance)
+        x = self.norm3(x + self.feed_forward(x))
+        x = self.language_model.bert(inputs_embeds=x, attention_mask=(~padding).long())[0]
+        # the vocabulary product only where the loss looks
+        return self.language_model.cls(x[masked])
+
+
+class SimCroP(nn.Module):
+    """One pre-training step of SimCroP (MICCAI 2025), up to the losses.
+
+    Args:
+        encoder: the 3D ViT.
+        text_encoder: frozen; see :func:`custom_components.text.load_text_encoder`.
+        volume_decoder, aligner, report_decoder: the three branches; one that is None is not computed.
+        mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
+    """
+
+    def __init__(
+        self,
+        encoder: SimCroPEncoder,
+        text_encoder: nn.Module | None = None,
+        volume_decoder: VolumeDecoder | None = None,
+        aligner: Aligner | None = None,
+        report_decoder: ReportDecoder | None = None,
+        mask_ratio: float = 0.75,
+    ) -> None:
+        super().__init__()
+        if not 0 <= mask_ratio < 1 or round(encoder.num_patches * mask_ratio) == encoder.num_patches:
+            raise InputError(f"mask_ratio {mask_ratio} leaves no patch to encode: set it to at least 0 and below 1")
+        if volume_decoder is not None and round(encoder.num_patches * mask_ratio) == 0:
+            raise InputError(f"mask_ratio {mask_ratio} masks no patch: raise it, or set the weight of the volume loss to 0")
+        self.encoder = encoder
+        self.text_encoder = text_encoder
+        self.volume_decoder = volume_decoder
+        self.aligner = aligner
+        self.report_decoder = report_decoder
+        self.mask_ratio = mask_ratio
+
+    def forward(
+        self,
+        volume: Tensor,
+        findings_ids: Tensor,
+        sentence_index: Tensor,
+        sentence_id: Tensor,
+        report_ids: Tensor,
+        report_labels: Tensor,
+    ) -> dict[str, Tensor]:
+        """
+        Args:
+            volume: ``[B, 1, X, Y, Z]`` float, HU scaled to [-1, 1].
+            findings_ids, sentence_index, sentence_id, report_ids, report_labels: int64, as
+                :class:`custom_components.text.ReportCollate` makes them.
+
+        Returns:
+            What the losses need, each present if its branch is: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]``
+            with the patches' indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
+            ``sentence_id [B, S]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
+        """
+        keep, masked = random_masking(len(volume), self.encoder.num_patches, self.mask_ratio, volume.device)
+        prefix = self.encoder.num_prefix_tokens
+        embedded = self.encoder.embed(volume, keep)
+        tokens, hidden_states = self.encoder.transform(embedded)
+        output: dict[str, Tensor] = {}
+        if self.volume_decoder is not None:
+            output["volume_pred"] = self.volume_decoder(tokens, keep, masked)
+            output["volume_target"] = gather_tokens(patchify(volume, self.encoder.patch_size), masked)
+            output["masked"] = masked
+        if self.aligner is not None:
+            token_features = self.text_encoder.cached(findings_ids)
+            output["patch_features"] = self.aligner.patches(embedded, tokens, hidden_states, prefix)
+            output["sentence_features"] = self.aligner.sentences(token_features, sentence_index, sentence_id.shape[1])
+            output["sentence_id"] = sentence_id
+        if self.report_decoder is not None:
+            hidden = report_labels != -100
+            padding = report_ids == self.text_encoder.pad_token_id
+            features = self.text_encoder(report_ids)
+            output["report_logits"] = self.report_decoder(features, tokens[:, prefix:], padding, hidden)
+            output["report_target"] = report_labels[hidden]
+        return output
+
+
+class VolumeEmbedder(nn.Module):
+    """What is left of SimCroP for new volumes: the encoder and the alignment's projections, no masking.
+
+    Its state dict is ``models/model.pt`` of the pretrain bundle.
+    """
+
+    def __init__(self, encoder: SimCroPEncoder, aligner: Aligner) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.aligner = aligner
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """``[B, 1, X, Y, Z]`` -> the volume's embedding ``[B, C]``: mean patch token of the last block, before the norm.
+
+        It is the pooling that the published linear probe reads.
+        """
+        _, hidden_states = self.encoder(volume)
+        return hidden_states[-1][:, self.encoder.num_prefix_tokens :].mean(1)
+
+    @torch.jit.ignore
+    def patch_features(self, volume: Tensor) -> Tensor:
+        """``[B, 1, X, Y, Z]`` -> projected features ``[B, N, D]`` of all patches."""
+        embedded = self.encoder.embed(volume)
+        tokens, hidden_states = self.encoder.transform(embedded)
+        return self.aligner.patches(embedded, tokens, hidden_states, self.encoder.num_prefix_tokens)

@@ -1,0 +1,242 @@
+"""Report -> sentences -> tokens, and the frozen text encoder that reads them."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pysbd
+import torch
+from monai.config import KeysCollection
+from monai.data import list_data_collate
+from monai.transforms import MapTransform
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertTokenizerFast,
+    DataCollatorForLanguageModeling,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from custom_components.errors import InputError
+
+BULLET = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d{1,2}[.)])\s+")
+HEADING = re.compile(r"^[A-Z][A-Z /&,-]{2,40}:\s*")
+GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
+
+
+def split_sentences(text: str) -> list[str]:
+    """Sentences of a report section.
+
+    Splits with pySBD, which leaves "2.3 x 1.8 cm", "Dr." and "vs." whole. Lines and bullets end a sentence too, an
+    upper-case heading ("LUNGS:") and a bullet's mark are dropped, two sentences without a space between are parted, and
+    what has no letter in it is no sentence. The last sentence needs no full stop.
+    """
+    segmenter = pysbd.Segmenter(language="en", clean=False)
+    sentences = [s for line in text.splitlines() for s in segmenter.segment(GLUED.sub(". ", line))]
+    sentences = [HEADING.sub("", BULLET.sub("", sentence)).strip() for sentence in sentences]
+    return [sentence for sentence in sentences if any(character.isalpha() for character in sentence)]
+
+
+def sentence_number(sentence: str) -> int:
+    """A positive 63-bit number, the same for the same words in every process; case and spacing do not count."""
+    words = " ".join(sentence.lower().split())
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1 or 1
+
+
+def _read(name_or_path: str, what: str, load: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a ``from_pretrained`` quietly, and tell its failure in one line that helps."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
+    transformers_logging.disable_progress_bar()
+    try:
+        return load(name_or_path, *args, **kwargs)
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
+        if Path(name_or_path).is_dir():
+            cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
+        else:
+            cure = f"fetch it once with 'hf download {name_or_path} --local-dir DIR' and set text_encoder to DIR"
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"text_encoder {name_or_path}: no {what} could be loaded; {cure} ({cause[0]})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+def _load_config(name_or_path: str) -> PreTrainedConfig:
+    declared, _ = _read(name_or_path, "config.json", PreTrainedConfig.get_config_dict)
+    if not declared:
+        raise InputError(f"text_encoder {name_or_path}: no config.json there; point the key at a model folder")
+    if declared.get("model_type") == "cxr-bert":
+        # its body is a plain BERT; its remote code only adds a projection that SimCroP does not use
+        return BertConfig.from_dict({k: v for k, v in declared.items() if k not in ("model_type", "auto_map")})
+    return _read(name_or_path, "config.json", AutoConfig.from_pretrained)
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
+
+    Raises:
+        InputError: nothing there, no tokenizer files, or a tokenizer without mask and padding tokens.
+    """
+    config = _load_config(name_or_path)
+    # transformers would make an empty vocabulary from a folder without one
+    folder = Path(name_or_path)
+    if folder.is_dir() and not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        raise InputError(
+            f"text_encoder {name_or_path}: the folder holds no tokenizer (tokenizer.json, vocab.txt or vocab.json); "
+            "copy the model's tokenizer files into it"
+        )
+    loader = BertTokenizerFast if isinstance(config, BertConfig) else AutoTokenizer
+    tokenizer = _read(name_or_path, "tokenizer", loader.from_pretrained)
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+        raise InputError(f"text_encoder {name_or_path}: its tokenizer has no mask or padding token; take a BERT or RoBERTa")
+    return tokenizer
+
+
+class TextEncoder(nn.Module):
+    """A frozen BERT: no gradient, always in eval mode, no pooling head.
+
+    Args:
+        model: a ``transformers`` encoder whose first output is ``[B, T, hidden_size]``.
+        pad_token_id: positions with this id are padding.
+        cache_size: features of so many texts are kept in memory, since a frozen encoder gives a fixed text the same
+            features in every epoch (about 0.3 MB per report of 220 tokens at hidden size 768; 0 keeps none). Only
+            :meth:`cached` uses it.
+    """
+
+    def __init__(self, model: nn.Module, pad_token_id: int, cache_size: int = 0) -> None:
+        super().__init__()
+        self.model = model.requires_grad_(False).eval()
+        self.hidden_size: int = model.config.hidden_size
+        self.vocab_size: int = model.config.vocab_size
+        self.pad_token_id = pad_token_id
+        self.cache_size = cache_size
+        self._cache: dict[tuple[int, ...], Tensor] = {}
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Stays in eval mode: frozen means without dropout too."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> Tensor:
+        """``ids [B, T]`` int64 -> token features ``[B, T, hidden_size]``."""
+        return self.model(input_ids=ids, attention_mask=(ids != self.pad_token_id).long())[0]
+
+    @torch.no_grad()
+    def cached(self, ids: Tensor) -> Tensor:
+        """As :meth:`forward`, but texts met before are not encoded again. Padding positions hold zeros."""
+        if not self.cache_size:
+            return self(ids)
+        lengths = (ids != self.pad_token_id).sum(1).tolist()
+        texts = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
+        new = [i for i, text in enumerate(texts) if text not in self._cache]
+        features: dict[int, Tensor] = {}
+        if new:
+            features = {i: row[: lengths[i]] for i, row in zip(new, self(ids[new]), strict=True)}
+            room = self.cache_size - len(self._cache)
+            self._cache.update((texts[i], features[i].clone()) for i in new[: max(room, 0)])
+        rows = [features[i] if i in features else self._cache[text] for i, text in enumerate(texts)]
+        padded = pad_sequence(rows, batch_first=True)
+        return nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
+
+
+def load_text_encoder(name_or_path: str, cache_size: int = 0) -> TextEncoder:
+    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder.
+
+    CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
+
+    Raises:
+        InputError: nothing can be loaded from there; says how to fetch the model once.
+    """
+    config = _load_config(name_or_path)
+    model = _read(name_or_path, "model", AutoModel.from_pretrained, config=config, add_pooling_layer=False)
+    return TextEncoder(model, pad_token_id=load_tokenizer(name_or_path).pad_token_id, cache_size=cache_size)
+
+
+def tokenize_sentences(
+    sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 512
+) -> tuple[Tensor, Tensor]:
+    """Tokens of a text, and the sentence that each belongs to.
+
+    Returns:
+        ``ids [T]`` int64 with the special tokens, cut at ``max_length``; ``sentence_index [T]`` int64, -1 for special
+        tokens.
+    """
+    ends, text = [], ""
+    for sentence in sentences:
+        text += (" " if text else "") + sentence
+        ends.append(len(text))
+    encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    ends = torch.tensor(ends, dtype=torch.long)
+    offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
+    index = torch.searchsorted(ends, offsets[:, 1].contiguous())
+    return torch.tensor(encoded["input_ids"]), torch.where(offsets[:, 1] > offsets[:, 0], index, -1)
+
+
+class TokenizeReportd(MapTransform):
+    """Findings and Impression -> what SimCroP reads of them, as new items of the dictionary.
+
+    ``findings_ids [T]``, ``sentence_index [T]`` (-1: special token), ``sentence_id [S]`` (see
+    :func:`sentence_number`) of the Findings; ``report_ids [L]`` of Findings and Impression together. All int64. An
+    empty section gives special tokens only, and no sentence. Sentences beyond ``max_length`` tokens are dropped.
+
+    Args:
+        keys: the two sections, Findings first.
+        tokenizer: of the text encoder.
+        max_length: tokens at most, special tokens included.
+    """
+
+    def __init__(self, keys: KeysCollection, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
+        super().__init__(keys)
+        if len(self.keys) != 2:
+            raise InputError(f"TokenizeReportd takes two keys, Findings and Impression, not {self.keys}")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        data = dict(data)
+        findings, impression = (split_sentences(data[key]) for key in self.keys)
+        ids, index = tokenize_sentences(findings, self.tokenizer, self.max_length)
+        numbers = torch.tensor([sentence_number(s) for s in findings[: int(index.max()) + 1]], dtype=torch.long)
+        report_ids, _ = tokenize_sentences([*findings, *impression], self.tokenizer, self.max_length)
+        return data | {"findings_ids": ids, "sentence_index": index, "sentence_id": numbers, "report_ids": report_ids}
+
+
+class ReportCollate:
+    """Collate function: batches volumes as MONAI does, pads the texts, and masks the report.
+
+    Adds ``report_labels [B, L]`` int64: the true token at masked positions, -100 elsewhere; ``report_ids`` holds
+    [MASK] there. Masked tokens are drawn anew at every call, special tokens never.
+
+    Args:
+        tokenizer: of the text encoder.
+        mask_ratio: share of the report's tokens to mask; 0.75 in the authors' follow-up (ToniChopp/ASAP).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_ratio: float = 0.75) -> None:
+        self.padding = {
+            "findings_ids": tokenizer.pad_token_id,
+            "sentence_index": -1,
+            "sentence_id": 0,
+        }
+        self.mask_tokens = DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=mask_ratio, mask_replace_prob=1.0, random_replace_prob=0.0
+        )
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        texts = {*self.padding, "report_ids"}
+        batch = list_data_collate([{k: v for k, v in item.items() if k not in texts} for item in items])
+        for key, value in self.padding.items():
+            batch[key] = pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
+        masked = self.mask_tokens([{"input_ids": item["report_ids"]} for item in items])
+        return batch | {"report_ids": masked["input_ids"], "report_labels": masked["labels"]}

@@ -1,0 +1,247 @@
+"""The 3D vision transformer that all three bundles share, in the order in which a voxel meets it.
+
+Parameter names and tensor layouts are those of timm's ``VisionTransformer``, which the published checkpoints use
+(``blocks.N.attn.qkv.weight``, ``patch_embed.proj.weight`` ...), so weights travel without renaming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from custom_components.errors import InputError
+
+
+def patch_grid(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
+    """Number of patches along each axis.
+
+    Raises:
+        InputError: an axis of ``img_size`` does not divide by the patch.
+    """
+    for size, patch in zip(img_size, patch_size, strict=True):
+        if size < patch or size % patch:
+            raise InputError(
+                f"img_size {tuple(img_size)} is not divisible by patch_size {tuple(patch_size)}: "
+                "change one of the two keys so that every axis divides"
+            )
+    x, y, z = (size // patch for size, patch in zip(img_size, patch_size, strict=True))
+    return x, y, z
+
+
+def patchify(volume: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
+    """``[B, C, X, Y, Z]`` -> ``[B, N, C * px * py * pz]``, patches and voxels both with the last axis fastest.
+
+    A linear layer on the result is exactly a strided 3D convolution, flattened and transposed: the order of the
+    published checkpoints.
+    """
+    px, py, pz = patch_size
+    b, c, x, y, z = volume.shape
+    gx, gy, gz = x // px, y // py, z // pz
+    patches = volume.reshape(b, c, gx, px, gy, py, gz, pz)
+    patches = patches.permute(0, 2, 4, 6, 1, 3, 5, 7)  # b gx gy gz c px py pz
+    return patches.reshape(b, gx * gy * gz, c * px * py * pz)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int, int], patch_size: tuple[int, int, int]) -> Tensor:
+    """The inverse of :func:`patchify`: ``[B, N, C * px * py * pz]`` -> ``[B, C, X, Y, Z]``."""
+    px, py, pz = patch_size
+    gx, gy, gz = grid
+    b, c = patches.shape[0], patches.shape[2] // (px * py * pz)
+    volume = patches.reshape(b, gx, gy, gz, c, px, py, pz)
+    volume = volume.permute(0, 4, 1, 5, 2, 6, 3, 7)  # b c gx px gy py gz pz
+    return volume.reshape(b, c, gx * px, gy * py, gz * pz)
+
+
+def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
+    """``tokens [B, N, C]`` at ``index [B, n]`` (int64) -> ``[B, n, C]``."""
+    return tokens.gather(1, index.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+
+
+def sincos3d_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
+    """Fixed positions ``[N, hidden_size]`` that tell all three axes apart.
+
+    Per axis sin then cos with f_i = 10000^(-i / n), n = hidden_size // 6, axes in the volume's own order: the corrected
+    table of the authors' follow-up (ToniChopp/ASAP). Channels that six does not divide stay zero.
+    """
+    n = hidden_size // 6
+    frequency = 10000.0 ** (-torch.arange(n, dtype=torch.float64) / n)
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    angles = [axis.flatten()[:, None] * frequency for axis in axes]
+    table = torch.cat([wave for angle in angles for wave in (angle.sin(), angle.cos())], dim=1)
+    return F.pad(table, (0, hidden_size - table.shape[1])).float()
+
+
+def simcrop_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
+    """The published SimCroP table ``[N, hidden_size]``: even channels sin(h f), odd channels cos(w f), depth invisible.
+
+    f_i = 10000^(-2i / hidden_size). Only for weights that were trained with it; see ``sincos3d_positions`` for our own.
+    """
+    frequency = 10000.0 ** (-2 * torch.arange(hidden_size // 2, dtype=torch.float64) / hidden_size)
+    h, w, _ = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    waves = torch.stack(
+        [(h.flatten()[:, None] * frequency).sin(), (w.flatten()[:, None] * frequency).cos()], dim=-1
+    )
+    return waves.flatten(1).float()
+
+
+POSITIONS = {"sincos3d": sincos3d_positions, "simcrop": simcrop_positions}
+
+
+def init_weights(module: nn.Module) -> None:
+    """MAE's initialisation: Xavier-uniform weights and zero biases for every linear layer (``module.apply``)."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class PatchEmbed(nn.Module):
+    """One linear layer on flattened patches.
+
+    The weight has the shape of a 3D convolution's, since published checkpoints store it so; it is applied as a matrix
+    product, because only kept patches are embedded and a convolution's bf16 backward is slow on CPUs.
+    """
+
+    def __init__(self, in_channels: int, patch_size: Sequence[int], hidden_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv3d(in_channels, hidden_size, tuple(patch_size), tuple(patch_size))
+        nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """``[B, n, C * px * py * pz]`` -> ``[B, n, hidden_size]``."""
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with a fused qkv projection, on ``scaled_dot_product_attention``."""
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        if hidden_size % num_heads:
+            raise InputError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of the two")
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, c = x.shape
+        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])  # b heads n channels
+        return self.proj(x.transpose(1, 2).reshape(b, n, c))
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, linear."""
+
+    def __init__(self, hidden_size: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, mlp_dim)
+        self.fc2 = nn.Linear(mlp_dim, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, LayerNorm eps 1e-6, no dropout."""
+
+    def __init__(self, hidden_size: int, mlp_dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.mlp = MLP(hidden_size, mlp_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class SimCroPEncoder(nn.Module):
+    """3D ViT encoder of SimCroP (MICCAI 2025): ViT-B on 16 x 16 x 8 patches with these defaults.
+
+    Args:
+        in_channels: channels of the volume; 1 for CT.
+        img_size: voxels along each axis of the volume.
+        patch_size: voxels along each axis of a patch; need not be a cube.
+        hidden_size: channels of a token.
+        mlp_dim: hidden channels of a block's MLP.
+        num_layers: transformer blocks.
+        num_heads: attention heads; must divide ``hidden_size``.
+        class_token: prepend a trainable class token.
+        pos_embed: table of fixed positions, ``sincos3d`` or ``simcrop`` (the authors', blind to depth). It is a buffer
+            and stored with the weights, since an imported checkpoint brings its own.
+
+    Raises:
+        InputError: ``img_size`` does not divide by ``patch_size``, ``num_heads`` does not divide ``hidden_size``, or
+            ``pos_embed`` is unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 1,
+        img_size: Sequence[int] = (224, 224, 112),
+        patch_size: Sequence[int] = (16, 16, 8),
+        hidden_size: int = 768,
+        mlp_dim: int = 3072,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        class_token: bool = True,
+        pos_embed: str = "sincos3d",
+    ) -> None:
+        super().__init__()
+        if pos_embed not in POSITIONS:
+            raise InputError(f"pos_embed {pos_embed!r} is unknown: choose one of {sorted(POSITIONS)}")
+        self.grid = patch_grid(img_size, patch_size)
+        self.patch_size = (patch_size[0], patch_size[1], patch_size[2])
+        self.num_patches = self.grid[0] * self.grid[1] * self.grid[2]
+        self.hidden_size = hidden_size
+        self.num_prefix_tokens = int(class_token)
+
+        self.patch_embed = PatchEmbed(in_channels, patch_size, hidden_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if class_token else None
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=0.02)
+        positions = POSITIONS[pos_embed](self.grid, hidden_size)
+        self.register_buffer("pos_embed", F.pad(positions, (0, 0, self.num_prefix_tokens, 0))[None])
+        self.blocks = nn.ModuleList(Block(hidden_size, mlp_dim, num_heads) for _ in range(num_layers))
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
+        self.blocks.apply(init_weights)
+
+    def embed(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
+        """Tokens before the first block, positions added: ``[B, 1 + n, C]``, class token first."""
+        patches = patchify(volume, self.patch_size)
+        positions = self.pos_embed[:, self.num_prefix_tokens :]
+        if keep is not None:
+            patches = gather_tokens(patches, keep)
+            positions = gather_tokens(positions.expand(volume.shape[0], -1, -1), keep)
+        tokens = self.patch_embed(patches) + positions
+        if self.cls_token is not None:
+            prefix = (self.cls_token + self.pos_embed[:, :1]).expand(volume.shape[0], -1, -1)
+            tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
+        return tokens
+
+    def transform(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """All blocks and the final norm on embedded tokens ``[B, n, C]``; returns as :meth:`forward` does."""
+        hidden_states: list[Tensor] = []
+        for block in self.blocks:
+            tokens = block(tokens)
+            hidden_states.append(tokens)
+        return self.norm(tokens), hidden_states
+
+    def forward(self, volume: Tensor, keep: Tensor | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Encode a volume, or only some of its patches.
+
+        Args:
+            volume: ``[B, in_channels, X, Y, Z]`` float, X, Y, Z as in ``img_size``, HU scaled to [-1, 1].
+            keep: ``[B, n]`` int64, indices of the patches to encode, the last axis of the grid fastest; all when None.
+
+        Returns:
+            ``tokens [B, 1 + n, C]`` after the final norm, class token first (if there is one), then the patches in the
+            order of ``keep``; and ``hidden_states``, where item i is the output of block i + 1 before that norm.
+        """
+        return self.transform(self.embed(volume, keep))
