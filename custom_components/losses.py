@@ -54,13 +54,17 @@ class MaskedVolumeLoss(nn.Module):
         super().__init__()
         self.norm_target = norm_target
 
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """``pred``, ``target``: ``[B, m, voxels]``, the m masked patches of each volume."""
-        pred, target = pred.float(), target.float()
+    def target(self, patches: Tensor) -> Tensor:
+        """What the decoder is to predict for true patches ``[..., voxels]``, float32."""
+        patches = patches.float()
         if self.norm_target:
-            variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-            target = (target - mean) / (variance + 1e-6).sqrt()
-        return F.mse_loss(pred, target)
+            variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+            patches = (patches - mean) / (variance + 1e-6).sqrt()
+        return patches
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """``pred``, ``target``: ``[B, m, voxels]``, the m masked patches of each volume as predicted and as they are."""
+        return F.mse_loss(pred.float(), self.target(target))
 
 
 class SimilarityAlignmentLoss(nn.Module):

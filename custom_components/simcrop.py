@@ -232,6 +232,10 @@ class SimCroP(nn.Module):
         self.report_decoder = report_decoder
         self.mask_ratio = mask_ratio
 
+    def draw_masks(self, volume: Tensor) -> tuple[Tensor, Tensor]:
+        """``keep`` and ``masked`` of a batch of volumes, see :func:`random_masking`."""
+        return random_masking(len(volume), self.encoder.num_patches, self.mask_ratio, volume.device)
+
     def forward(
         self,
         volume: Tensor,
@@ -252,7 +256,7 @@ class SimCroP(nn.Module):
             with the patches' indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
             ``sentence_id [B, S]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
         """
-        keep, masked = random_masking(len(volume), self.encoder.num_patches, self.mask_ratio, volume.device)
+        keep, masked = self.draw_masks(volume)
         prefix = self.encoder.num_prefix_tokens
         embedded = self.encoder.embed(volume, keep)
         tokens, hidden_states = self.encoder.transform(embedded)

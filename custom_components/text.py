@@ -213,7 +213,7 @@ class TokenizeReportd(MapTransform):
 
 
 class ReportCollate:
-    """Collate function: batches volumes as MONAI does, pads the texts, and masks the report.
+    """Collate function: batches volumes as MONAI does, pads the texts, and masks the report; drops all other items.
 
     Adds ``report_labels [B, L]`` int64: the true token at masked positions, -100 elsewhere; ``report_ids`` holds
     [MASK] there. Masked tokens are drawn anew at every call, special tokens never.
@@ -234,9 +234,27 @@ class ReportCollate:
         )
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        texts = {*self.padding, "report_ids"}
-        batch = list_data_collate([{k: v for k, v in item.items() if k not in texts} for item in items])
+        batch = list_data_collate([{"image": item["image"]} for item in items])
         for key, value in self.padding.items():
             batch[key] = pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
         masked = self.mask_tokens([{"input_ids": item["report_ids"]} for item in items])
         return batch | {"report_ids": masked["input_ids"], "report_labels": masked["labels"]}
+
+
+def encode_sentences(
+    sentences: Sequence[str], aligner: nn.Module, text_encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase
+) -> Tensor:
+    """Sentences, each read alone -> ``[S, projection_size]`` float32 features, comparable with projected patches.
+
+    Args:
+        aligner: a :class:`custom_components.simcrop.Aligner`.
+    """
+    device = next(aligner.parameters()).device
+    tokenized = [tokenize_sentences([sentence], tokenizer) for sentence in sentences]
+    features = []
+    for start in range(0, len(tokenized), 64):
+        ids, index = zip(*tokenized[start : start + 64], strict=True)
+        ids = pad_sequence(list(ids), batch_first=True, padding_value=text_encoder.pad_token_id).to(device)
+        index = pad_sequence(list(index), batch_first=True, padding_value=-1).to(device)
+        features.append(aligner.sentences(text_encoder(ids), index, 1)[:, 0].float())
+    return torch.cat(features)

@@ -1,0 +1,273 @@
+"""Readers of public data sets and of folders of scans: files as published in, MONAI datalist (a list of dicts) out.
+
+A datalist holds paths, text and small arrays; voxels are read later, by the transforms. Nothing here imports torch or
+MONAI, so that a process that wants only the list starts fast.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from custom_components.errors import InputError
+
+# The classes of CT-RATE in the order of its label files, which is the order of `abnormalities` and of every logit.
+CT_RATE_CLASSES: tuple[str, ...] = (
+    "Medical material",
+    "Arterial wall calcification",
+    "Cardiomegaly",
+    "Pericardial effusion",
+    "Coronary artery wall calcification",
+    "Hiatal hernia",
+    "Lymphadenopathy",
+    "Emphysema",
+    "Atelectasis",
+    "Lung nodule",
+    "Lung opacity",
+    "Pulmonary fibrotic sequela",
+    "Pleural effusion",
+    "Mosaic attenuation pattern",
+    "Peribronchial thickening",
+    "Consolidation",
+    "Bronchiectasis",
+    "Interlobular septal thickening",
+)
+
+NIFTI_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz")
+ITK_SUFFIXES: tuple[str, ...] = (".nrrd", ".nhdr", ".mha", ".mhd")
+CT_SUFFIXES: tuple[str, ...] = NIFTI_SUFFIXES + ITK_SUFFIXES
+
+
+def ct_rate(
+    dataset_dir: str | os.PathLike,
+    split: str = "train",
+    data_fraction: float = 1.0,
+    seed: int = 42,
+    exclude: str | os.PathLike | None = None,
+) -> list[dict]:
+    """CT-RATE as downloaded from Hugging Face: one item per volume of the split's report CSV, in that file's order.
+
+    Every item holds `image` (path), `name` (volume name, "train_1_a_1"), `patient` ("train_1"), `findings` and
+    `impression` (text, "" where the report gives none). Where the folder has them, it also holds `abnormalities`
+    (float32 array of 18 zeros and ones, see :data:`CT_RATE_CLASSES`), `masks` (path of a folder of finding masks) and
+    `sentences` (dict finding -> sentence). Several reconstructions of one scan share its report, and all are listed.
+
+    Args:
+        dataset_dir: folder that contains `dataset/`, or that folder itself. Volumes of the second version
+            (`train_fixed`) are preferred to those of the first (`train`), where both are there.
+        split: "train" or "valid".
+        data_fraction: share of the patients to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
+        seed: of the order in which patients are taken.
+        exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest.
+
+    Raises:
+        InputError: a file, a folder, a column, a label or a volume is missing, or an argument is out of range.
+    """
+    if split not in ("train", "valid"):
+        raise InputError(f"split is {split!r}, and CT-RATE has two: give train or valid")
+    if not 0 < data_fraction <= 1:
+        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
+    dataset_dir = Path(dataset_dir).expanduser()
+    if not dataset_dir.is_dir():
+        raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that CT-RATE was downloaded to")
+    root = dataset_dir / "dataset" if (dataset_dir / "dataset").is_dir() else dataset_dir
+
+    every_item = _ct_rate_reports(root, split)
+    excluded = set() if exclude is None else _volume_names(Path(exclude).expanduser())
+    items = [item for item in every_item if item["name"] not in excluded]
+    if not items:
+        raise InputError(f"exclude {exclude} names every volume of split {split}: take out those to be used")
+
+    # The order in which patients are taken is drawn before anything is left out: an exclusion does not reshuffle it.
+    order = np.random.RandomState(seed).permutation(sorted({item["patient"] for item in every_item})).tolist()
+    left = {item["patient"] for item in items}
+    order = [patient for patient in order if patient in left]
+    # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
+    chosen = set(order[: math.ceil(data_fraction * len(order) - 1e-9)])
+    items = [item for item in items if item["patient"] in chosen]
+
+    missing = [item["image"] for item in items if not os.path.isfile(item["image"])]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(items)} volumes of split {split} are not on disk ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}): download them, or list their names in a file given as exclude"
+        )
+
+    labels_csv = _find([root / "multi_abnormality_labels" / f"{word}_predicted_labels.csv" for word in _words(split)])
+    if labels_csv is not None:
+        labels = _ct_rate_labels(labels_csv)
+        unlabelled = [item["name"] for item in items if item["name"] not in labels]
+        if unlabelled:
+            raise InputError(
+                f"{labels_csv} has no row for {len(unlabelled)} of {len(items)} volumes, the first {unlabelled[0]}: "
+                "download it again, or list their names in a file given as exclude"
+            )
+        for item in items:
+            item["abnormalities"] = labels[item["name"]]
+
+    sentences_csv = root / "masks" / f"{split}_sentences.csv"
+    if sentences_csv.is_file():
+        sentences = _ct_rate_sentences(sentences_csv)
+        for item in items:
+            item["sentences"] = sentences.get(item["name"], {})
+    return items
+
+
+def scans(path: str | os.PathLike) -> list[dict]:
+    """Items `{"image": path, "name": stem}` of a CT file, of a DICOM folder, or of a folder of such files and folders.
+
+    A folder is a DICOM folder if DICOM files lie directly in it; its own path is then the image. Items are sorted by
+    path. Names are unique: file names without their ending, or with it where two files differ in nothing else. Hidden
+    files are passed over.
+
+    Raises:
+        InputError: `path` does not exist, or holds nothing that can be a CT by its name.
+    """
+    path = Path(path).expanduser()
+    if not path.exists():
+        raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
+    if _is_ct_file(path) or _is_dicom_folder(path):
+        paths = [path]
+    elif path.is_file():
+        advice = "give the folder of its series" if _is_dicom_file(path) else "convert it to one of them"
+        raise InputError(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: {advice}")
+    else:
+        paths = sorted(entry for entry in path.iterdir() if _is_ct_file(entry) or _is_dicom_folder(entry))
+        if not paths:
+            raise InputError(
+                f"{path} holds no {', '.join(CT_SUFFIXES)} or DICOM file, and no subfolder with DICOM files: "
+                "give the folder directly above the scans"
+            )
+    names = [_stem(entry) for entry in paths]
+    if len(set(names)) < len(names):
+        names = [entry.name for entry in paths]
+    return [{"image": str(entry), "name": name} for entry, name in zip(paths, names)]
+
+
+def _words(split: str) -> tuple[str, ...]:
+    """What a split is called in file names: as published, reports say "validation" where labels say "valid"."""
+    return ("validation", "valid") if split == "valid" else (split,)
+
+
+def _find(paths: list[Path]) -> Path | None:
+    """The first of `paths` that exists."""
+    return next((path for path in paths if path.exists()), None)
+
+
+def _ct_rate_reports(root: Path, split: str) -> list[dict]:
+    """Items of all volumes that the split's report CSV names: paths, patient and report, not yet looked up on disk."""
+    reports_csvs = [root / "radiology_text_reports" / f"{word}_reports.csv" for word in _words(split)]
+    reports_csv = _find(reports_csvs)
+    if reports_csv is None:
+        raise InputError(f"dataset_dir {root} has no reports: download CT-RATE's to {reports_csvs[0]}")
+    volumes_dir = _find([root / f"{split}_fixed", root / split])
+    if volumes_dir is None:
+        raise InputError(f"dataset_dir {root} has no volumes: download CT-RATE's to {root / f'{split}_fixed'}")
+    masks_dir = _find([root / "masks" / f"{split}_fixed", root / "masks" / split])
+
+    reports = _read_csv(reports_csv, ("VolumeName", "Findings_EN", "Impressions_EN")).drop_duplicates("VolumeName")
+    if reports.empty:
+        raise InputError(f"{reports_csv} names no volume: download it again")
+    items = []
+    for name, findings, impression in zip(
+        reports["VolumeName"], _report_text(reports["Findings_EN"]), _report_text(reports["Impressions_EN"])
+    ):
+        parts = name.split("_")
+        if len(parts) != 4:
+            raise InputError(f"{reports_csv}: VolumeName {name!r} is not split_patient_scan_reconstruction: correct it")
+        patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
+        item = {
+            "image": os.path.join(volumes_dir, patient, scan, f"{name}.nii.gz"),
+            "name": name,
+            "patient": patient,
+            "findings": findings,
+            "impression": impression,
+        }
+        if masks_dir is not None and os.path.isdir(masks := os.path.join(masks_dir, patient, scan, name)):
+            item["masks"] = masks
+        items.append(item)
+    return items
+
+
+def _ct_rate_labels(path: Path) -> dict[str, np.ndarray]:
+    """Volume name -> float32 array of 18 zeros and ones in the order of the classes, whatever that of the columns."""
+    frame = _read_csv(path, ("VolumeName", *CT_RATE_CLASSES))
+    values = frame[list(CT_RATE_CLASSES)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
+    wrong = np.argwhere(~np.isin(values, (0, 1)))
+    if len(wrong):
+        row, column = wrong[0]
+        name, value = frame["VolumeName"].iloc[row], frame[CT_RATE_CLASSES[column]].iloc[row]
+        raise InputError(f"{path}: {CT_RATE_CLASSES[column]} of {name} is {value}: make it 0 or 1")
+    return dict(zip(frame["VolumeName"], values))
+
+
+def _ct_rate_sentences(path: Path) -> dict[str, dict[str, str]]:
+    """Volume name -> finding -> the sentence of the report that tells of it."""
+    frame = _read_csv(path, ("VolumeName", "Finding", "Sentence"))
+    sentences: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, finding, sentence in zip(frame["VolumeName"], frame["Finding"], frame["Sentence"]):
+        sentences[name][finding] = sentence
+    return sentences
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """All cells as strings; `columns` are checked to be there, and volume names lose their file ending."""
+    try:
+        frame = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
+        cause = str(error).strip().splitlines()[0]
+        raise InputError(f"{path} cannot be read as a CSV file in UTF-8 ({cause}): download it again") from error
+    absent = [column for column in columns if column not in frame.columns]
+    if absent:
+        raise InputError(
+            f"{path} has no column {', '.join(absent)} (it has {', '.join(frame.columns)}): "
+            "download it again, or rename its columns"
+        )
+    frame = frame.dropna(subset=["VolumeName"])
+    return frame.assign(VolumeName=frame["VolumeName"].str.strip().str.removesuffix(".nii.gz"))
+
+
+def _report_text(texts: pd.Series) -> list[str]:
+    """Stripped text; "" where nothing was reported, for which CT-RATE has blanks and "Not given."."""
+    texts = texts.fillna("").str.strip()
+    return texts.mask(texts.str.fullmatch(r"not given\.?", case=False), "").tolist()
+
+
+def _volume_names(path: Path) -> set[str]:
+    """Names in the first column of a text or CSV file, without folders and file ending; a header matches no volume."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"exclude {path} cannot be read as text: give a file with one volume name a line") from error
+    return {Path(line.split(",")[0].strip().strip('"')).name.removesuffix(".nii.gz") for line in lines}
+
+
+def _is_ct_file(path: Path) -> bool:
+    # A name that starts with a dot is no scan: macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies.
+    return path.name.lower().endswith(CT_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+
+
+def _is_dicom_file(path: Path) -> bool:
+    """By its ending or, as many files of a series have none or end in a number, by the four letters at byte 128."""
+    if path.name.startswith(".") or not path.is_file():
+        return False
+    if path.suffix.lower() == ".dcm":
+        return True
+    with open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+
+
+def _is_dicom_folder(path: Path) -> bool:
+    # DICOMDIR is a DICOM file too, but an index of the series below it.
+    return path.is_dir() and any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
+
+
+def _stem(path: Path) -> str:
+    """Name of a CT file without its ending (.nii.gz is one); the whole name of a folder."""
+    suffix = next((suffix for suffix in CT_SUFFIXES if path.name.lower().endswith(suffix)), "")
+    return path.name[: -len(suffix)] if suffix and path.is_file() else path.name

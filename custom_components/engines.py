@@ -1,0 +1,168 @@
+"""The few engine parts that MONAI and ignite lack."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from ignite.engine import Engine, Events
+from monai.inferers import SimpleInferer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from custom_components.errors import InputError
+from custom_components.losses import SimCroPLoss
+from custom_components.weights import load_file, save_atomically
+
+
+class OneLineErrors:
+    """Tell an :class:`InputError` in its own line, instead of MONAI's and the data loader's nested tracebacks.
+
+    Installs itself as ``sys.excepthook``, so the exit code stays 1; any other exception is shown in full.
+    """
+
+    PATTERN = re.compile(rf"^(?:.*\.)?{InputError.__name__}: (.+)$", re.MULTILINE)
+
+    def __init__(self) -> None:
+        sys.excepthook = self
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # a data loader's worker sends its exception as text, so the text is what can be searched
+        found = self.PATTERN.search("".join(traceback.format_exception(kind, error, trace)))
+        if found:
+            print(f"error: {found[1]}", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+
+class AutocastInferer(SimpleInferer):
+    """Forward pass in bfloat16 on any device. Needs no gradient scaler, unlike ``SupervisedTrainer(amp=True)``.
+
+    Args:
+        amp: whether to autocast at all.
+    """
+
+    def __init__(self, amp: bool = True) -> None:
+        super().__init__()
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+            return super().__call__(inputs, network, *args, **kwargs)
+
+
+def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW parameter groups: no weight decay on biases, norms and tokens (all that is not a matrix), as MAE has it.
+
+    Frozen parameters are left out.
+    """
+    trained = [p for p in network.parameters() if p.requires_grad]
+    # a class or mask token is [1, 1, C]: a vector by nature
+    decay = [p for p in trained if p.squeeze().ndim > 1]
+    no_decay = [p for p in trained if p.squeeze().ndim <= 1]
+    return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+
+
+class TrainingProgress:
+    """One bar over the whole training: epoch, each loss, time left. Stops at a loss that is not finite.
+
+    Args:
+        loss: whose ``parts`` are shown.
+    """
+
+    def __init__(self, loss: SimCroPLoss) -> None:
+        self.loss = loss
+        self.bar: tqdm | None = None
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.completed)
+
+    def started(self, engine: Engine) -> None:
+        # a log file wants a line now and then, a terminal wants motion
+        interval = 0.5 if sys.stderr.isatty() else 10.0
+        total = engine.state.max_epochs * engine.state.epoch_length
+        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", mininterval=interval, dynamic_ncols=True)
+
+    def iteration_completed(self, engine: Engine) -> None:
+        # the sum first: reading it waits for the device once
+        if not math.isfinite(self.loss.parts["total"].item()):
+            parts = {name: value.item() for name, value in self.loss.parts.items()}
+            raise RuntimeError(
+                f"the loss is no longer finite at iteration {engine.state.iteration} ({parts}): the last checkpoint is kept; "
+                "lower learning_rate, or set amp to false, and resume"
+            )
+        self.bar.set_description(f"epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False)
+        self.bar.set_postfix({k: f"{v.item():.3f}" for k, v in self.loss.parts.items()}, refresh=False)
+        self.bar.update()
+
+    def completed(self) -> None:
+        self.bar.close()
+
+
+class Checkpointer:
+    """Writes one checkpoint to resume from, and the weights that other bundles take, every ``interval`` epochs.
+
+    Unlike MONAI's ``CheckpointSaver``, every file is renamed into place, and the state of the random generator is kept.
+
+    Args:
+        path: the checkpoint.
+        objects: what to keep by name (network, optimizer, lr_scheduler); the engine is kept as ``trainer``.
+        weights: further files, each with the plain state dict of one module.
+        interval: epochs between two checkpoints; the last epoch always writes one.
+        resume: checkpoint to start from, or None.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        objects: Mapping[str, Any],
+        weights: Mapping[str, nn.Module],
+        interval: int = 1,
+        resume: str | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.objects = dict(objects)
+        self.weights = dict(weights)
+        self.interval = interval
+        self.resume = resume
+
+    def attach(self, engine: Engine) -> None:
+        if self.resume is not None:
+            self.restore(engine)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
+        engine.add_event_handler(Events.COMPLETED, self.save)
+
+    def save(self, engine: Engine) -> None:
+        content = {name: item.state_dict() for name, item in self.objects.items()}
+        content |= {"trainer": engine.state_dict(), "rng": torch.get_rng_state()}
+        save_atomically(content, self.path)
+        for path, module in self.weights.items():
+            save_atomically(module.state_dict(), path)
+
+    def restore(self, engine: Engine) -> None:
+        content = load_file(self.resume)
+        absent = sorted({*self.objects, "trainer", "rng"} - set(content))
+        if absent:
+            raise InputError(f"{self.resume}: not a checkpoint to resume from, it lacks {', '.join(absent)}")
+        for name, item in self.objects.items():
+            try:
+                item.load_state_dict(content[name])
+            except (RuntimeError, ValueError, KeyError) as error:
+                raise InputError(
+                    f"{self.resume}: its {name} does not fit the config; resume with the keys it was trained with"
+                ) from error
+        max_epochs = engine.state.max_epochs
+        engine.load_state_dict(content["trainer"])
+        if engine.state.epoch >= max_epochs:
+            raise InputError(f"{self.resume}: has {engine.state.epoch} epochs already; raise max_epochs ({max_epochs}) to train on")
+        engine.state.max_epochs = max_epochs
+        torch.set_rng_state(content["rng"])

@@ -1,0 +1,354 @@
+"""What a pre-trained SimCroP knows about held-out volumes, each figure beside the control that could explain it away."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data import Dataset
+from monai.transforms import LoadImage, ResampleToMatch
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import roc_auc_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from custom_components import figures
+from custom_components.datalists import CT_RATE_CLASSES
+from custom_components.figures import similarity
+from custom_components.losses import SimCroPLoss
+from custom_components.simcrop import SimCroP, VolumeEmbedder
+from custom_components.text import ReportCollate, encode_sentences
+from custom_components.vit import init_weights, patchify
+
+
+def mask_file_name(finding: str) -> str:
+    """``Lung nodule`` -> ``lung_nodule.nii.gz``: a finding's mask in a volume's mask folder."""
+    return finding.lower().replace(" ", "_") + ".nii.gz"
+
+
+def reinitialised(network: nn.Module) -> nn.Module:
+    """A copy of the network with random weights: what the architecture alone can do."""
+    network = copy.deepcopy(network)
+    for module in network.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return network.apply(init_weights)
+
+
+def patches_of_mask(mask: Tensor, patch_size: Sequence[int]) -> Tensor:
+    """``[1, X, Y, Z]`` mask -> ``[N]`` bool: which patches overlap it."""
+    return patchify(mask[None].float(), tuple(patch_size))[0].amax(-1) > 0
+
+
+class PretrainEvaluation:
+    """Masked modelling, presence and grounding on held-out volumes, as far as the data set has labels and masks.
+
+    - ``masked_voxel_mse``: against the mean of the training volumes at the same place.
+    - ``masked_token_accuracy``: against always answering the training reports' most frequent token.
+    - ``presence_auc``: AUROC over volumes of each finding's sentence by the sentence-volume score, on unmasked volumes;
+      beside the same network with random weights, and a logistic regression on the volume's HU histogram.
+    - ``grounding``: share of finding sentences whose most similar patch overlaps the finding's mask (``hit``); beside
+      the same sentences on all other volumes (``hit_shuffled``), a patch drawn at random (``chance``), and the patch that
+      the other volumes' masks of that finding cover most often (``no_image_prior``). Only ``hit`` above
+      ``hit_shuffled`` speaks of the image.
+
+    Args:
+        network, loss: the pre-training network and its loss, of which pooling and masking are taken.
+        tokenizer: of the text encoder.
+        train_dataset: items for the baselines, without augmentation; the first ``num_baseline`` are used.
+        dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and, where
+            the data set has them, ``abnormalities``, ``masks`` and ``sentences`` of
+            :func:`custom_components.datalists.ct_rate`.
+        sentences: class name -> the sentence that says it is present.
+        output_dir: for ``metrics.json``, ``metrics.csv`` and the figures.
+        batch_size, num_workers: volumes per forward pass, and processes that read them.
+        text_mask_ratio: as in training.
+        seed: of the masks drawn here.
+        num_baseline: training items that the baselines learn from.
+        log_dir: TensorBoard folder whose curves are drawn, or None.
+    """
+
+    def __init__(
+        self,
+        network: SimCroP,
+        loss: SimCroPLoss,
+        tokenizer: PreTrainedTokenizerBase,
+        train_dataset: Dataset,
+        dataset: Dataset,
+        sentences: Mapping[str, str],
+        output_dir: str,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        text_mask_ratio: float = 0.75,
+        seed: int = 42,
+        num_baseline: int = 1024,
+        log_dir: str | None = None,
+    ) -> None:
+        self.network = network
+        self.loss = loss
+        self.tokenizer = tokenizer
+        self.train_dataset = train_dataset
+        self.dataset = dataset
+        self.sentences = dict(sentences)
+        self.output_dir = Path(output_dir)
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.collate = ReportCollate(tokenizer, text_mask_ratio)
+        self.seed = seed
+        self.num_baseline = num_baseline
+        self.log_dir = log_dir
+
+    @torch.inference_mode()
+    def __call__(self) -> dict[str, Any]:
+        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
+        was_training = self.network.training
+        self.network.eval()
+        self.device = next(self.network.encoder.parameters()).device
+        torch.manual_seed(self.seed)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+
+        metrics = {"seed": self.seed, "volumes": len(self.dataset), **self._metrics()}
+        (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        rows = table_rows(metrics)
+        with open(self.output_dir / "metrics.csv", "w", newline="") as file:
+            csv.writer(file).writerows([("metric", "of", "value", "beside"), *rows])
+        print_table(rows)
+        print(f"tables and figures: {self.output_dir.resolve()}")
+        self.network.train(was_training)
+        return metrics
+
+    def _items(self, dataset: Dataset, description: str) -> Iterator[tuple[int, list[dict[str, Any]]]]:
+        """Items in batches, with the number of the first, and a progress bar."""
+        loader = DataLoader(dataset, self.batch_size, num_workers=self.num_workers, collate_fn=list)
+        for i, items in enumerate(tqdm(loader, desc=description, unit="batch")):
+            yield i * self.batch_size, items
+
+    def _metrics(self) -> dict[str, Any]:
+        baseline = self._baseline()
+        findings, places = list(self.sentences), self._places()
+        sentences = [*self.sentences.values(), *(place["sentence"] for place in places)]
+        random_network = reinitialised(self.network)
+
+        counts: Counter[str] = Counter()
+        similar, random, histograms = [], [], []
+        for start, items in self._items(self.dataset, "held-out volumes"):
+            images = torch.stack([item["image"].as_tensor() for item in items]).to(self.device)
+            self._count_masked(counts, images, self.collate(items), baseline)
+            histograms += [hu_histogram(item["image"]) for item in items]
+            if self.network.aligner is not None:
+                similar.append(self._similarities(self.network, images, sentences))
+                random.append(self._similarities(random_network, images, sentences[: len(findings)]))
+            for place in places:
+                if start <= place["volume"] < start + len(items):
+                    mask = self._mask(place, items[place["volume"] - start]["image"])
+                    place["patches"] = patches_of_mask(mask, self.network.encoder.patch_size)
+
+        metrics: dict[str, Any] = {}
+        if counts["voxels"]:
+            metrics["masked_voxel_mse"] = {
+                "simcrop": counts["error"] / counts["voxels"],
+                "baseline": counts["mean_error"] / counts["voxels"],
+            }
+        if counts["tokens"]:
+            metrics["masked_token_accuracy"] = {
+                "simcrop": counts["right"] / counts["tokens"],
+                "baseline": counts["frequent"] / counts["tokens"],
+            }
+        if similar:
+            scores, patches, spread = (torch.cat(part, -1) for part in zip(*similar, strict=True))
+            random_scores = torch.cat([part[0] for part in random], -1)
+            metrics["patch_patch_cosine"] = spread.mean().item()  # near 1: the patches have collapsed
+            metrics["presence_auc"] = self._presence(findings, scores, random_scores, baseline, histograms)
+            # a finding outside of the cropped volume cannot be hit
+            seen = [i for i, place in enumerate(places) if place["patches"].any()]
+            if seen:
+                places = [places[i] for i in seen]
+                metrics["grounding"] = grounding(places, patches[len(findings) :][seen])
+        self._figures(places)
+        return metrics
+
+    def _baseline(self) -> dict[str, Any]:
+        """What can be said of a volume and a report without looking at them, learned from training items."""
+        total, tokens, histograms, labels = 0.0, Counter(), [], []
+        special = set(self.tokenizer.all_special_ids)
+        subset = Subset(self.train_dataset, range(min(self.num_baseline, len(self.train_dataset))))
+        for _, items in self._items(subset, "training volumes, for the baselines"):
+            for item in items:
+                patches = patchify(item["image"].as_tensor()[None], self.network.encoder.patch_size)
+                total = total + self.loss.volume.target(patches)[0]
+                tokens.update(token for token in item["report_ids"].tolist() if token not in special)
+                histograms.append(hu_histogram(item["image"]))
+                labels += [item["abnormalities"]] if "abnormalities" in item else []
+        return {
+            "patches": (total / len(subset)).to(self.device),
+            "token": tokens.most_common(1)[0][0] if tokens else -1,
+            "histograms": np.stack(histograms),
+            "labels": np.stack(labels) if len(labels) == len(subset) else None,
+        }
+
+    def _count_masked(self, counts: Counter[str], images: Tensor, batch: Mapping[str, Tensor], baseline: Mapping) -> None:
+        texts = {k: v.to(self.device) for k, v in batch.items() if k != "image"}
+        output = self.network(images, **texts)
+        if "volume_pred" in output:
+            target = self.loss.volume.target(output["volume_target"])
+            counts["error"] += (output["volume_pred"].float() - target).square().sum().item()
+            counts["mean_error"] += (baseline["patches"][output["masked"]] - target).square().sum().item()
+            counts["voxels"] += target.numel()
+        if "report_logits" in output:
+            counts["right"] += (output["report_logits"].argmax(-1) == output["report_target"]).sum().item()
+            counts["frequent"] += (output["report_target"] == baseline["token"]).sum().item()
+            counts["tokens"] += len(output["report_target"])
+
+    def _similarities(self, network: SimCroP, images: Tensor, sentences: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every sentence in every volume of a batch: score ``[S, B]`` and most similar patch ``[S, B]``; and each
+        volume's mean patch-patch cosine ``[B]``."""
+        features = encode_sentences(sentences, network.aligner, network.text_encoder, self.tokenizer)
+        patches = VolumeEmbedder(network.encoder, network.aligner).patch_features(images).float()
+        most_similar = torch.stack([similarity(volume, features).argmax(-1) for volume in patches], -1)
+        spread = F.normalize(patches, dim=-1).mean(1).square().sum(-1)
+        return self.loss.alignment.scores(patches, features).cpu(), most_similar.cpu(), spread.cpu()
+
+    def _presence(
+        self, findings: Sequence[str], scores: Tensor, random_scores: Tensor, baseline: Mapping, histograms: Sequence
+    ) -> dict[str, Any]:
+        if any("abnormalities" not in item for item in self.dataset.data):
+            return {}
+        labels = np.stack([item["abnormalities"] for item in self.dataset.data])
+        presence = {}
+        for i, name in enumerate(findings):
+            column = CT_RATE_CLASSES.index(name)
+            truth = labels[:, column]
+            if len(set(truth)) == 2:  # a class that all volumes have, or none, has no AUC
+                presence[name] = {
+                    "simcrop": roc_auc_score(truth, scores[i]),
+                    "random_encoder": roc_auc_score(truth, random_scores[i]),
+                    "hu_histogram": histogram_auc(baseline, column, np.stack(histograms), truth),
+                    "positive": int(truth.sum()),
+                }
+        return presence
+
+    def _places(self) -> list[dict[str, Any]]:
+        """Finding sentences whose place is known: number of the volume, finding, sentence, and the mask's file."""
+        places = []
+        for v, item in enumerate(self.dataset.data):
+            said = self.sentences | item.get("sentences", {})
+            for finding, sentence in said.items() if "masks" in item else ():
+                file = Path(item["masks"]) / mask_file_name(finding)
+                if file.is_file():
+                    places.append({"volume": v, "finding": finding, "sentence": sentence, "file": file})
+        return places
+
+    @staticmethod
+    def _mask(place: Mapping[str, Any], image: Tensor) -> Tensor:
+        """A place's mask on the grid of the preprocessed image, ``[1, X, Y, Z]``."""
+        mask = LoadImage(image_only=True, ensure_channel_first=True)(place["file"])
+        return ResampleToMatch(mode="nearest", padding_mode="zeros")(mask, image).as_tensor()
+
+    def _figures(self, places: Sequence[Mapping[str, Any]]) -> None:
+        if self.log_dir is not None:
+            figures.loss_curves(self.log_dir, self.output_dir / "losses.png")
+        if self.network.volume_decoder is not None:
+            items = [self.dataset[i] for i in range(min(3, len(self.dataset)))]
+            figures.reconstructions(self.network, self.loss, items, self.output_dir / "reconstructions.png")
+        # the first of each finding, not the best
+        first = {place["finding"]: place for place in reversed(places)}
+        shown = []
+        for place in first.values():
+            image = self.dataset[place["volume"]]["image"]
+            shown.append({**place, "image": image, "mask": self._mask(place, image)[0] > 0})
+        if shown and self.network.aligner is not None:
+            figures.sentence_maps(self.network, self.tokenizer, shown, self.output_dir / "sentences.png")
+
+
+def hu_histogram(image: Tensor) -> np.ndarray:
+    """Share of voxels in each of 64 equal bins over [-1, 1], float64."""
+    values = image.as_tensor().float()
+    return torch.histc(values, 64, -1.0, 1.0).double().numpy() / values.numel()
+
+
+def histogram_auc(baseline: Mapping[str, Any], column: int, histograms: np.ndarray, truth: np.ndarray) -> float | None:
+    """AUROC of a logistic regression on HU histograms; None where the training items' labels do not allow one."""
+    if baseline["labels"] is None or len(set(baseline["labels"][:, column])) < 2:
+        return None
+    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    model.fit(baseline["histograms"], baseline["labels"][:, column])
+    return roc_auc_score(truth, model.decision_function(histograms))
+
+
+def grounding(places: Sequence[Mapping[str, Any]], most_similar: Tensor) -> dict[str, Any]:
+    """Grounding hits and their controls.
+
+    Args:
+        places: per sentence i, ``volume`` it belongs to, ``finding``, and ``patches [N]`` bool that the mask overlaps.
+        most_similar: ``[S, V]`` int64, the patch most similar to sentence i in volume v.
+
+    Returns:
+        ``hit``, ``hit_shuffled`` (mean over all other volumes), ``chance`` and ``no_image_prior`` (leave-one-out),
+        over all sentences, and the same per finding under ``per_finding``.
+    """
+    rows: dict[str, list[dict[str, float]]] = {}
+    for i, place in enumerate(places):
+        overlap = place["patches"]
+        hits = overlap[most_similar[i]].float()  # v
+        own = place["volume"]
+        peers = [p["patches"] for p in places if p["finding"] == place["finding"] and p["volume"] != own]
+        prior = torch.stack(peers).float().mean(0).argmax() if peers else 0
+        rows.setdefault(place["finding"], []).append(
+            {
+                "hit": hits[own].item(),
+                "hit_shuffled": ((hits.sum() - hits[own]) / (len(hits) - 1)).item() if len(hits) > 1 else float("nan"),
+                "chance": overlap.float().mean().item(),
+                "no_image_prior": overlap[prior].float().item(),
+            }
+        )
+
+    def mean(entries: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        return {k: float(np.mean([e[k] for e in entries])) for k in entries[0]} | {"sentences": len(entries)}
+
+    everything = [entry for entries in rows.values() for entry in entries]
+    return mean(everything) | {"per_finding": {finding: mean(entries) for finding, entries in rows.items()}}
+
+
+def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """The metrics as rows of text: metric, of what, value, and the controls beside it."""
+
+    def beside(entry: Mapping[str, Any], value: str) -> str:
+        shown = {k: v for k, v in entry.items() if k != value and not isinstance(v, Mapping)}
+        return ", ".join(f"{k} {v:.3f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+
+    rows = []
+    for name in ("masked_voxel_mse", "masked_token_accuracy"):
+        if name in metrics:
+            entry = metrics[name]
+            rows.append((name, "all", f"{entry['simcrop']:.4f}", f"baseline {entry['baseline']:.4f}"))
+    for finding, entry in metrics.get("presence_auc", {}).items():
+        rows.append(("presence_auc", finding, f"{entry['simcrop']:.3f}", beside(entry, "simcrop")))
+    if metrics.get("presence_auc"):
+        mean = {
+            key: float(np.mean([e[key] for e in metrics["presence_auc"].values() if e[key] is not None] or [np.nan]))
+            for key in ("simcrop", "random_encoder", "hu_histogram")
+        }
+        rows.append(("presence_auc", "mean", f"{mean['simcrop']:.3f}", beside(mean, "simcrop")))
+    if "grounding" in metrics:
+        for finding, entry in (metrics["grounding"]["per_finding"] | {"all": metrics["grounding"]}).items():
+            rows.append(("grounding_hit", finding, f"{entry['hit']:.3f}", beside(entry, "hit")))
+    return rows
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of text in aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
+    for row in rows:
+        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]))

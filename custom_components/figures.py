@@ -1,0 +1,140 @@
+"""The pictures: training curves, reconstructions, and sentence heat maps over CT slices.
+
+Slices are shown as radiologists see them: axial from below, so the patient's right is on the left of the picture.
+Volumes are in RAS axis order, as every preprocessing chain of this project leaves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from monai.data import MetaTensor
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedTokenizerBase
+
+from custom_components.losses import SimCroPLoss
+from custom_components.simcrop import SimCroP, VolumeEmbedder
+from custom_components.text import encode_sentences
+from custom_components.vit import patchify, unpatchify
+
+HEAT = {"cmap": "inferno", "alpha": 0.45}
+
+
+def show_axial(axes: Axes, volume: Tensor | np.ndarray, z: int, spacing: Sequence[float], **style: Any) -> None:
+    """Draw slice ``z`` of a RAS volume ``[X, Y, Z]``, anterior up, the patient's right on the left."""
+    axes.imshow(np.asarray(volume[:, :, z])[::-1].T, origin="lower", aspect=spacing[1] / spacing[0], **style)
+    axes.set_axis_off()
+
+
+def outline_axial(axes: Axes, mask: Tensor | np.ndarray, z: int, colour: str = "#00e5ff") -> None:
+    """Outline a RAS mask ``[X, Y, Z]`` on slice ``z``, to go over :func:`show_axial`."""
+    area = np.asarray(mask[:, :, z], dtype=float)[::-1].T
+    if area.any():
+        axes.contour(area, levels=[0.5], colors=colour, linewidths=1.2)
+
+
+def spacing_of(image: Tensor) -> tuple[float, float, float]:
+    """Voxel spacing in mm of a MetaTensor; 1 mm for a tensor that knows none."""
+    x, y, z = image.pixdim.tolist() if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
+    return x, y, z
+
+
+def upsample_patches(values: Tensor, grid: Sequence[int], img_size: Sequence[int]) -> Tensor:
+    """One value per patch ``[S, N]`` -> a smooth map ``[S, X, Y, Z]``, patch centres keeping their values."""
+    maps = values.float().reshape(1, -1, *grid)
+    return F.interpolate(maps, size=tuple(img_size), mode="trilinear", align_corners=False)[0]
+
+
+def similarity(patch_features: Tensor, sentence_features: Tensor) -> Tensor:
+    """Cosine similarity of every sentence ``[S, D]`` to every patch ``[N, D]`` of a volume: ``[S, N]`` in [-1, 1]."""
+    return F.normalize(sentence_features.float(), dim=-1) @ F.normalize(patch_features.float(), dim=-1).T
+
+
+def loss_curves(log_dir: str | Path, path: str | Path) -> None:
+    """One panel per scalar of a TensorBoard folder, over iterations, with a running mean."""
+    events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0}).Reload()
+    tags = events.Tags()["scalars"]
+    if not tags:
+        return
+    figure = Figure(figsize=(3.6 * len(tags), 3.0), layout="constrained")
+    for axes, tag in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags, strict=True):
+        curve: list[tuple[int, float]] = []
+        for event in events.Scalars(tag):
+            # a resumed or repeated run goes over the same iterations again: the last word counts
+            while curve and curve[-1][0] >= event.step:
+                curve.pop()
+            curve.append((event.step, event.value))
+        steps, values = np.array(curve).T
+        window = max(1, len(values) // 50)
+        smooth = np.convolve(values, np.ones(window) / window, mode="valid")
+        axes.plot(steps, values, color="#9ecae1", linewidth=0.8)
+        axes.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.6)
+        axes.set_title(tag, fontsize=10)
+        axes.set_xlabel("iteration", fontsize=9)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def reconstructions(network: SimCroP, loss: SimCroPLoss, items: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Original, masked and reconstructed middle slice of each item's ``image``, one row a volume."""
+    figure = Figure(figsize=(7.5, 2.6 * len(items)), layout="constrained")
+    encoder = network.encoder
+    device = next(encoder.parameters()).device
+    for row, item in zip(figure.subplots(len(items), 3, squeeze=False), items, strict=True):
+        volume = item["image"].as_tensor()[None].to(device)
+        keep, masked = network.draw_masks(volume)
+        tokens, _ = encoder(volume, keep)
+        patches = patchify(volume, encoder.patch_size)
+        target = patches[0, masked[0]]
+        pred = network.volume_decoder(tokens, keep, masked)[0].float()
+        if loss.volume.norm_target:  # the network tells shape only: take mean and contrast from the truth
+            pred = pred * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
+        hidden, restored = patches.clone(), patches.clone()
+        hidden[0, masked[0]] = -1.0
+        restored[0, masked[0]] = pred
+        stages = [unpatchify(stage, encoder.grid, encoder.patch_size)[0, 0].cpu() for stage in (patches, hidden, restored)]
+        for axes, stage, title in zip(row, stages, ("original", "masked", "reconstructed"), strict=True):
+            show_axial(axes, stage, stage.shape[2] // 2, spacing_of(item["image"]), cmap="gray", vmin=-1, vmax=0.4)
+            axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def sentence_maps(
+    network: SimCroP,
+    tokenizer: PreTrainedTokenizerBase,
+    places: Sequence[Mapping[str, Any]],
+    path: str | Path,
+) -> None:
+    """Similarity map of finding sentences over CT, beside the finding's true mask; one row a place.
+
+    Args:
+        places: ``image [1, X, Y, Z]``, ``mask [X, Y, Z]`` bool on the same grid, ``finding`` and ``sentence``.
+    """
+    embedder = VolumeEmbedder(network.encoder, network.aligner)
+    device = next(network.encoder.parameters()).device
+    figure = Figure(figsize=(8.4, 2.9 * len(places)), layout="constrained")
+    for row, place in zip(figure.subplots(len(places), 3, squeeze=False), places, strict=True):
+        image = place["image"]
+        features = embedder.patch_features(image.as_tensor()[None].to(device))[0]
+        sentence = encode_sentences([place["sentence"]], network.aligner, network.text_encoder, tokenizer)
+        heat = upsample_patches(similarity(features, sentence), network.encoder.grid, image.shape[1:])[0].cpu()
+        at_mask = int(place["mask"].sum((0, 1)).argmax())
+        at_peak = int(heat.amax((0, 1)).argmax())
+        titles = ("CT, true mask outlined", "similarity, same slice", "similarity, slice of its peak")
+        for axes, z, title in zip(row, (at_mask, at_mask, at_peak), titles, strict=True):
+            show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+            if axes is not row[0]:
+                show_axial(axes, heat, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
+            outline_axial(axes, place["mask"], z)
+            axes.set_title(title, fontsize=9)
+        row[1].text(
+            0.5, -0.04, f"“{place['sentence']}”", transform=row[1].transAxes, ha="center", va="top", fontsize=9
+        )
+    figure.savefig(path, dpi=120)

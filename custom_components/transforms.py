@@ -1,0 +1,139 @@
+"""Dictionary transforms that MONAI lacks: reading a CT so that each way in which a file can be bad ends in one line."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+
+import itk
+import numpy as np
+import torch
+from monai.config import KeysCollection
+from monai.data import ITKReader, MetaTensor, NibabelReader
+from monai.transforms import LoadImage, MapTransform
+from monai.utils import ensure_tuple
+
+from custom_components.datalists import CT_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES
+from custom_components.errors import InputError
+
+
+class LoadCTd(MapTransform):
+    """Reads CT volumes: :class:`monai.transforms.LoadImage` with the reader fixed by the file name, and then checks.
+
+    A path (.nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder with one DICOM series) becomes a MetaTensor
+    [1, X, Y, Z] of float32 in the axis order of the file, whose affine maps voxel indices to RAS+ mm. A fourth axis of
+    size 1 is dropped. Values have the slope and intercept of the file's own header applied; nothing is clipped.
+    For label maps use :class:`monai.transforms.LoadImaged`: one without any label would be refused here.
+
+    Args:
+        keys: of the paths, which the volumes replace.
+        allow_missing_keys: whether to pass over keys that an item does not have.
+        check_hu: whether to refuse intensities that cannot be HU: a chest has air (below -500) and tissue (above 0).
+
+    Raises:
+        InputError: the file is missing, of another format, damaged or cut off; it is not one 3D volume, or is one voxel
+            thick; it holds NaN or infinity, or nothing; its spacing is impossible, or its intensities are not HU.
+    """
+
+    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, check_hu: bool = True) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.check_hu = check_hu
+        self.load = LoadImage(image_only=True, ensure_channel_first=True)
+        # Left to choose, LoadImage reads .nrrd with whichever of pynrrd and ITK is installed; named readers are tried
+        # in turn with all others, down to one that unpickles. Hence one reader per kind of file, given at the call.
+        self.nifti_reader = NibabelReader(squeeze_non_spatial_dims=True)
+        self.itk_reader = ITKReader()
+        self.dicom_reader = DicomSeriesReader()
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            path = Path(data[key]).expanduser()
+            image = self._read(path)
+            _check(path, image, self.check_hu)
+            data[key] = image
+        return data
+
+    def _read(self, path: Path) -> MetaTensor:
+        name = path.name.lower()
+        if not path.exists():
+            raise InputError(f"{path} does not exist: give the path of a CT file or of a DICOM folder")
+        if path.is_dir():
+            reader = self.dicom_reader
+        elif name.endswith(NIFTI_SUFFIXES):
+            reader = self.nifti_reader
+        elif name.endswith(ITK_SUFFIXES):
+            reader = self.itk_reader
+        else:
+            raise InputError(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: convert it to one")
+        try:
+            return self.load(path, reader)
+        except InputError:
+            raise
+        except Exception as error:  # nibabel, gzip, zlib, NumPy and ITK each raise their own for a damaged file
+            # ITK's text is about its own source files; the first line of nibabel's says what is wrong.
+            cause = "its header or its voxels are missing, cut off or of another format"
+            if reader is self.nifti_reader and str(error):
+                cause = str(error).splitlines()[0].replace(str(path), path.name)
+            raise InputError(f"{path} cannot be read ({cause}): download or export it again") from error
+
+
+class DicomSeriesReader(ITKReader):
+    """Reads a folder with one DICOM series. Where :class:`monai.data.ITKReader` would take the first of several, or
+    stretch the slices over the place of a missing one, the volume would be wrong without an error: here it is one.
+    """
+
+    def read(self, data, **kwargs):
+        """ITK image of the series in folder `data`. Raises InputError unless it has one series, without gaps."""
+        folder = str(ensure_tuple(data)[0])
+        finder = itk.GDCMSeriesFileNames.New()
+        finder.SetUseSeriesDetails(True)  # tells slices apart that differ in orientation or size, such as a scout's
+        finder.SetDirectory(folder)
+        series = [finder.GetFileNames(uid) for uid in finder.GetSeriesUIDs()]
+        if len(series) != 1:
+            counts = " and ".join(str(len(files)) for files in series) or "no"
+            raise InputError(
+                f"{folder} holds {len(series)} readable DICOM series ({counts} slices): "
+                "give a folder with the files of exactly one"
+            )
+        image = itk.imread(list(series[0]), **self.kwargs, **kwargs)
+        # Largest distance in mm of a slice from where even spacing puts it; ITK leaves the key out where it is small.
+        key, meta = "ITK_non_uniform_sampling_deviation", image.GetMetaDataDictionary()
+        if key in meta.GetKeys() and meta[key] > 0.1 * image.GetSpacing()[2]:
+            raise InputError(
+                f"{folder} has slices {meta[key]:.1f} mm off an even spacing: "
+                "files of the series are missing or damaged, export it again"
+            )
+        return image
+
+
+def _check(path: Path, image: MetaTensor, check_hu: bool) -> None:
+    """Raises InputError unless `image` is one volume [1, X, Y, Z] with content, a usable affine and, if asked, HU."""
+    shape = " x ".join(str(size) for size in image.shape[1:])
+    if image.ndim != 4 or image.shape[0] != 1:
+        raise InputError(f"{path} is not one 3D volume ({shape}, {image.shape[0]} channels): export a single volume")
+    if min(image.shape[1:]) < 2:
+        raise InputError(f"{path} is one voxel thick ({shape}): give a volume of two slices or more")
+
+    low, high = (float(value) for value in torch.aminmax(image.as_tensor()))  # both are NaN if any voxel is
+    if not (np.isfinite(low) and np.isfinite(high)):
+        count = int((~torch.isfinite(image.as_tensor())).sum())
+        raise InputError(f"{path} holds NaN or infinity in {count} of {image.numel()} voxels: export it again")
+    if low == high:
+        raise InputError(f"{path} is empty, every voxel is {low:g}: export it again")
+
+    # Bounds outside any CT scanner's: they find zero, metres and micrometres.
+    axes = image.affine.numpy()[:3, :3]
+    spacing = np.linalg.norm(axes, axis=0)
+    if not (np.isfinite(image.affine.numpy()).all() and (0.05 < spacing).all() and (spacing < 50).all()):
+        found = " x ".join(f"{size:g}" for size in spacing)
+        raise InputError(f"{path} has a voxel spacing of {found} mm, which no CT has: correct its header")
+    # Volume of a voxel over that of a box with its edges: 1 at right angles, 0.87 for a gantry tilted by 30 degrees.
+    if abs(np.linalg.det(axes / spacing)) < 0.1:
+        raise InputError(f"{path} has an affine whose axes do not span space: correct the orientation in its header")
+
+    if check_hu and (low > -500 or high < 0):
+        raise InputError(
+            f"{path} has intensities from {low:g} to {high:g}, which are not HU (air is -1000, water 0): apply the "
+            "rescale slope and intercept (those of CT-RATE's first version are in its metadata CSV)"
+        )

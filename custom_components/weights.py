@@ -1,0 +1,112 @@
+"""Weights in and out: files that are safe to load, and loaders that never start from a silent random network."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from custom_components.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def save_atomically(content: Any, path: str | Path) -> None:
+    """``torch.save`` to a temporary file beside ``path``, then rename: a kill leaves the old file or the new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_file(path: str | Path) -> Any:
+    """``torch.load(..., weights_only=True)`` onto the CPU.
+
+    ``argparse.Namespace``, which MAE's and SimCroP's authors pickle beside the weights, is the one class allowed.
+
+    Raises:
+        InputError: the file is missing, truncated, or holds more than weights.
+    """
+    if not Path(path).is_file():
+        raise InputError(f"{path}: no such checkpoint; check the path, or set the key to null to start without it")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and end-of-file errors of many types
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"{path}: not a readable checkpoint of weights only; write it again ({cause[0]})") from error
+
+
+def state_dict_of(content: Any) -> dict[str, Tensor]:
+    """The state dict in a checkpoint: itself, or under ``model`` (MAE, SimCroP), ``network`` (ours) or ``state_dict``."""
+    for key in ("model", "network", "state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    return {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+
+
+def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool]) -> None:
+    """Load every tensor of ``module`` whose name is ``wanted`` from a checkpoint, and log what was taken and left."""
+    found = state_dict_of(load_file(path))
+    names = [name for name in module.state_dict() if wanted(name)]
+    missing = [name for name in names if name not in found]
+    if len(missing) == len(names):
+        raise InputError(
+            f"{path}: fits nothing of {type(module).__name__}, which wants {names[0]} and {len(names) - 1} more tensors; "
+            f"the file holds {', '.join(list(found)[:3]) or 'no tensors'}"
+        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    wrong = [
+        f"{name} is {tuple(found[name].shape)}, not {shapes[name]}"
+        for name in names
+        if name in found and tuple(found[name].shape) != shapes[name]
+    ]
+    if missing or wrong:
+        raise InputError(
+            f"{path}: does not fit {type(module).__name__}: {len(missing)} tensors missing, {len(wrong)} of another size "
+            f"({(wrong or missing)[0]}); set the network's keys to the sizes that the checkpoint was trained with"
+        )
+    module.load_state_dict({name: found[name] for name in names}, strict=False)
+    logger.info(
+        f"{path}: filled {len(names)} of {len(shapes)} tensors of {type(module).__name__}, "
+        f"left {len(set(found) - set(names))} of the file's unused"
+    )
+
+
+def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
+    """Fill all weights of a module from a checkpoint of the same layout, and return the module.
+
+    Raises:
+        InputError: unreadable file, any tensor missing or of another size; names the first.
+    """
+    _fill(module, checkpoint, lambda name: True)
+    return module
+
+
+def load_mae(encoder: nn.Module, checkpoint: str | Path | None) -> nn.Module:
+    """Initialise a :class:`custom_components.vit.SimCroPEncoder` from a 2D MAE ViT checkpoint, as the authors do.
+
+    Blocks and final norm are taken; patch embedding, positions, class token and decoder are not. With None the encoder
+    stays as it is.
+
+    Raises:
+        InputError: as :func:`load_weights`.
+    """
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            raise InputError(
+                f"mae_checkpoint {checkpoint}: no such file; download MAE's mae_pretrain_vit_base.pth "
+                "(facebookresearch/mae) to there, or set mae_checkpoint to null to start from random weights"
+            )
+        _fill(encoder, checkpoint, lambda name: name.startswith(("blocks.", "norm.")))
+    return encoder
