@@ -6,19 +6,23 @@ import math
 import re
 import sys
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monai.inferers import SimpleInferer
+from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
+from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from custom_components.errors import InputError
 from custom_components.losses import SimCroPLoss
+from custom_components.simcrop import VolumeEmbedder, similarity, upsample_patches
+from custom_components.text import encode_sentences
 from custom_components.weights import load_file, save_atomically
 
 
@@ -90,15 +94,17 @@ class TrainingProgress:
         # a log file wants a line now and then, a terminal wants motion
         interval = 0.5 if sys.stderr.isatty() else 10.0
         total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", mininterval=interval, dynamic_ncols=True)
+        self.bar = tqdm(
+            total=total, initial=engine.state.iteration, unit="step", mininterval=interval, dynamic_ncols=True
+        )
 
     def iteration_completed(self, engine: Engine) -> None:
         # the sum first: reading it waits for the device once
         if not math.isfinite(self.loss.parts["total"].item()):
             parts = {name: value.item() for name, value in self.loss.parts.items()}
             raise RuntimeError(
-                f"the loss is no longer finite at iteration {engine.state.iteration} ({parts}): the last checkpoint is kept; "
-                "lower learning_rate, or set amp to false, and resume"
+                f"the loss is no longer finite at iteration {engine.state.iteration} ({parts}): "
+                "the last checkpoint is kept; lower learning_rate, or set amp to false, and resume"
             )
         self.bar.set_description(f"epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False)
         self.bar.set_postfix({k: f"{v.item():.3f}" for k, v in self.loss.parts.items()}, refresh=False)
@@ -163,6 +169,89 @@ class Checkpointer:
         max_epochs = engine.state.max_epochs
         engine.load_state_dict(content["trainer"])
         if engine.state.epoch >= max_epochs:
-            raise InputError(f"{self.resume}: has {engine.state.epoch} epochs already; raise max_epochs ({max_epochs}) to train on")
+            raise InputError(
+                f"{self.resume}: has {engine.state.epoch} epochs already; raise max_epochs ({max_epochs}) to train on"
+            )
         engine.state.max_epochs = max_epochs
         torch.set_rng_state(content["rng"])
+
+
+class SentenceSimilarityInferer(Inferer):
+    """How similar each sentence is to each place of a volume, as a map on the network's grid.
+
+    Args:
+        sentences: what to look for.
+        text_encoder, tokenizer: the frozen text encoder of pre-training and its tokenizer.
+    """
+
+    def __init__(self, sentences: Sequence[str], text_encoder: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.sentences = list(sentences)
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+
+    def __call__(self, inputs: Tensor, network: VolumeEmbedder, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``inputs [B, 1, X, Y, Z]`` -> ``similarity [B, S, X, Y, Z]``, cosines, and ``embedding [B, C]``."""
+        volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        sentences = encode_sentences(self.sentences, network.aligner, self.text_encoder, self.tokenizer)
+        patches, embedding = network.patches_and_embedding(volume)
+        maps = [upsample_patches(similarity(p, sentences), network.encoder.grid, volume.shape[2:]) for p in patches]
+        return {"similarity": torch.stack(maps), "embedding": embedding}
+
+
+class ReadableLoader:
+    """Batches of one from a data set, passing over items that cannot be read; a progress bar shows how far it is.
+
+    Args:
+        dataset: whose items have a ``name``.
+        num_workers: processes that read ahead.
+
+    Attributes:
+        failures: ``(name, reason)`` of the items passed over so far.
+    """
+
+    def __init__(self, dataset: Dataset, num_workers: int = 0) -> None:
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.failures: list[tuple[str, str]] = []
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.failures.clear()
+        loader = DataLoader(_Attempts(self.dataset), None, num_workers=self.num_workers)
+        for item, name, reason in tqdm(loader, unit="scan", total=len(self.dataset)):
+            if reason is None:
+                yield list_data_collate([item])
+            else:
+                self.failures.append((name, reason))
+                tqdm.write(f"skipped: {reason}", file=sys.stderr)
+
+    def report(self) -> None:
+        """Raise an :class:`InputError` that lists what was passed over, so that the run ends with exit code 1."""
+        if self.failures:
+            names = ", ".join(name for name, _ in self.failures)
+            raise InputError(
+                f"{len(self.failures)} of {len(self.dataset)} scans could not be read ({names}); the others are done, "
+                "the reasons stand above"
+            )
+
+
+class _Attempts(torch.utils.data.Dataset):
+    """Each item with its name and the reason why it cannot be read, or None."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, str, str | None]:
+        name = self.dataset.data[index]["name"]
+        try:
+            return self.dataset[index], name, None
+        except Exception as error:  # MONAI wraps what a transform raises; anything else is a bug and goes on up
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            return None, name, str(cause)

@@ -1,4 +1,4 @@
-"""What a pre-trained SimCroP knows about held-out volumes, each figure beside the control that could explain it away."""
+"""What a pre-trained SimCroP knows of held-out volumes, each figure beside the control that could explain it away."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ from transformers import PreTrainedTokenizerBase
 
 from custom_components import figures
 from custom_components.datalists import CT_RATE_CLASSES
-from custom_components.figures import similarity
 from custom_components.losses import SimCroPLoss
-from custom_components.simcrop import SimCroP, VolumeEmbedder
+from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences
 from custom_components.vit import init_weights, patchify
 
@@ -60,16 +59,16 @@ class PretrainEvaluation:
     - ``presence_auc``: AUROC over volumes of each finding's sentence by the sentence-volume score, on unmasked volumes;
       beside the same network with random weights, and a logistic regression on the volume's HU histogram.
     - ``grounding``: share of finding sentences whose most similar patch overlaps the finding's mask (``hit``); beside
-      the same sentences on all other volumes (``hit_shuffled``), a patch drawn at random (``chance``), and the patch that
-      the other volumes' masks of that finding cover most often (``no_image_prior``). Only ``hit`` above
+      the same sentences on all other volumes (``hit_shuffled``), a patch drawn at random (``chance``), and the patch
+      that the other volumes' masks of that finding cover most often (``no_image_prior``). Only ``hit`` above
       ``hit_shuffled`` speaks of the image.
 
     Args:
         network, loss: the pre-training network and its loss, of which pooling and masking are taken.
         tokenizer: of the text encoder.
         train_dataset: items for the baselines, without augmentation; the first ``num_baseline`` are used.
-        dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and, where
-            the data set has them, ``abnormalities``, ``masks`` and ``sentences`` of
+        dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and,
+            where the data set has them, ``abnormalities``, ``masks`` and ``sentences`` of
             :func:`custom_components.datalists.ct_rate`.
         sentences: class name -> the sentence that says it is present.
         output_dir: for ``metrics.json``, ``metrics.csv`` and the figures.
@@ -198,7 +197,9 @@ class PretrainEvaluation:
             "labels": np.stack(labels) if len(labels) == len(subset) else None,
         }
 
-    def _count_masked(self, counts: Counter[str], images: Tensor, batch: Mapping[str, Tensor], baseline: Mapping) -> None:
+    def _count_masked(
+        self, counts: Counter[str], images: Tensor, batch: Mapping[str, Tensor], baseline: Mapping
+    ) -> None:
         texts = {k: v.to(self.device) for k, v in batch.items() if k != "image"}
         output = self.network(images, **texts)
         if "volume_pred" in output:
@@ -211,11 +212,13 @@ class PretrainEvaluation:
             counts["frequent"] += (output["report_target"] == baseline["token"]).sum().item()
             counts["tokens"] += len(output["report_target"])
 
-    def _similarities(self, network: SimCroP, images: Tensor, sentences: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
+    def _similarities(
+        self, network: SimCroP, images: Tensor, sentences: Sequence[str]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of every sentence in every volume of a batch: score ``[S, B]`` and most similar patch ``[S, B]``; and each
         volume's mean patch-patch cosine ``[B]``."""
         features = encode_sentences(sentences, network.aligner, network.text_encoder, self.tokenizer)
-        patches = VolumeEmbedder(network.encoder, network.aligner).patch_features(images).float()
+        patches = VolumeEmbedder(network.encoder, network.aligner).patches_and_embedding(images)[0].float()
         most_similar = torch.stack([similarity(volume, features).argmax(-1) for volume in patches], -1)
         spread = F.normalize(patches, dim=-1).mean(1).square().sum(-1)
         return self.loss.alignment.scores(patches, features).cpu(), most_similar.cpu(), spread.cpu()

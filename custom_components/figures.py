@@ -13,14 +13,15 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from monai.config import KeysCollection
 from monai.data import MetaTensor
+from monai.transforms import MapTransform
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from custom_components.losses import SimCroPLoss
-from custom_components.simcrop import SimCroP, VolumeEmbedder
+from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity, upsample_patches
 from custom_components.text import encode_sentences
 from custom_components.vit import patchify, unpatchify
 
@@ -44,17 +45,6 @@ def spacing_of(image: Tensor) -> tuple[float, float, float]:
     """Voxel spacing in mm of a MetaTensor; 1 mm for a tensor that knows none."""
     x, y, z = image.pixdim.tolist() if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
     return x, y, z
-
-
-def upsample_patches(values: Tensor, grid: Sequence[int], img_size: Sequence[int]) -> Tensor:
-    """One value per patch ``[S, N]`` -> a smooth map ``[S, X, Y, Z]``, patch centres keeping their values."""
-    maps = values.float().reshape(1, -1, *grid)
-    return F.interpolate(maps, size=tuple(img_size), mode="trilinear", align_corners=False)[0]
-
-
-def similarity(patch_features: Tensor, sentence_features: Tensor) -> Tensor:
-    """Cosine similarity of every sentence ``[S, D]`` to every patch ``[N, D]`` of a volume: ``[S, N]`` in [-1, 1]."""
-    return F.normalize(sentence_features.float(), dim=-1) @ F.normalize(patch_features.float(), dim=-1).T
 
 
 def loss_curves(log_dir: str | Path, path: str | Path) -> None:
@@ -99,7 +89,9 @@ def reconstructions(network: SimCroP, loss: SimCroPLoss, items: Sequence[Mapping
         hidden, restored = patches.clone(), patches.clone()
         hidden[0, masked[0]] = -1.0
         restored[0, masked[0]] = pred
-        stages = [unpatchify(stage, encoder.grid, encoder.patch_size)[0, 0].cpu() for stage in (patches, hidden, restored)]
+        stages = [
+            unpatchify(stage, encoder.grid, encoder.patch_size)[0, 0].cpu() for stage in (patches, hidden, restored)
+        ]
         for axes, stage, title in zip(row, stages, ("original", "masked", "reconstructed"), strict=True):
             show_axial(axes, stage, stage.shape[2] // 2, spacing_of(item["image"]), cmap="gray", vmin=-1, vmax=0.4)
             axes.set_title(title, fontsize=10)
@@ -122,7 +114,7 @@ def sentence_maps(
     figure = Figure(figsize=(8.4, 2.9 * len(places)), layout="constrained")
     for row, place in zip(figure.subplots(len(places), 3, squeeze=False), places, strict=True):
         image = place["image"]
-        features = embedder.patch_features(image.as_tensor()[None].to(device))[0]
+        features = embedder.patches_and_embedding(image.as_tensor()[None].to(device))[0][0]
         sentence = encode_sentences([place["sentence"]], network.aligner, network.text_encoder, tokenizer)
         heat = upsample_patches(similarity(features, sentence), network.encoder.grid, image.shape[1:])[0].cpu()
         at_mask = int(place["mask"].sum((0, 1)).argmax())
@@ -134,7 +126,50 @@ def sentence_maps(
                 show_axial(axes, heat, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
             outline_axial(axes, place["mask"], z)
             axes.set_title(title, fontsize=9)
-        row[1].text(
-            0.5, -0.04, f"“{place['sentence']}”", transform=row[1].transAxes, ha="center", va="top", fontsize=9
-        )
+        row[1].text(0.5, -0.04, f"“{place['sentence']}”", transform=row[1].transAxes, ha="center", va="top", fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+class SentencePaneld(MapTransform):
+    """Draws the CT with the map of every sentence, and saves it as ``<output_dir>/<name>/panel.png``.
+
+    Works on the network's grid, so it stands before the maps are brought back to the scan's geometry.
+
+    Args:
+        keys: of the maps ``[S, X, Y, Z]``.
+        sentences: the S sentences.
+        output_dir: folder of all scans' results.
+        image_key, name_key: of the preprocessed CT ``[1, X, Y, Z]``, and of the scan's name.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        sentences: Sequence[str],
+        output_dir: str,
+        image_key: str = "image",
+        name_key: str = "name",
+    ) -> None:
+        super().__init__(keys)
+        self.sentences = list(sentences)
+        self.output_dir = Path(output_dir)
+        self.image_key = image_key
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        data = dict(data)
+        image = data[self.image_key].cpu()
+        folder = self.output_dir / data[self.name_key]
+        folder.mkdir(parents=True, exist_ok=True)
+        for key in self.key_iterator(data):
+            figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
+            rows = figure.subplots(len(self.sentences), 2, squeeze=False)
+            for row, sentence, heat in zip(rows, self.sentences, data[key].cpu(), strict=True):
+                z = int(heat.amax((0, 1)).argmax())
+                for axes in row:
+                    show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+                show_axial(row[1], heat, z, spacing_of(image), vmin=float(heat.min()), vmax=float(heat.max()), **HEAT)
+                row[0].set_title(sentence, fontsize=9, loc="left")
+                row[1].set_title(f"cosine {float(heat.min()):.2f} to {float(heat.max()):.2f}", fontsize=9, loc="right")
+            figure.savefig(folder / "panel.png", dpi=120)
+        return data

@@ -63,7 +63,7 @@ class MaskedVolumeLoss(nn.Module):
         return patches
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """``pred``, ``target``: ``[B, m, voxels]``, the m masked patches of each volume as predicted and as they are."""
+        """``pred``, ``target``: ``[B, m, voxels]``, the masked patches of each volume as predicted and as they are."""
         return F.mse_loss(pred.float(), self.target(target))
 
 
@@ -109,7 +109,7 @@ class SimilarityAlignmentLoss(nn.Module):
             sentence_features: ``[S, D]``.
 
         Returns:
-            ``[S, V]`` float32, on the scale of a cosine: the ``top_k`` mean or the log-mean-exp over a volume's patches.
+            ``[S, V]`` float32, on the scale of a cosine: the ``top_k`` mean or the log-mean-exp over the patches.
         """
         patches = F.normalize(patch_features.float(), dim=-1)
         sentences = F.normalize(sentence_features.float(), dim=-1)

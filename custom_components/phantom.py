@@ -7,28 +7,28 @@ For tests and the demo, where no real data set can be had. Everything is made in
 =============  ============================================================  ===================================
 structure      size                                                          HU before noise
 =============  ============================================================  ===================================
-body           half axes 130-158 x 92-135 mm; fat rim 4-22 mm                fat -110..-85, muscle 40..65
+body           half axes 121-159 x 94-137 mm; fat rim 4-22 mm                fat -110..-85, muscle 40..65
 lungs          apex 105-120 mm above, domes 45-75 mm below the origin        -880..-780, dependent side denser
 vessels        branching, radius 4.5 mm at the hilum to 1 mm                 30 (as blood if contrast is given)
 trachea        radius 8-9.5 mm, main bronchi 6 mm                            -980
 heart          cardiothoracic ratio 0.39-0.475                               35..50; 150..250 with contrast (40 %)
 aorta          radius 11-15 mm                                               as the heart
-spine, ribs    body 20 x 15 mm, discs; ribs 12 x 7 mm                        150..250; 250..600
+spine, ribs    body 40 x 32 mm, discs; ribs 12 x 8 mm                        120..220; 250..780
 distractors    calcified granulomas 3-5 mm (0-3), stomach gas                300..800; -950
 =============  ============================================================  ===================================
 
 =================================  ==========================================  ===============================
 finding (``FINDINGS``)             size                                        HU before noise
 =================================  ==========================================  ===============================
-Coronary artery wall calcification 2-5 deposits of 4-10 mm on the heart        500..1200
+Coronary artery wall calcification 2-5 deposits of 4-10 mm, one >= 7.5 mm       500..1200
 Cardiomegaly                       cardiothoracic ratio 0.53-0.61              as the heart
-Emphysema                          holes over 15-60 % of the region            -1000..-960
+Emphysema                          holes over 20-58 % of the region            -1000..-960
 Lung nodule                        1-3 ellipsoids, 12-30 mm in diameter        0..60
 Pleural effusion                   dependent crescent, 15-50 mm thick          0..20
 Consolidation                      fuzzy wedge of 35-80 mm                     -50..50, bronchograms -450
 =================================  ==========================================  ===============================
 
-Over all this lie a calibration offset of -15..15 HU, white noise of 20..32 HU standard deviation and slow noise of
+Over all this lie a calibration offset of -15..15 HU, white noise of 22..32 HU standard deviation and slow noise of
 3..8 HU. Confounders (body and lung size, lung density, contrast, bone density, offset, noise, granulomas) are drawn
 independently of the findings, and the findings independently of each other.
 """
@@ -267,11 +267,10 @@ class _Grid:
         ku, kv = self.turned(k[0], k[1])
         plane = np.exp(1j * self.u[:, None] * ku)[:, None] * np.exp(1j * (self.v[:, None] * kv + phase))
         axial = np.exp(-1j * self.w[:, None] * k[2])
-        # the real part as one product of interleaved real and imaginary parts; in float64, so that BLAS may split the
-        # work as it likes without a voxel changing
-        field = plane.reshape(-1, count).view(np.float64) @ axial.view(np.float64).T
-        field *= math.sqrt(2 / count)
-        return field.astype(np.float32).reshape(self.u.size, self.v.size, self.w.size)
+        # the real part as a product of interleaved real and imaginary parts, one row of u at a time: too small for
+        # BLAS to start threads, which would fight with the other workers
+        field = plane.view(np.float64) @ axial.view(np.float64).T
+        return (field * math.sqrt(2 / count)).astype(np.float32)
 
     def splat(self, points: Array, volume: float) -> Array:
         """Share of each voxel [X, Y, Z] that `points` [N, 3], each standing for `volume` mm3, fill (at most 1)."""
@@ -572,7 +571,7 @@ class _Painter:
         _blend(volume[part.window], part.cover(_ellipsoid(centre, radii)), 170 * density)
 
     def _bands(self, height: Array, period: float, width: float, at: float) -> Array:
-        """Share of each voxel, along z, inside bands of `width` mm that repeat every `period` mm: an exact box filter."""
+        """Share of each voxel, along z, inside bands of `width` mm that repeat every `period` mm (exact)."""
 
         def below(h: Array) -> Array:
             turns = np.floor(h / period)
@@ -682,7 +681,7 @@ class _Painter:
         for _ in range(rng.choice([1, 2, 3], p=[0.6, 0.25, 0.15])):
             diameter = rng.uniform(12, 30)
             radii = diameter / 2 * np.array([1, *rng.uniform(0.75, 1, 2)])
-            side, centre = chest.place(rng, lambda side, p: self._free(p, radii[0] + 4), depth=radii[0] + 2)
+            side, centre = chest.place(rng, lambda _, p, r=radii[0] + 4: self._free(p, r), depth=radii[0] + 2)
             nodule = _ellipsoid(centre, radii)
             part = grid.around(centre, radii)
             share = part.cover_small(nodule) * self.lungs[part.window]
@@ -762,7 +761,7 @@ def _report(
     for name, present in labels.items():
         if present:
             spoken.append((name, _sentence(str(rng.choice(POSITIVE[name])), words[name])))
-        elif rng.random() >= 0.37:
+        elif rng.random() >= 0.38:
             spoken.append((None, _sentence(str(rng.choice(NEGATIVE[name])), {})))
     for template in rng.choice(NEUTRAL, size=1 + (rng.random() < 0.3), replace=False):
         spoken.append((None, _sentence(str(template), {})))
@@ -829,7 +828,7 @@ def patient(
 
     volume = painter.volume
     volume += rng.uniform(-15, 15) + rng.uniform(3, 8) * grid.waves(rng, 50, 150)
-    noise = rng.uniform(20, 32)
+    noise = rng.uniform(22, 32)
     volume += noise * rng.standard_normal(volume.shape, dtype=np.float32)  # last: its draws depend on the shape
     volume = np.rint(volume).clip(-1024, 3071).astype(np.int16)
     return Patient(volume, affine, organs, masks, labels, findings, impression, sentences)

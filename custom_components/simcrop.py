@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -103,7 +105,7 @@ class Aligner(nn.Module):
         """What the encoder's ``embed`` and ``transform`` gave -> ``[B, n, projection_size]``."""
         if self.align_layer > len(hidden_states):
             raise ValueError(
-                "align_layer is larger than the encoder's num_layers: lower align_layer, or set it to null for the final tokens"
+                "align_layer is larger than the encoder's num_layers: lower it, or set it to null for the final tokens"
             )
         if self.align_layer == 0:
             tokens = embedded
@@ -155,7 +157,7 @@ class ReportDecoder(nn.Module):
         super().__init__()
         if hidden_size % num_heads:
             raise InputError(
-                f"report decoder: hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of the two"
+                f"report decoder: hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of them"
             )
         self.token_projection = nn.Linear(text_size, hidden_size)
         self.patch_projection = nn.Linear(visual_size, hidden_size)
@@ -201,6 +203,17 @@ class ReportDecoder(nn.Module):
         return self.language_model.cls(x[masked])
 
 
+def upsample_patches(values: Tensor, grid: Sequence[int], img_size: Sequence[int]) -> Tensor:
+    """One value per patch ``[S, N]`` -> a smooth map ``[S, X, Y, Z]``, patch centres keeping their values."""
+    maps = values.float().reshape(1, -1, *grid)
+    return F.interpolate(maps, size=tuple(img_size), mode="trilinear", align_corners=False)[0]
+
+
+def similarity(patch_features: Tensor, sentence_features: Tensor) -> Tensor:
+    """Cosine similarity of every sentence ``[S, D]`` to every patch ``[N, D]`` of a volume: ``[S, N]`` in [-1, 1]."""
+    return F.normalize(sentence_features.float(), dim=-1) @ F.normalize(patch_features.float(), dim=-1).T
+
+
 class SimCroP(nn.Module):
     """One pre-training step of SimCroP (MICCAI 2025), up to the losses.
 
@@ -224,7 +237,9 @@ class SimCroP(nn.Module):
         if not 0 <= mask_ratio < 1 or round(encoder.num_patches * mask_ratio) == encoder.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} leaves no patch to encode: set it to at least 0 and below 1")
         if volume_decoder is not None and round(encoder.num_patches * mask_ratio) == 0:
-            raise InputError(f"mask_ratio {mask_ratio} masks no patch: raise it, or set the weight of the volume loss to 0")
+            raise InputError(
+                f"mask_ratio {mask_ratio} masks no patch: raise it, or set the weight of the volume loss to 0"
+            )
         self.encoder = encoder
         self.text_encoder = text_encoder
         self.volume_decoder = volume_decoder
@@ -252,7 +267,7 @@ class SimCroP(nn.Module):
                 :class:`custom_components.text.ReportCollate` makes them.
 
         Returns:
-            What the losses need, each present if its branch is: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]``
+            What the losses need, each if its branch is there: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]``
             with the patches' indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
             ``sentence_id [B, S]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
         """
@@ -291,7 +306,7 @@ class VolumeEmbedder(nn.Module):
         self.aligner = aligner
 
     def forward(self, volume: Tensor) -> Tensor:
-        """``[B, 1, X, Y, Z]`` -> the volume's embedding ``[B, C]``: mean patch token of the last block, before the norm.
+        """``[B, 1, X, Y, Z]`` -> the volume's embedding ``[B, C]``: mean patch token of the last block, unnormed.
 
         It is the pooling that the published linear probe reads.
         """
@@ -299,8 +314,10 @@ class VolumeEmbedder(nn.Module):
         return hidden_states[-1][:, self.encoder.num_prefix_tokens :].mean(1)
 
     @torch.jit.ignore
-    def patch_features(self, volume: Tensor) -> Tensor:
-        """``[B, 1, X, Y, Z]`` -> projected features ``[B, N, D]`` of all patches."""
+    def patches_and_embedding(self, volume: Tensor) -> tuple[Tensor, Tensor]:
+        """``[B, 1, X, Y, Z]`` -> projected features ``[B, N, D]`` of all patches, and the embedding ``[B, C]``."""
         embedded = self.encoder.embed(volume)
         tokens, hidden_states = self.encoder.transform(embedded)
-        return self.aligner.patches(embedded, tokens, hidden_states, self.encoder.num_prefix_tokens)
+        prefix = self.encoder.num_prefix_tokens
+        patches = self.aligner.patches(embedded, tokens, hidden_states, prefix)
+        return patches, hidden_states[-1][:, prefix:].mean(1)

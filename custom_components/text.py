@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,9 @@ def _read(name_or_path: str, what: str, load: Any, *args: Any, **kwargs: Any) ->
     transformers_logging.disable_progress_bar()
     try:
         return load(name_or_path, *args, **kwargs)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
+    except (
+        Exception
+    ) as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
         if Path(name_or_path).is_dir():
             cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
         else:
@@ -99,7 +101,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     loader = BertTokenizerFast if isinstance(config, BertConfig) else AutoTokenizer
     tokenizer = _read(name_or_path, "tokenizer", loader.from_pretrained)
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError(f"text_encoder {name_or_path}: its tokenizer has no mask or padding token; take a BERT or RoBERTa")
+        raise InputError(
+            f"text_encoder {name_or_path}: its tokenizer has no mask or padding token; take a BERT or RoBERTa"
+        )
     return tokenizer
 
 
@@ -150,8 +154,8 @@ class TextEncoder(nn.Module):
         return nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
 
 
-def load_text_encoder(name_or_path: str, cache_size: int = 0) -> TextEncoder:
-    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder.
+def load_text_encoder(name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu") -> TextEncoder:
+    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder, on ``device``.
 
     CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
 
@@ -160,7 +164,7 @@ def load_text_encoder(name_or_path: str, cache_size: int = 0) -> TextEncoder:
     """
     config = _load_config(name_or_path)
     model = _read(name_or_path, "model", AutoModel.from_pretrained, config=config, add_pooling_layer=False)
-    return TextEncoder(model, pad_token_id=load_tokenizer(name_or_path).pad_token_id, cache_size=cache_size)
+    return TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size).to(device)
 
 
 def tokenize_sentences(
@@ -258,3 +262,20 @@ def encode_sentences(
         index = pad_sequence(list(index), batch_first=True, padding_value=-1).to(device)
         features.append(aligner.sentences(text_encoder(ids), index, 1)[:, 0].float())
     return torch.cat(features)
+
+
+def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | None = None) -> list[str]:
+    """The sentences to look for: those of a report text if one is given, else ``sentences``, in any of their forms.
+
+    Raises:
+        InputError: there is no sentence.
+    """
+    if report is not None:
+        found = split_sentences(report)
+    elif isinstance(sentences, str):
+        found = [sentences]
+    else:
+        found = list(sentences.values() if isinstance(sentences, Mapping) else sentences)
+    if not found:
+        raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
+    return found

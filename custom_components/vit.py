@@ -81,9 +81,7 @@ def simcrop_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
     """
     frequency = 10000.0 ** (-2 * torch.arange(hidden_size // 2, dtype=torch.float64) / hidden_size)
     h, w, _ = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
-    waves = torch.stack(
-        [(h.flatten()[:, None] * frequency).sin(), (w.flatten()[:, None] * frequency).cos()], dim=-1
-    )
+    waves = torch.stack([(h.flatten()[:, None] * frequency).sin(), (w.flatten()[:, None] * frequency).cos()], dim=-1)
     return waves.flatten(1).float()
 
 
@@ -122,7 +120,9 @@ class Attention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
         if hidden_size % num_heads:
-            raise InputError(f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of the two")
+            raise InputError(
+                f"hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of the two"
+            )
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)

@@ -48,7 +48,7 @@ def load_file(path: str | Path) -> Any:
 
 
 def state_dict_of(content: Any) -> dict[str, Tensor]:
-    """The state dict in a checkpoint: itself, or under ``model`` (MAE, SimCroP), ``network`` (ours) or ``state_dict``."""
+    """The state dict in a checkpoint: itself, or under ``model`` (MAE, SimCroP), ``network`` or ``state_dict``."""
     for key in ("model", "network", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
@@ -62,7 +62,7 @@ def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool]) ->
     missing = [name for name in names if name not in found]
     if len(missing) == len(names):
         raise InputError(
-            f"{path}: fits nothing of {type(module).__name__}, which wants {names[0]} and {len(names) - 1} more tensors; "
+            f"{path}: fits nothing of {type(module).__name__}, which wants {names[0]} and {len(names) - 1} more; "
             f"the file holds {', '.join(list(found)[:3]) or 'no tensors'}"
         )
     shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -73,7 +73,7 @@ def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool]) ->
     ]
     if missing or wrong:
         raise InputError(
-            f"{path}: does not fit {type(module).__name__}: {len(missing)} tensors missing, {len(wrong)} of another size "
+            f"{path}: does not fit {type(module).__name__}: {len(missing)} tensors missing, {len(wrong)} of other size "
             f"({(wrong or missing)[0]}); set the network's keys to the sizes that the checkpoint was trained with"
         )
     module.load_state_dict({name: found[name] for name in names}, strict=False)
