@@ -217,7 +217,7 @@ class ReadableLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
-        loader = DataLoader(_Attempts(self.dataset), None, num_workers=self.num_workers)
+        loader = DataLoader(_Attempts(self.dataset), self.num_workers, batch_size=None)
         for item, name, reason in tqdm(loader, unit="scan", total=len(self.dataset)):
             if reason is None:
                 yield list_data_collate([item])

@@ -9,7 +9,7 @@ structure      size                                                          HU 
 =============  ============================================================  ===================================
 body           half axes 121-159 x 94-137 mm; fat rim 4-22 mm                fat -110..-85, muscle 40..65
 lungs          apex 105-120 mm above, domes 45-75 mm below the origin        -880..-780, dependent side denser
-vessels        branching, radius 4.5 mm at the hilum to 1 mm                 30 (as blood if contrast is given)
+vessels        branching, radius 4 mm at the hilum to 1.2 mm                 30 (as blood if contrast is given)
 trachea        radius 8-9.5 mm, main bronchi 6 mm                            -980
 heart          cardiothoracic ratio 0.39-0.475                               35..50; 150..250 with contrast (40 %)
 aorta          radius 11-15 mm                                               as the heart

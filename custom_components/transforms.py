@@ -1,15 +1,16 @@
-"""Dictionary transforms that MONAI lacks: reading a CT so that each way in which a file can be bad ends in one line."""
+"""Dictionary transforms that MONAI lacks: reading a CT so that each way of being bad ends in one line; saving maps."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import itk
 import numpy as np
+import pandas as pd
 import torch
 from monai.config import KeysCollection
-from monai.data import ITKReader, MetaTensor, NibabelReader
+from monai.data import ITKReader, MetaTensor, NibabelReader, NibabelWriter
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
 
@@ -137,3 +138,51 @@ def _check(path: Path, image: MetaTensor, check_hu: bool) -> None:
             f"{path} has intensities from {low:g} to {high:g}, which are not HU (air is -1000, water 0): apply the "
             "rescale slope and intercept (those of CT-RATE's first version are in its metadata CSV)"
         )
+
+
+class SaveSimilarityd(MapTransform):
+    """Saves what was found in a scan to ``<output_dir>/<name>/``.
+
+    ``similarity_01.nii.gz`` and so on: one map per sentence, float32 cosines in the geometry of the maps' own affine.
+    ``sentences.csv``: each sentence with its file, highest cosine and where that is (RAS+ mm). ``embedding.npy``.
+
+    Args:
+        keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
+        sentences: the S sentences.
+        output_dir: folder of all scans' results.
+        embedding_key, name_key: of the scan's embedding [C] and of its name.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        sentences: Sequence[str],
+        output_dir: str,
+        embedding_key: str = "embedding",
+        name_key: str = "name",
+    ) -> None:
+        super().__init__(keys)
+        self.sentences = list(sentences)
+        self.output_dir = Path(output_dir)
+        self.embedding_key = embedding_key
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        folder = self.output_dir / data[self.name_key]
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "embedding.npy", data[self.embedding_key].float().cpu().numpy())
+        for key in self.key_iterator(data):
+            maps, affine = data[key].cpu().numpy(), data[key].affine.numpy()
+            rows = []
+            for i, (sentence, similarity) in enumerate(zip(self.sentences, maps, strict=True), 1):
+                writer = NibabelWriter(output_dtype=np.float32)
+                writer.set_data_array(similarity, channel_dim=None)
+                writer.set_metadata({"affine": affine}, resample=False)
+                writer.write(folder / f"similarity_{i:02d}.nii.gz")
+                peak = np.unravel_index(similarity.argmax(), similarity.shape)
+                x, y, z = (affine @ [*peak, 1])[:3].round(1)
+                rows.append((f"similarity_{i:02d}.nii.gz", sentence, round(float(similarity.max()), 4), x, y, z))
+            table = pd.DataFrame(rows, columns=["file", "sentence", "max_cosine", "x_mm", "y_mm", "z_mm"])
+            table.to_csv(folder / "sentences.csv", index=False)
+        return data
