@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,9 +40,10 @@ class OneLineErrors:
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         # a data loader's worker sends its exception as text, so the text is what can be searched
-        found = self.PATTERN.search("".join(traceback.format_exception(kind, error, trace)))
+        found = self.PATTERN.findall("".join(traceback.format_exception(kind, error, trace)))
         if found:
-            print(f"error: {found[1]}", file=sys.stderr)
+            # the last: a worker's own InputError stands behind "InputError: Caught InputError in DataLoader worker"
+            print(f"error: {found[-1]}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
@@ -217,7 +219,7 @@ class ReadableLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
-        loader = DataLoader(_Attempts(self.dataset), self.num_workers, batch_size=None)
+        loader = DataLoader(_Attempts(self.dataset), self.num_workers, collate_fn=itemgetter(0))
         for item, name, reason in tqdm(loader, unit="scan", total=len(self.dataset)):
             if reason is None:
                 yield list_data_collate([item])

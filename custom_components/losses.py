@@ -76,7 +76,7 @@ class SimilarityAlignmentLoss(nn.Module):
         negatives: ``report`` (published): the other sentences of the same report, both directions summed. ``volume``:
             the sentence-volume score, with the other volumes of the batch (sentence to volume) and the other reports'
             sentences (volume to sentence) as negatives, both directions averaged; a volume whose own report holds the
-            identical sentence is left out. ``both``: the mean of the two.
+            identical sentence, or no sentence, is left out. ``both``: the mean of the two.
         align_pool: ``topk_mean`` (published) or ``lse``, see :func:`pool_patches`.
         beta: sharpness of ``lse``.
 
@@ -149,15 +149,15 @@ class SimilarityAlignmentLoss(nn.Module):
 
     def _across_volumes(self, patches: Tensor, sentences: Tensor, sentence_id: Tensor) -> Tensor:
         real = sentence_id != 0
-        if real.any(1).sum() == 0 or len(real) < 2:
+        if not real.any():
             return (patches.sum() + sentences.sum()) * 0.0
         own = real.nonzero()[:, 0]  # the volume that each sentence belongs to
         flat_id = sentence_id[real]
         logits = self.scores(patches, sentences[real]) / self.temperature  # s v
-        # a volume whose report holds the very sentence is no negative of it
-        says = (flat_id[:, None, None] == sentence_id[None]).any(-1)  # s v
+        # no negative of a sentence: a volume whose report holds the very sentence, or holds none at all
+        excluded = (flat_id[:, None, None] == sentence_id[None]).any(-1) | ~real.any(1)  # s v
         is_own = own[:, None] == torch.arange(len(real), device=own.device)
-        logits = logits.masked_fill(says & ~is_own, MASKED)
+        logits = logits.masked_fill(excluded & ~is_own, MASKED)
         to_volume = F.cross_entropy(logits, own)
         # volume to sentence: each own sentence against the sentences of other reports, never against its siblings
         positive = logits[is_own]

@@ -761,14 +761,14 @@ def _report(
     for name, present in labels.items():
         if present:
             spoken.append((name, _sentence(str(rng.choice(POSITIVE[name])), words[name])))
-        elif rng.random() >= 0.38:
+        elif rng.random() < 0.4:
             spoken.append((None, _sentence(str(rng.choice(NEGATIVE[name])), {})))
-    for template in rng.choice(NEUTRAL, size=1 + (rng.random() < 0.3), replace=False):
+    for template in rng.choice(NEUTRAL, size=rng.integers(2)):
         spoken.append((None, _sentence(str(template), {})))
     spoken = [spoken[i] for i in rng.permutation(len(spoken))]
-    if rng.random() < 0.15:  # as in many real reports, no full stop at the end
+    if spoken and rng.random() < 0.15:  # as in many real reports, no full stop at the end
         spoken[-1] = (spoken[-1][0], spoken[-1][1].removesuffix("."))
-    findings = " ".join(text for _, text in spoken)
+    findings = " ".join(text for _, text in spoken) or NOT_GIVEN
     sentences = {name: text for name, text in spoken if name is not None}
 
     named = _join([SHORT_NAMES[name] for name in labels if labels[name]])

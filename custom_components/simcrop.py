@@ -222,6 +222,9 @@ class SimCroP(nn.Module):
         text_encoder: frozen; see :func:`custom_components.text.load_text_encoder`.
         volume_decoder, aligner, report_decoder: the three branches; one that is None is not computed.
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
+        sentence_context: what the text encoder sees beside a sentence of the Findings: the whole ``report``, as
+            published, or the ``sentence`` alone. In context, every sentence carries traces of its neighbours, by which
+            a report can be recognised without the sentence's own finding.
     """
 
     def __init__(
@@ -232,8 +235,11 @@ class SimCroP(nn.Module):
         aligner: Aligner | None = None,
         report_decoder: ReportDecoder | None = None,
         mask_ratio: float = 0.75,
+        sentence_context: str = "report",
     ) -> None:
         super().__init__()
+        if sentence_context not in ("report", "sentence"):
+            raise InputError(f"sentence_context {sentence_context!r} is unknown: choose report or sentence")
         if not 0 <= mask_ratio < 1 or round(encoder.num_patches * mask_ratio) == encoder.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} leaves no patch to encode: set it to at least 0 and below 1")
         if volume_decoder is not None and round(encoder.num_patches * mask_ratio) == 0:
@@ -246,6 +252,7 @@ class SimCroP(nn.Module):
         self.aligner = aligner
         self.report_decoder = report_decoder
         self.mask_ratio = mask_ratio
+        self.sentence_context = sentence_context
 
     def draw_masks(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """``keep`` and ``masked`` of a batch of volumes, see :func:`random_masking`."""
@@ -281,7 +288,10 @@ class SimCroP(nn.Module):
             output["volume_target"] = gather_tokens(patchify(volume, self.encoder.patch_size), masked)
             output["masked"] = masked
         if self.aligner is not None:
-            token_features = self.text_encoder.cached(findings_ids)
+            if self.sentence_context == "report":
+                token_features = self.text_encoder.cached(findings_ids)
+            else:
+                token_features = self.text_encoder.sentencewise(findings_ids, sentence_index)
             output["patch_features"] = self.aligner.patches(embedded, tokens, hidden_states, prefix)
             output["sentence_features"] = self.aligner.sentences(token_features, sentence_index, sentence_id.shape[1])
             output["sentence_id"] = sentence_id

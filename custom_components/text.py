@@ -143,15 +143,39 @@ class TextEncoder(nn.Module):
             return self(ids)
         lengths = (ids != self.pad_token_id).sum(1).tolist()
         texts = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
-        new = [i for i, text in enumerate(texts) if text not in self._cache]
-        features: dict[int, Tensor] = {}
+        new = {text: i for i, text in enumerate(texts) if text not in self._cache}
+        fresh: dict[tuple[int, ...], Tensor] = {}
         if new:
-            features = {i: row[: lengths[i]] for i, row in zip(new, self(ids[new]), strict=True)}
-            room = self.cache_size - len(self._cache)
-            self._cache.update((texts[i], features[i].clone()) for i in new[: max(room, 0)])
-        rows = [features[i] if i in features else self._cache[text] for i, text in enumerate(texts)]
+            fresh = {text: row[: len(text)] for text, row in zip(new, self(ids[list(new.values())]), strict=True)}
+            room = max(self.cache_size - len(self._cache), 0)
+            self._cache.update((text, fresh[text].clone()) for text in list(new)[:room])
+        rows = [fresh[text] if text in fresh else self._cache[text] for text in texts]
         padded = pad_sequence(rows, batch_first=True)
         return nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
+
+    @torch.no_grad()
+    def sentencewise(self, ids: Tensor, sentence_index: Tensor) -> Tensor:
+        """As :meth:`cached`, but every sentence is read alone, between the special tokens that frame the text.
+
+        Args:
+            ids: ``[B, T]`` int64.
+            sentence_index: ``[B, T]`` int64, the sentence of each token, -1 for special tokens and padding.
+
+        Returns:
+            ``[B, T, hidden_size]``; zeros where ``sentence_index`` is -1.
+        """
+        texts, places = [], []
+        for b, (row, index) in enumerate(zip(ids, sentence_index, strict=True)):
+            first, last = row[:1], row[row != self.pad_token_id][-1:]
+            for s in range(int(index.max()) + 1):
+                texts.append(torch.cat([first, row[index == s], last]))
+                places.append((b, index == s))
+        features = torch.zeros(*ids.shape, self.hidden_size, device=ids.device)
+        if texts:
+            read = self.cached(pad_sequence(texts, batch_first=True, padding_value=self.pad_token_id))
+            for (b, tokens), sentence in zip(places, read, strict=True):
+                features[b, tokens] = sentence[1 : 1 + int(tokens.sum())].to(features.dtype)
+        return features
 
 
 def load_text_encoder(name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu") -> TextEncoder:
@@ -160,10 +184,22 @@ def load_text_encoder(name_or_path: str, cache_size: int = 0, device: torch.devi
     CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
 
     Raises:
-        InputError: nothing can be loaded from there; says how to fetch the model once.
+        InputError: nothing can be loaded from there, with how to fetch the model once; or weights are missing.
     """
     config = _load_config(name_or_path)
-    model = _read(name_or_path, "model", AutoModel.from_pretrained, config=config, add_pooling_layer=False)
+    model, info = _read(
+        name_or_path,
+        "model",
+        AutoModel.from_pretrained,
+        config=config,
+        add_pooling_layer=False,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:  # transformers would start these at random
+        raise InputError(
+            f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
+            f"{min(info['missing_keys'])} among them; take a BERT or RoBERTa whose config.json and weights belong together"
+        )
     return TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size).to(device)
 
 

@@ -96,22 +96,40 @@ def init_weights(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def hu_statistics(patches: Tensor, num_bins: int) -> Tensor:
+    """Intensity statistics of patches ``[B, n, voxels]`` in [-1, 1] -> ``[B, n, num_bins + 4]``.
+
+    Square roots of the histogram's shares (a root, so that a lesion of few voxels counts), mean, standard deviation,
+    minimum, maximum.
+    """
+    index = ((patches + 1) * (num_bins / 2)).long().clamp(0, num_bins - 1)
+    histogram = torch.zeros(patches.shape[0], patches.shape[1], num_bins, dtype=patches.dtype, device=patches.device)
+    histogram = histogram.scatter_add(2, index, torch.full_like(patches, 1.0 / patches.shape[2])).sqrt()
+    moments = [patches.mean(2), patches.std(2), patches.amin(2), patches.amax(2)]
+    return torch.cat([histogram, torch.stack(moments, dim=-1)], dim=-1)
+
+
 class PatchEmbed(nn.Module):
-    """One linear layer on flattened patches.
+    """One linear layer on flattened patches, and a second one on their intensity statistics if ``hu_bins`` is not 0.
 
     The weight has the shape of a 3D convolution's, since published checkpoints store it so; it is applied as a matrix
     product, because only kept patches are embedded and a convolution's bf16 backward is slow on CPUs.
     """
 
-    def __init__(self, in_channels: int, patch_size: Sequence[int], hidden_size: int) -> None:
+    def __init__(self, in_channels: int, patch_size: Sequence[int], hidden_size: int, hu_bins: int = 0) -> None:
         super().__init__()
+        self.hu_bins = hu_bins
         self.proj = nn.Conv3d(in_channels, hidden_size, tuple(patch_size), tuple(patch_size))
         nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
         nn.init.zeros_(self.proj.bias)
+        self.statistics = nn.Linear(hu_bins + 4, hidden_size, bias=False) if hu_bins else None
 
     def forward(self, patches: Tensor) -> Tensor:
         """``[B, n, C * px * py * pz]`` -> ``[B, n, hidden_size]``."""
-        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        tokens = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+        if self.statistics is not None:
+            tokens = tokens + self.statistics(hu_statistics(patches, self.hu_bins))
+        return tokens
 
 
 class Attention(nn.Module):
@@ -175,6 +193,8 @@ class SimCroPEncoder(nn.Module):
         class_token: prepend a trainable class token.
         pos_embed: table of fixed positions, ``sincos3d`` or ``simcrop`` (the authors', blind to depth). It is a buffer
             and stored with the weights, since an imported checkpoint brings its own.
+        hu_bins: bins of a histogram per patch that is embedded beside its voxels; 0, as published, for none. A small
+            network then need not learn what a nodule's or a calcification's HU are. For one channel.
 
     Raises:
         InputError: ``img_size`` does not divide by ``patch_size``, ``num_heads`` does not divide ``hidden_size``, or
@@ -192,6 +212,7 @@ class SimCroPEncoder(nn.Module):
         num_heads: int = 12,
         class_token: bool = True,
         pos_embed: str = "sincos3d",
+        hu_bins: int = 0,
     ) -> None:
         super().__init__()
         if pos_embed not in POSITIONS:
@@ -202,7 +223,7 @@ class SimCroPEncoder(nn.Module):
         self.hidden_size = hidden_size
         self.num_prefix_tokens = int(class_token)
 
-        self.patch_embed = PatchEmbed(in_channels, patch_size, hidden_size)
+        self.patch_embed = PatchEmbed(in_channels, patch_size, hidden_size, hu_bins)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if class_token else None
         if self.cls_token is not None:
             nn.init.normal_(self.cls_token, std=0.02)

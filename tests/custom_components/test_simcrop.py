@@ -1,0 +1,426 @@
+"""The pre-training network end to end at toy size: what gets a gradient, what must not matter, what branches read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, distributed
+from torch.multiprocessing import start_processes
+from transformers import BertConfig, BertModel
+
+from custom_components.errors import InputError
+from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
+from custom_components.simcrop import (
+    Aligner,
+    ReportDecoder,
+    SimCroP,
+    VolumeDecoder,
+    VolumeEmbedder,
+    random_masking,
+    similarity,
+    upsample_patches,
+)
+from custom_components.text import TextEncoder
+from custom_components.vit import SimCroPEncoder, patchify, unpatchify
+
+ROOT = Path(__file__).parents[2]
+BRANCHES = {"volume": "volume_decoder", "alignment": "aligner", "report": "report_decoder"}
+OUTPUTS = {
+    "volume": {"volume_pred", "volume_target", "masked"},
+    "alignment": {"patch_features", "sentence_features", "sentence_id"},
+    "report": {"report_logits", "report_target"},
+}
+
+
+def losses(negatives: str = "both", **weights: float) -> SimCroPLoss:
+    weights = {"volume": 1.0, "alignment": 1.0, "report": 1.0} | weights
+    alignment = SimilarityAlignmentLoss(top_k=2, negatives=negatives)
+    return SimCroPLoss(weights, MaskedVolumeLoss(), alignment, MaskedReportLoss())
+
+
+def parts(network: SimCroP, batch: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+    """The three losses and their sum, with masks drawn from ``seed``."""
+    loss = losses()
+    torch.manual_seed(seed)
+    loss(network(**batch))
+    return loss.parts
+
+
+# masks
+
+
+@pytest.mark.parametrize(("num_patches", "ratio"), [(2744, 0.75), (32, 0.5), (7, 0.4), (10, 0.0)])
+def test_kept_and_masked_patches_part_the_volume(num_patches, ratio):
+    keep, masked = random_masking(3, num_patches, ratio, torch.device("cpu"))
+    assert keep.dtype == masked.dtype == torch.int64
+    assert masked.shape == (3, round(num_patches * ratio))
+    for both in torch.cat([keep, masked], dim=1):
+        assert both.sort().values.tolist() == list(range(num_patches))
+
+
+def test_every_volume_and_call_has_its_own_mask_and_no_patch_is_favoured():
+    torch.manual_seed(0)
+    count = torch.zeros(32)
+    for _ in range(50):
+        _, masked = random_masking(40, 32, 0.75, torch.device("cpu"))
+        count += torch.bincount(masked.flatten(), minlength=32)
+    assert len({tuple(sorted(row)) for row in masked.tolist()}) == 40
+    assert ((count / 2000 - 0.75).abs() < 0.05).all()  # five standard deviations
+
+
+@pytest.mark.parametrize("ratio", [1.0, -0.1, 1.5, 0.99])
+def test_a_mask_ratio_that_leaves_nothing_is_an_error(network, ratio):
+    with pytest.raises(InputError, match=f"mask_ratio {ratio} leaves no patch"):
+        network(mask_ratio=ratio)
+
+
+def test_a_mask_ratio_that_masks_nothing_needs_the_volume_branch_off(network, batch):
+    with pytest.raises(InputError, match="mask_ratio 0.0 masks no patch"):
+        network(mask_ratio=0.0)
+    assert network(mask_ratio=0.0, volume=False)(**batch())["patch_features"].shape[1] == 32
+
+
+# one step
+
+
+def test_output_has_the_documented_shapes(network, batch):
+    inputs = batch()
+    output = network()(**inputs)
+    hidden = inputs["report_labels"] != -100
+    assert {name: tuple(value.shape) for name, value in output.items()} == {
+        "volume_pred": (3, 24, 32),
+        "volume_target": (3, 24, 32),
+        "masked": (3, 24),
+        "patch_features": (3, 8, 16),
+        "sentence_features": (3, 3, 16),
+        "sentence_id": (3, 3),
+        "report_logits": (hidden.sum(), 40),
+        "report_target": (hidden.sum(),),
+    }
+    assert torch.equal(output["report_target"], inputs["report_labels"][hidden])
+    patches = patchify(inputs["volume"], (4, 4, 2))
+    for b in range(3):
+        for place, n in enumerate(output["masked"][b].tolist()):
+            assert torch.equal(output["volume_target"][b, place], patches[b, n])
+
+
+@pytest.mark.parametrize("align_layer", [None, 0, 1])
+@pytest.mark.parametrize("sentences", [(3, 1, 0), (0, 0), (1,)])
+def test_a_step_reaches_every_trainable_parameter_and_no_frozen_one(network, batch, sentences, align_layer):
+    """None without a gradient even where a batch has nothing to align: DDP needs one for each, if only zeros."""
+    model = network(align_layer=align_layer)
+    total = losses()(model(**batch(sentences=sentences)))
+    total.backward()
+    assert total.isfinite()
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("text_encoder."), name
+        assert p.grad is None or p.grad.isfinite().all(), name
+    if sentences == (3, 1, 0):
+        # a bias of keys shifts all logits of a row alike, so softmax forgets it; its share of the fused bias is skipped
+        silent = [n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() < 1e-9]
+        assert [n for n in silent if "key.bias" not in n] == []
+
+
+def test_the_seed_decides_the_losses(network, batch):
+    model, inputs = network(), batch()
+    first, again, other = (parts(model, inputs, seed) for seed in (1, 1, 2))
+    for name in ("volume", "alignment", "report"):
+        assert first[name] == again[name] != other[name], name
+
+
+def test_padding_never_changes_a_loss(network, batch):
+    model, inputs = network().eval(), batch()
+    longer = inputs | {
+        name: torch.nn.functional.pad(inputs[name], (0, more), value=value)
+        for name, more, value in [
+            ("findings_ids", 5, 0),
+            ("sentence_index", 5, -1),
+            ("sentence_id", 2, 0),
+            ("report_ids", 6, 0),
+            ("report_labels", 6, -100),
+        ]
+    }
+    torch.testing.assert_close(parts(model, longer), parts(model, inputs), atol=1e-5, rtol=1e-5)
+
+
+def test_a_few_steps_lower_every_loss(network, batch):
+    torch.manual_seed(0)
+    model, inputs = network(mask_ratio=0.5), batch(sentences=(3, 2, 2))
+    before = parts(model.eval(), inputs)
+    model.train()
+    loss, optimizer = losses(), torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss(model(**inputs)).backward()
+        optimizer.step()
+    after = parts(model.eval(), inputs)
+    for name in ("volume", "alignment", "report"):
+        assert after[name] < 0.9 * before[name], name
+
+
+def test_bfloat16_autocast_is_finite_and_near_float32(network, batch):
+    model, inputs = network().eval(), batch()
+    expected = parts(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        lower = parts(model, inputs)
+        torch.manual_seed(0)
+        losses()(model(**inputs)).backward()
+    assert all(value.dtype == torch.float32 for value in lower.values())
+    torch.testing.assert_close(lower, expected, atol=0.1, rtol=0.05)
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+# branches
+
+
+@pytest.mark.parametrize("off", ["volume", "alignment", "report"])
+def test_a_branch_that_is_none_is_not_computed_and_the_others_do_not_notice(network, batch, off):
+    model, inputs = network().eval(), batch()
+    expected = parts(model, inputs)
+    setattr(model, BRANCHES[off], None)
+    texts = []
+    model.text_encoder.model.register_forward_pre_hook(
+        lambda module, args, kwargs: texts.append(kwargs["input_ids"]), with_kwargs=True
+    )
+    torch.manual_seed(0)
+    output = model(**inputs)
+    assert set(output) == set().union(*(names for branch, names in OUTPUTS.items() if branch != off))
+    read = {"volume": ["findings_ids", "report_ids"], "alignment": ["report_ids"], "report": ["findings_ids"]}[off]
+    assert len(texts) == len(read) and all(torch.equal(t, inputs[name]) for t, name in zip(texts, read, strict=True))
+    loss = losses(**{off: 0.0})
+    loss(output)
+    for name in set(BRANCHES) - {off}:
+        torch.testing.assert_close(loss.parts[name], expected[name])
+
+
+def test_volume_modelling_alone_needs_no_text_encoder(network, batch):
+    model = SimCroP(network().encoder, volume_decoder=network().volume_decoder)
+    assert losses(alignment=0, report=0)(model(**batch())).isfinite()
+
+
+# alignment
+
+
+@pytest.mark.parametrize("align_layer", [0, 1, 2, None])
+def test_align_layer_says_which_tokens_are_aligned(network, batch, align_layer):
+    model, inputs = network(align_layer=align_layer).eval(), batch()
+    torch.manual_seed(0)
+    keep, _ = model.draw_masks(inputs["volume"])
+    torch.manual_seed(0)
+    features = model(**inputs)["patch_features"]
+    tokens, hidden = model.encoder(inputs["volume"], keep)
+    states = {None: tokens, 0: model.encoder.embed(inputs["volume"], keep), 1: hidden[0], 2: hidden[1]}
+    torch.testing.assert_close(features, model.aligner.patch_projection(states[align_layer][:, 1:]))
+
+
+def test_align_layer_beyond_the_last_block_is_an_error(network, batch):
+    with pytest.raises(ValueError, match="align_layer is larger than the encoder's num_layers"):
+        network(align_layer=3)(**batch())
+
+
+@pytest.mark.parametrize("context", ["report", "sentence"])
+def test_sentence_context_says_what_the_text_encoder_reads(network, batch, context):
+    model, inputs = network().eval(), batch()
+    model.sentence_context = context
+    features = model(**inputs)["sentence_features"]
+    words = inputs["findings_ids"][0, 4:7]  # the second of three sentences, of three tokens each
+    read = inputs["findings_ids"][:1] if context == "report" else torch.tensor([[2, *words, 3]])
+    tokens = model.text_encoder(read)[0]
+    tokens = tokens[4:7] if context == "report" else tokens[1:4]
+    expected = model.aligner.sentence_projection(tokens).mean(0)
+    torch.testing.assert_close(features[0, 1], expected, atol=1e-5, rtol=1e-4)
+    assert not features[inputs["sentence_id"] == 0].any()
+
+
+def test_unknown_sentence_context_is_named(network):
+    with pytest.raises(InputError, match="sentence_context 'volume'"):
+        SimCroP(network().encoder, sentence_context="volume")
+
+
+def test_sentence_feature_is_the_mean_of_its_projected_tokens():
+    torch.manual_seed(0)
+    aligner = Aligner(8, 6, 4)
+    tokens = torch.randn(2, 6, 6)
+    index = torch.tensor([[-1, 0, 0, 1, -1, -1], [-1, 0, 1, 1, 1, -1]])
+    features = aligner.sentences(tokens, index, 3)
+    assert features.shape == (2, 3, 4) and not features[:, 2].any()
+    for b in range(2):
+        for s in range(2):
+            members = [aligner.sentence_projection(tokens[b, t]) for t in range(6) if index[b, t] == s]
+            torch.testing.assert_close(features[b, s], sum(members) / len(members))
+
+
+def test_projection_is_linear_gelu_norm_linear():
+    torch.manual_seed(0)
+    first, _, norm, last = projection = Aligner(8, 6, 4).patch_projection
+    x = torch.randn(5, 8)
+    hidden = torch.nn.functional.gelu(x @ first.weight.T + first.bias)
+    expected = torch.nn.functional.layer_norm(hidden, (4,), norm.weight, norm.bias) @ last.weight.T + last.bias
+    torch.testing.assert_close(projection(x), expected)
+
+
+def test_similarity_is_the_cosine_and_maps_keep_the_grid():
+    torch.manual_seed(0)
+    patches, sentences = torch.randn(12, 5), torch.randn(2, 5)
+    cosines = similarity(patches, sentences)
+    for s in range(2):
+        for n in range(12):
+            expected = sentences[s] @ patches[n] / sentences[s].norm() / patches[n].norm()
+            torch.testing.assert_close(cosines[s, n], expected)
+    # odd patches have a middle voxel, where the map is the patch's own value
+    maps = upsample_patches(cosines, (2, 3, 2), (6, 9, 6))
+    torch.testing.assert_close(maps[:, 1::3, 1::3, 1::3].flatten(1), cosines)
+
+
+def test_embedder_gives_projected_features_of_all_patches(network, batch):
+    model, volume = network(align_layer=1).eval(), batch()["volume"]
+    embedder = VolumeEmbedder(model.encoder, model.aligner)
+    patches, embedding = embedder.patches_and_embedding(volume)
+    _, hidden = model.encoder(volume)
+    torch.testing.assert_close(patches, model.aligner.patch_projection(hidden[0][:, 1:]))
+    torch.testing.assert_close(embedding, hidden[1][:, 1:].mean(1))
+    torch.testing.assert_close(embedder(volume), embedding)
+
+
+# decoders
+
+
+def test_volume_decoder_answers_in_the_order_it_is_asked(network, batch):
+    model, volume = network().eval(), batch()["volume"]
+    keep, masked = model.draw_masks(volume)
+    tokens, _ = model.encoder(volume, keep)
+    pred = model.volume_decoder(tokens, keep, masked)
+    order = torch.randperm(masked.shape[1])
+    torch.testing.assert_close(model.volume_decoder(tokens, keep, masked[:, order]), pred[:, order])
+    # nor does the order of the visible patches matter, as long as keep tells it
+    order = torch.randperm(keep.shape[1])
+    shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, order]], dim=1)
+    torch.testing.assert_close(model.volume_decoder(shuffled, keep[:, order], masked), pred)
+    assert not torch.allclose(model.volume_decoder(shuffled, keep, masked), pred, atol=1e-4)
+
+
+def test_volume_decoder_sees_the_volume_only_through_the_kept_patches(network, batch):
+    model, inputs = network().eval(), batch()
+    torch.manual_seed(0)
+    expected = model(**inputs)
+    volume = patchify(inputs["volume"], (4, 4, 2))
+    for b, masked in enumerate(expected["masked"]):
+        volume[b, masked] = 9.0
+    embedded = model.encoder.embed
+    model.encoder.embed = lambda _, keep: embedded(unpatchify(volume, (4, 2, 4), (4, 4, 2)), keep)
+    torch.manual_seed(0)
+    output = model(**inputs)
+    for name in ("volume_pred", "patch_features", "report_logits"):
+        torch.testing.assert_close(output[name], expected[name])
+
+
+def test_report_decoder_ignores_padding_and_reads_patches(network):
+    decoder = network().report_decoder.eval()
+    features, patches = torch.randn(2, 7, 24), torch.randn(2, 8, 24)
+    padding = torch.tensor([[False] * 7, [False] * 4 + [True] * 3])
+    masked = torch.tensor([[0, 1, 1, 0, 1, 1, 0], [0, 1, 0, 1, 0, 0, 0]]).bool()
+    logits = decoder(features, patches, padding, masked)
+    assert logits.shape == (6, 40)
+    garbage = torch.where(padding[..., None], 100.0, features)
+    torch.testing.assert_close(decoder(garbage, patches, padding, masked), logits)
+    alone = decoder(features[1:, :4], patches[1:], padding[1:, :4], masked[1:, :4])
+    torch.testing.assert_close(logits[4:], alone, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(decoder(features, patches.flip(0), padding, masked), logits, atol=1e-4)
+
+
+def test_report_decoder_takes_patches_as_a_set_and_their_mean_counts(network):
+    decoder = network().report_decoder.eval()
+    features, patches = torch.randn(1, 5, 24), torch.randn(1, 8, 24)
+    padding, masked = torch.zeros(1, 5).bool(), torch.ones(1, 5).bool()
+    logits = decoder(features, patches, padding, masked)
+    torch.testing.assert_close(decoder(features, patches.flip(1), padding, masked), logits, atol=1e-5, rtol=1e-4)
+    with torch.no_grad():  # without the cross-attention, only the mean of the patches is left
+        decoder.cross_attention.out_proj.weight.zero_()
+    logits = decoder(features, patches, padding, masked)
+    mean = patches.mean(1, keepdim=True).expand_as(patches)
+    torch.testing.assert_close(decoder(features, mean, padding, masked), logits, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(decoder(features, mean + 1, padding, masked), logits, atol=1e-4)
+
+
+def test_heads_that_do_not_divide_are_named(network):
+    with pytest.raises(InputError, match="report decoder: hidden_size 18.*num_heads 4"):
+        ReportDecoder(24, 24, 40, 0, hidden_size=18, num_heads=4)
+    with pytest.raises(InputError, match="hidden_size 18.*num_heads 4"):
+        VolumeDecoder(network().encoder, hidden_size=18, num_heads=4)
+
+
+def test_every_part_may_have_its_own_size(text_encoder, batch):
+    encoder = SimCroPEncoder(
+        1, (16, 8, 8), (4, 4, 2), hidden_size=36, mlp_dim=20, num_layers=1, num_heads=2, class_token=False
+    )
+    model = SimCroP(
+        encoder,
+        text_encoder,
+        VolumeDecoder(encoder, 30, 1, 5),
+        Aligner(36, 24, 10),
+        ReportDecoder(36, 24, 40, 0, hidden_size=20, num_layers=1, num_heads=4, mlp_dim=8, max_length=64),
+    )
+    assert losses()(model(**batch())).isfinite()
+
+
+# more than one process, and the published size
+
+
+def run_rank(rank: int, folder: Path, network, batch) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = network(seed=rank)
+    parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
+    loss = losses()
+    torch.manual_seed(rank)
+    for _ in range(2):  # DDP tells an unused parameter at the second step only
+        parallel.zero_grad()
+        loss(parallel(**batch(seed=rank, sentences=[(3, 2), (0, 0)][rank]))).backward()
+    torch.save({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, folder / f"grads{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd's device threads do not survive a fork")
+def test_ddp_needs_no_unused_parameter_search_even_if_one_rank_has_no_sentence(network, batch, tmp_path):
+    # forked, since a new process would spend ten seconds on imports
+    start_processes(run_rank, (tmp_path, network, batch), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"grads{rank}.pt", weights_only=True) for rank in range(2))
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    assert all(grad is not None and grad.isfinite().all() for grad in first.values())
+
+
+@pytest.mark.slow
+def test_one_step_at_the_published_size(tmp_path):
+    """train.json's own network, loss and optimizer, with BERT-base's size of random weights as the text encoder."""
+    config = ConfigParser()
+    config.read_config(ROOT / "bundles/pretrain/configs/train.json")
+    text_encoder = TextEncoder(BertModel(BertConfig(), add_pooling_layer=False), pad_token_id=0)
+    config.update({"mae_checkpoint": None, "device": "cpu", "frozen_text_encoder": None, "tokenizer": None})
+    config["network_def#text_encoder"] = text_encoder
+    for name in ("aligner#text_size", "network_def#report_decoder#text_size"):
+        config[name] = 768
+    config["network_def#report_decoder#vocab_size"] = 30522
+    config["network_def#report_decoder#pad_token_id"] = 0
+    network, loss, optimizer = (config.get_parsed_content(name) for name in ("network", "loss", "optimizer"))
+    assert sum(p.numel() for p in network.encoder.parameters()) == 86_630_400
+
+    torch.manual_seed(0)
+    words = torch.randint(1000, 30000, (1, 160))
+    hidden = torch.rand(1, 160) < 0.75
+    output = network(
+        volume=torch.rand(1, 1, 224, 224, 112) * 2 - 1,
+        findings_ids=words,
+        sentence_index=(torch.arange(160) // 20)[None],
+        sentence_id=torch.arange(1, 9)[None],
+        report_ids=torch.where(hidden, 103, words),
+        report_labels=torch.where(hidden, words, -100),
+    )
+    assert output["volume_pred"].shape == (1, 2058, 2048) and output["patch_features"].shape == (1, 686, 768)
+    loss(output).backward()
+    optimizer.step()
+    assert all(value.isfinite() for value in loss.parts.values())
+    for name, p in network.named_parameters():
+        assert p.isfinite().all() and (p.grad is not None) == p.requires_grad, name
