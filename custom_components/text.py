@@ -81,7 +81,7 @@ def _load_config(name_or_path: str) -> PreTrainedConfig:
     if declared.get("model_type") == "cxr-bert":
         # its body is a plain BERT; its remote code only adds a projection that SimCroP does not use
         return BertConfig.from_dict({k: v for k, v in declared.items() if k not in ("model_type", "auto_map")})
-    return _read(name_or_path, "config.json", AutoConfig.from_pretrained)
+    return _read(name_or_path, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -99,7 +99,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             "copy the model's tokenizer files into it"
         )
     loader = BertTokenizerFast if isinstance(config, BertConfig) else AutoTokenizer
-    tokenizer = _read(name_or_path, "tokenizer", loader.from_pretrained)
+    tokenizer = _read(name_or_path, "tokenizer", loader.from_pretrained, trust_remote_code=False)
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise InputError(
             f"text_encoder {name_or_path}: its tokenizer has no mask or padding token; take a BERT or RoBERTa"
@@ -194,11 +194,12 @@ def load_text_encoder(name_or_path: str, cache_size: int = 0, device: torch.devi
         config=config,
         add_pooling_layer=False,
         output_loading_info=True,
+        trust_remote_code=False,
     )
     if info["missing_keys"]:  # transformers would start these at random
         raise InputError(
             f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
-            f"{min(info['missing_keys'])} among them; take a BERT or RoBERTa whose config.json and weights belong together"
+            f"{min(info['missing_keys'])} among them; take a BERT or RoBERTa whose config.json and weights fit"
         )
     return TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size).to(device)
 

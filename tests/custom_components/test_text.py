@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shutil
@@ -416,6 +417,19 @@ def test_cxr_bert_loads_as_plain_bert_and_its_remote_code_never_runs(minilm, tmp
     assert torch.equal(ids, tokenize_sentences(split_sentences(FINDINGS), tokenizer)[0])
     torch.testing.assert_close(encoder(ids[None]), model.bert(ids[None])[0])
     assert not (tmp_path / "cxr/executed").exists()
+
+
+@pytest.mark.parametrize("load", [load_tokenizer, load_text_encoder])
+@pytest.mark.parametrize("model_type", ["unheard-of", "roberta"])
+def test_remote_code_of_any_model_is_never_run_nor_offered(minilm, tmp_path, monkeypatch, model_type, load):
+    make_cxr_bert(minilm, tmp_path, "model.safetensors")
+    declared = json.loads((tmp_path / "config.json").read_text()) | {"model_type": model_type}
+    (tmp_path / "config.json").write_text(json.dumps(declared))
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "y")
+    with contextlib.suppress(InputError):
+        load(str(tmp_path))
+    assert not asked and not (tmp_path / "executed").exists()
 
 
 def test_a_roberta_with_byte_level_tokens_serves_as_well(tmp_path):

