@@ -6,11 +6,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
 import itk
+import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
 from monai.config import KeysCollection
-from monai.data import ITKReader, MetaTensor, NibabelReader, NibabelWriter
+from monai.data import ITKReader, MetaTensor, NibabelReader
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
 
@@ -176,10 +177,7 @@ class SaveSimilarityd(MapTransform):
             maps, affine = data[key].cpu().numpy(), data[key].affine.numpy()
             rows = []
             for i, (sentence, similarity) in enumerate(zip(self.sentences, maps, strict=True), 1):
-                writer = NibabelWriter(output_dtype=np.float32)
-                writer.set_data_array(similarity, channel_dim=None)
-                writer.set_metadata({"affine": affine}, resample=False)
-                writer.write(folder / f"similarity_{i:02d}.nii.gz")
+                nib.save(nib.Nifti1Image(similarity.astype(np.float32), affine), folder / f"similarity_{i:02d}.nii.gz")
                 peak = np.unravel_index(similarity.argmax(), similarity.shape)
                 x, y, z = (affine @ [*peak, 1])[:3].round(1)
                 rows.append((f"similarity_{i:02d}.nii.gz", sentence, round(float(similarity.max()), 4), x, y, z))
