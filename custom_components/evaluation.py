@@ -139,6 +139,9 @@ class PretrainEvaluation:
         findings, places = list(self.sentences), self._places()
         sentences = [*self.sentences.values(), *(place["sentence"] for place in places)]
         random_network = reinitialised(self.network)
+        if self.network.aligner is not None:
+            features = self._encode(self.network, sentences)
+            random_features = self._encode(random_network, list(self.sentences.values()))
 
         counts: Counter[str] = Counter()
         similar, random, histograms = [], [], []
@@ -147,8 +150,8 @@ class PretrainEvaluation:
             self._count_masked(counts, images, self.collate(items), baseline)
             histograms += [hu_histogram(item["image"]) for item in items]
             if self.network.aligner is not None:
-                similar.append(self._similarities(self.network, images, sentences))
-                random.append(self._similarities(random_network, images, sentences[: len(findings)]))
+                similar.append(self._similarities(self.network, images, features))
+                random.append(self._similarities(random_network, images, random_features))
             for place in places:
                 if start <= place["volume"] < start + len(items):
                     mask = self._mask(place, items[place["volume"] - start]["image"])
@@ -212,12 +215,12 @@ class PretrainEvaluation:
             counts["frequent"] += (output["report_target"] == baseline["token"]).sum().item()
             counts["tokens"] += len(output["report_target"])
 
-    def _similarities(
-        self, network: SimCroP, images: Tensor, sentences: Sequence[str]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of every sentence in every volume of a batch: score ``[S, B]`` and most similar patch ``[S, B]``; and each
-        volume's mean patch-patch cosine ``[B]``."""
-        features = encode_sentences(sentences, network.aligner, network.text_encoder, self.tokenizer)
+    def _encode(self, network: SimCroP, sentences: Sequence[str]) -> Tensor:
+        return encode_sentences(sentences, network.aligner, network.text_encoder, self.tokenizer)
+
+    def _similarities(self, network: SimCroP, images: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every sentence (features ``[S, D]``) in every volume of a batch: score ``[S, B]`` and most similar patch
+        ``[S, B]``; and each volume's mean patch-patch cosine ``[B]``."""
         patches = VolumeEmbedder(network.encoder, network.aligner).patches_and_embedding(images)[0].float()
         most_similar = torch.stack([similarity(volume, features).argmax(-1) for volume in patches], -1)
         spread = F.normalize(patches, dim=-1).mean(1).square().sum(-1)

@@ -771,7 +771,8 @@ def _report(
     findings = " ".join(text for _, text in spoken) or NOT_GIVEN
     sentences = {name: text for name, text in spoken if name is not None}
 
-    named = _join([SHORT_NAMES[name] for name in labels if labels[name]])
+    # as in a real impression, what matters most, not all of it
+    named = _join([SHORT_NAMES[name] for name in rng.permutation(FINDINGS) if labels[name]][:2])
     if rng.random() < 0.07:
         impression = NOT_GIVEN
     elif named:
