@@ -111,7 +111,7 @@ def sentence_maps(
     """
     embedder = VolumeEmbedder(network.encoder, network.aligner)
     device = next(network.encoder.parameters()).device
-    figure = Figure(figsize=(8.4, 2.9 * len(places)), layout="constrained")
+    figure = Figure(figsize=(8.4, 3.1 * len(places)), layout="constrained")
     for row, place in zip(figure.subplots(len(places), 3, squeeze=False), places, strict=True):
         image = place["image"]
         features = embedder.patches_and_embedding(image.as_tensor()[None].to(device))[0][0]
@@ -119,14 +119,16 @@ def sentence_maps(
         heat = upsample_patches(similarity(features, sentence), network.encoder.grid, image.shape[1:])[0].cpu()
         at_mask = int(place["mask"].sum((0, 1)).argmax())
         at_peak = int(heat.amax((0, 1)).argmax())
-        titles = ("CT, true mask outlined", "similarity, same slice", "similarity, slice of its peak")
-        for axes, z, title in zip(row, (at_mask, at_mask, at_peak), titles, strict=True):
+        for axes, z, heated in zip(row, (at_mask, at_mask, at_peak), (False, True, True), strict=True):
             show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
-            if axes is not row[0]:
+            if heated:
                 show_axial(axes, heat, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
             outline_axial(axes, place["mask"], z)
-            axes.set_title(title, fontsize=9)
-        row[1].text(0.5, -0.04, f"“{place['sentence']}”", transform=row[1].transAxes, ha="center", va="top", fontsize=9)
+        row[0].set_title(f"“{place['sentence']}”", fontsize=10, loc="left")
+        for axes, text in zip(
+            row, ("CT, true mask outlined", "similarity, same slice", "slice of its peak"), strict=True
+        ):
+            axes.text(0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -172,6 +172,7 @@ class MaskedReportLoss(nn.Module):
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """``logits [M, vocabulary]`` and ``target [M]`` int64 at the M masked positions of the batch; M may be 0."""
         logits = logits.float()
+        # the mean over no token is NaN; the sum over none is 0 and keeps the decoder in the graph, as DDP wants it
         return F.cross_entropy(logits, target) if len(target) else logits.sum()
 
 

@@ -96,17 +96,23 @@ class Aligner(nn.Module):
         self, visual_size: int, text_size: int, projection_size: int = 768, align_layer: int | None = None
     ) -> None:
         super().__init__()
+        if align_layer is not None and align_layer < 0:
+            raise InputError(f"align_layer {align_layer} is negative: name a block, 0, or null for the final tokens")
         self.align_layer = -1 if align_layer is None else align_layer
         self.patch_projection = ProjectionHead(visual_size, projection_size)
         self.sentence_projection = ProjectionHead(text_size, projection_size)
         self.apply(init_weights)
 
+    def check(self, encoder: SimCroPEncoder) -> None:
+        """Raise an InputError unless the encoder has the block that is to be aligned."""
+        if self.align_layer > len(encoder.blocks):
+            raise InputError(
+                f"align_layer {self.align_layer} is larger than num_layers {len(encoder.blocks)}: "
+                "lower it, or set it to null for the final tokens"
+            )
+
     def patches(self, embedded: Tensor, tokens: Tensor, hidden_states: list[Tensor], num_prefix_tokens: int) -> Tensor:
         """What the encoder's ``embed`` and ``transform`` gave -> ``[B, n, projection_size]``."""
-        if self.align_layer > len(hidden_states):
-            raise ValueError(
-                "align_layer is larger than the encoder's num_layers: lower it, or set it to null for the final tokens"
-            )
         if self.align_layer == 0:
             tokens = embedded
         elif self.align_layer > 0:
@@ -157,7 +163,7 @@ class ReportDecoder(nn.Module):
         super().__init__()
         if hidden_size % num_heads:
             raise InputError(
-                f"report decoder: hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one of them"
+                f"report decoder: hidden_size {hidden_size} is not divisible by num_heads {num_heads}: change one"
             )
         self.token_projection = nn.Linear(text_size, hidden_size)
         self.patch_projection = nn.Linear(visual_size, hidden_size)
@@ -246,6 +252,8 @@ class SimCroP(nn.Module):
             raise InputError(
                 f"mask_ratio {mask_ratio} masks no patch: raise it, or set the weight of the volume loss to 0"
             )
+        if aligner is not None:
+            aligner.check(encoder)
         self.encoder = encoder
         self.text_encoder = text_encoder
         self.volume_decoder = volume_decoder
@@ -312,6 +320,7 @@ class VolumeEmbedder(nn.Module):
 
     def __init__(self, encoder: SimCroPEncoder, aligner: Aligner) -> None:
         super().__init__()
+        aligner.check(encoder)
         self.encoder = encoder
         self.aligner = aligner
 

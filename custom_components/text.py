@@ -80,7 +80,7 @@ def _load_config(name_or_path: str) -> PreTrainedConfig:
         raise InputError(f"text_encoder {name_or_path}: no config.json there; point the key at a model folder")
     if declared.get("model_type") == "cxr-bert":
         # its body is a plain BERT; its remote code only adds a projection that SimCroP does not use
-        return BertConfig.from_dict({k: v for k, v in declared.items() if k not in ("model_type", "auto_map")})
+        return BertConfig.from_dict(declared)
     return _read(name_or_path, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
 
 
@@ -241,6 +241,11 @@ class TokenizeReportd(MapTransform):
         super().__init__(keys)
         if len(self.keys) != 2:
             raise InputError(f"TokenizeReportd takes two keys, Findings and Impression, not {self.keys}")
+        if max_length > tokenizer.model_max_length:
+            raise InputError(
+                f"max_length {max_length} exceeds the {tokenizer.model_max_length} tokens that the text encoder reads: "
+                "lower it"
+            )
         self.tokenizer = tokenizer
         self.max_length = max_length
 

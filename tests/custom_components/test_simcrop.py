@@ -216,9 +216,9 @@ def test_align_layer_says_which_tokens_are_aligned(network, batch, align_layer):
     torch.testing.assert_close(features, model.aligner.patch_projection(states[align_layer][:, 1:]))
 
 
-def test_align_layer_beyond_the_last_block_is_an_error(network, batch):
-    with pytest.raises(ValueError, match="align_layer is larger than the encoder's num_layers"):
-        network(align_layer=3)(**batch())
+def test_align_layer_beyond_the_last_block_is_an_error(network):
+    with pytest.raises(InputError, match="align_layer 3 is larger than num_layers 2"):
+        network(align_layer=3)
 
 
 @pytest.mark.parametrize("context", ["report", "sentence"])
