@@ -400,8 +400,8 @@ def test_verify_net_in_out_at_published_size(monkeypatch: pytest.MonkeyPatch) ->
     verify_net_in_out("network_def", "configs/metadata.json", "configs/inference.json", device="cpu")
 
 
-def test_published_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
-    """``train.json`` holds the published values; see the sources of each in the README's table."""
+def test_published_recipe() -> None:
+    """``train.json`` holds the published values."""
     train = json.loads((BUNDLE / "configs" / "train.json").read_text())
     published = {
         "img_size": [224, 224, 112], "patch_size": [16, 16, 8], "pixdim": [1.5, 1.5, 3.0], "hu_range": [-1000, 1000],
