@@ -43,7 +43,7 @@ class OneLineErrors:
         found = self.PATTERN.findall("".join(traceback.format_exception(kind, error, trace)))
         if found:
             # the last: a worker's own InputError stands behind "InputError: Caught InputError in DataLoader worker"
-            print(f"\nerror: {found[-1]}", file=sys.stderr)
+            tqdm.write(f"error: {found[-1]}", file=sys.stderr)  # on a line of its own, whatever bar stands there
         else:
             sys.__excepthook__(kind, error, trace)
 
