@@ -43,7 +43,9 @@ class OneLineErrors:
         found = self.PATTERN.findall("".join(traceback.format_exception(kind, error, trace)))
         if found:
             # the last: a worker's own InputError stands behind "InputError: Caught InputError in DataLoader worker"
-            tqdm.write(f"error: {found[-1]}", file=sys.stderr)  # on a line of its own, whatever bar stands there
+            for bar in list(getattr(tqdm, "_instances", ())):
+                bar.close()  # else the message would stand at the end of a bar's line
+            print(f"error: {found[-1]}", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
 
@@ -104,7 +106,7 @@ class TrainingProgress:
         # the sum first: reading it waits for the device once
         if not math.isfinite(self.loss.parts["total"].item()):
             parts = {name: value.item() for name, value in self.loss.parts.items()}
-            raise RuntimeError(
+            raise InputError(
                 f"the loss is no longer finite at iteration {engine.state.iteration} ({parts}): "
                 "the last checkpoint is kept; lower learning_rate, or set amp to false, and resume"
             )
@@ -119,7 +121,8 @@ class TrainingProgress:
 class Checkpointer:
     """Writes one checkpoint to resume from, and the weights that other bundles take, every ``interval`` epochs.
 
-    Unlike MONAI's ``CheckpointSaver``, every file is renamed into place, and the state of the random generator is kept.
+    Unlike MONAI's ``CheckpointSaver``, every file is renamed into place, and the states of torch's random generators are
+    kept. Random transforms start anew from the seed.
 
     Args:
         path: the checkpoint.
@@ -147,11 +150,17 @@ class Checkpointer:
         if self.resume is not None:
             self.restore(engine)
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.save)
-        engine.add_event_handler(Events.COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def completed(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval:  # else the last epoch has just been saved
+            self.save(engine)
 
     def save(self, engine: Engine) -> None:
         content = {name: item.state_dict() for name, item in self.objects.items()}
         content |= {"trainer": engine.state_dict(), "rng": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            content["cuda_rng"] = torch.cuda.get_rng_state_all()
         save_atomically(content, self.path)
         for path, module in self.weights.items():
             save_atomically(module.state_dict(), path)
@@ -176,6 +185,8 @@ class Checkpointer:
             )
         engine.state.max_epochs = max_epochs
         torch.set_rng_state(content["rng"])
+        if torch.cuda.is_available() and len(content.get("cuda_rng", ())) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(content["cuda_rng"])
 
 
 class SentenceSimilarityInferer(Inferer):

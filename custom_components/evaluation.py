@@ -37,13 +37,15 @@ def mask_file_name(finding: str) -> str:
     return finding.lower().replace(" ", "_") + ".nii.gz"
 
 
-def reinitialised(network: nn.Module) -> nn.Module:
-    """A copy of the network with random weights: what the architecture alone can do."""
-    network = copy.deepcopy(network)
-    for module in network.modules():
+def untrained(embedder: VolumeEmbedder) -> VolumeEmbedder:
+    """A copy of encoder and projections with random weights: what the architecture and the text encoder can do alone."""
+    embedder = copy.deepcopy(embedder)
+    for module in embedder.modules():
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    return network.apply(init_weights)
+    if embedder.encoder.cls_token is not None:
+        nn.init.normal_(embedder.encoder.cls_token, std=0.02)
+    return embedder.apply(init_weights)
 
 
 def patches_of_mask(mask: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -57,7 +59,7 @@ class PretrainEvaluation:
     - ``masked_voxel_mse``: against the mean of the training volumes at the same place.
     - ``masked_token_accuracy``: against always answering the training reports' most frequent token.
     - ``presence_auc``: AUROC over volumes of each finding's sentence by the sentence-volume score, on unmasked volumes;
-      beside the same network with random weights, and a logistic regression on the volume's HU histogram.
+      beside untrained encoder and projections, and a logistic regression on the volume's HU histogram.
     - ``grounding``: share of finding sentences whose most similar patch overlaps the finding's mask (``hit``); beside
       the same sentences on all other volumes (``hit_shuffled``), a patch drawn at random (``chance``), and the patch
       that the other volumes' masks of that finding cover most often (``no_image_prior``). Only ``hit`` above
@@ -136,12 +138,13 @@ class PretrainEvaluation:
 
     def _metrics(self) -> dict[str, Any]:
         baseline = self._baseline()
-        findings, places = list(self.sentences), self._places()
-        sentences = [*self.sentences.values(), *(place["sentence"] for place in places)]
-        random_network = reinitialised(self.network)
+        findings, places, prompts = list(self.sentences), [], list(self.sentences.values())
         if self.network.aligner is not None:
-            features = self._encode(self.network, sentences)
-            random_features = self._encode(random_network, list(self.sentences.values()))
+            places = self._places()
+            trained = VolumeEmbedder(self.network.encoder, self.network.aligner)
+            random_embedder = untrained(trained)
+            features = self._encode(trained, [*prompts, *(place["sentence"] for place in places)])
+            random_features = self._encode(random_embedder, prompts)
 
         counts: Counter[str] = Counter()
         similar, random, histograms = [], [], []
@@ -150,8 +153,8 @@ class PretrainEvaluation:
             self._count_masked(counts, images, self.collate(items), baseline)
             histograms += [hu_histogram(item["image"]) for item in items]
             if self.network.aligner is not None:
-                similar.append(self._similarities(self.network, images, features))
-                random.append(self._similarities(random_network, images, random_features))
+                similar.append(self._similarities(trained, images, features))
+                random.append(self._similarities(random_embedder, images, random_features))
             for place in places:
                 if start <= place["volume"] < start + len(items):
                     mask = self._mask(place, items[place["volume"] - start]["image"])
@@ -173,7 +176,7 @@ class PretrainEvaluation:
             random_scores = torch.cat([part[0] for part in random], -1)
             metrics["patch_patch_cosine"] = spread.mean().item()  # near 1: the patches have collapsed
             metrics["presence_auc"] = self._presence(findings, scores, random_scores, baseline, histograms)
-            # a finding outside of the cropped volume cannot be hit
+            # a finding outside of the cropped volume, or too small for its grid, cannot be hit
             seen = [i for i, place in enumerate(places) if place["patches"].any()]
             if seen:
                 places = [places[i] for i in seen]
@@ -215,13 +218,15 @@ class PretrainEvaluation:
             counts["frequent"] += (output["report_target"] == baseline["token"]).sum().item()
             counts["tokens"] += len(output["report_target"])
 
-    def _encode(self, network: SimCroP, sentences: Sequence[str]) -> Tensor:
-        return encode_sentences(sentences, network.aligner, network.text_encoder, self.tokenizer)
+    def _encode(self, embedder: VolumeEmbedder, sentences: Sequence[str]) -> Tensor:
+        return encode_sentences(sentences, embedder.aligner, self.network.text_encoder, self.tokenizer)
 
-    def _similarities(self, network: SimCroP, images: Tensor, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _similarities(
+        self, embedder: VolumeEmbedder, images: Tensor, features: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Of every sentence (features ``[S, D]``) in every volume of a batch: score ``[S, B]`` and most similar patch
         ``[S, B]``; and each volume's mean patch-patch cosine ``[B]``."""
-        patches = VolumeEmbedder(network.encoder, network.aligner).patches_and_embedding(images)[0].float()
+        patches = embedder.patches_and_embedding(images)[0].float()
         most_similar = torch.stack([similarity(volume, features).argmax(-1) for volume in patches], -1)
         spread = F.normalize(patches, dim=-1).mean(1).square().sum(-1)
         return self.loss.alignment.scores(patches, features).cpu(), most_similar.cpu(), spread.cpu()
@@ -234,6 +239,8 @@ class PretrainEvaluation:
         labels = np.stack([item["abnormalities"] for item in self.dataset.data])
         presence = {}
         for i, name in enumerate(findings):
+            if name not in CT_RATE_CLASSES:
+                continue  # a sentence of the user's own, without labels
             column = CT_RATE_CLASSES.index(name)
             truth = labels[:, column]
             if len(set(truth)) == 2:  # a class that all volumes have, or none, has no AUC

@@ -66,21 +66,31 @@ def told(stderr: str, *words: str) -> None:
 
 
 @pytest.fixture
-def refuses(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
-    """Runs a config in this process, which spares a minute of imports over all cases, and checks what a user is told.
+def run_here(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The bundle's ``run`` in this process, which spares minutes of imports; writes to ``tmp_path`` unless told.
 
-    ``test_inference_goes_on_past_bad_files`` and ``test_missing_folder_on_the_command_line`` see the real exit code.
+    The ``bundle`` and ``found`` fixtures and the tests that call ``run`` go through the real command line.
     """
     monkeypatch.chdir(bundle)
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
-    def check(configs: list[str], keys: dict[str, object], *words: str) -> None:
+    def call(configs: list[str], **keys: object) -> None:
         files = [f"configs/{name}" for name in configs]
-        out = {"models_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")}
+        keys = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"} | keys
         keys = {k: str(v) if isinstance(v, Path) else v for k, v in keys.items()}
+        monai.bundle.run(config_file=files, logging_file=False, **keys)
+
+    return call
+
+
+@pytest.fixture
+def refuses(run_here: Callable, capsys: pytest.CaptureFixture) -> Callable:
+    """Runs a config that must fail, and checks what a user is told."""
+
+    def check(configs: list[str], keys: dict[str, object], *words: str) -> None:
         with pytest.raises(Exception) as raised:
-            monai.bundle.run(config_file=files, logging_file=False, **(out | keys))
+            run_here(configs, **keys)
         capsys.readouterr()
         sys.excepthook(raised.type, raised.value, raised.tb)
         told(capsys.readouterr().err, *words)
@@ -126,11 +136,10 @@ def test_demo_table(bundle: Path) -> None:
     assert "masked_token_accuracy" in (bundle / "stdout.txt").read_text()
 
 
-def test_same_seed_same_losses(bundle: Path, tmp_path: Path) -> None:
+def test_same_seed_same_losses(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     keys = TINY | {"dataset_dir": bundle / "data" / "phantom", "evaluate_after_training": False}
     keys = {k: v for k, v in keys.items() if not k.startswith("dataset_dir#")}
-    result = run(bundle, TRAIN, **keys, models_dir=tmp_path / "models", output_dir=tmp_path / "eval")
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_here(TRAIN, **keys)
 
     def curve(log_dir: Path) -> list[float]:
         return [event.value for event in EventAccumulator(str(log_dir)).Reload().Scalars("loss/total")]
@@ -138,20 +147,18 @@ def test_same_seed_same_losses(bundle: Path, tmp_path: Path) -> None:
     assert curve(tmp_path / "eval" / "tensorboard") == curve(bundle / "eval" / "tensorboard")
 
 
-def test_resume_goes_on_where_it_stopped(bundle: Path, tmp_path: Path) -> None:
+def test_resume_goes_on_where_it_stopped(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     keys = TINY | {"max_epochs": 3, "evaluate_after_training": False, "resume": bundle / "models" / "checkpoint.pt"}
-    result = run(bundle, TRAIN, **keys, models_dir=tmp_path, output_dir=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    run_here(TRAIN, **keys)
+    checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
     assert checkpoint["trainer"]["iteration"] == 6
-    steps = [event.step for event in EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/total")]
-    assert steps == [5, 6]
+    events = EventAccumulator(str(tmp_path / "eval" / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == [5, 6]
 
 
-def test_evaluate_repeats_the_table(bundle: Path, tmp_path: Path) -> None:
+def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     keys = {k: v for k, v in TINY.items() if k.startswith(("dataset_dir", "eval"))}
-    result = run(bundle, [*TRAIN, "evaluate.json"], **keys, output_dir=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_here([*TRAIN, "evaluate.json"], **keys, models_dir=bundle / "models", output_dir=tmp_path)
     first = json.loads((bundle / "eval" / "metrics.json").read_text())
     again = json.loads((tmp_path / "metrics.json").read_text())
     assert again["presence_auc"].keys() == first["presence_auc"].keys()
@@ -160,24 +167,31 @@ def test_evaluate_repeats_the_table(bundle: Path, tmp_path: Path) -> None:
     assert again["masked_voxel_mse"]["simcrop"] == pytest.approx(first["masked_voxel_mse"]["simcrop"], rel=0.1)
 
 
-def test_evaluate_without_labels_and_masks(bundle: Path, tmp_path: Path) -> None:
+def test_evaluate_without_labels_and_masks(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     """A data set with reports alone still gets what reports can tell."""
     shutil.copytree(bundle / "data" / "phantom", tmp_path / "plain")
     shutil.rmtree(tmp_path / "plain" / "dataset" / "masks")
     shutil.rmtree(tmp_path / "plain" / "dataset" / "multi_abnormality_labels")
-    result = run(bundle, [*TRAIN, "evaluate.json"], dataset_dir=tmp_path / "plain", output_dir=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
+    keys = {"dataset_dir": tmp_path / "plain", "models_dir": bundle / "models", "output_dir": tmp_path}
+    run_here([*TRAIN, "evaluate.json"], **keys)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert "masked_voxel_mse" in metrics and "grounding" not in metrics and not metrics.get("presence_auc")
 
 
-def test_a_loss_weight_of_zero_drops_the_branch(bundle: Path, tmp_path: Path) -> None:
-    keys = TINY | {"max_epochs": 1, "loss_weights#report": 0, "loss_weights#volume": 0}
-    result = run(bundle, TRAIN, **keys, models_dir=tmp_path, output_dir=tmp_path)
-    assert result.returncode == 0, result.stdout + result.stderr
-    names = torch.load(tmp_path / "checkpoint.pt", weights_only=True)["network"]
-    assert not [name for name in names if name.startswith(("report_decoder", "volume_decoder"))]
-    assert "masked_voxel_mse" not in json.loads((tmp_path / "metrics.json").read_text())
+@pytest.mark.parametrize(
+    ("dropped", "branches", "metrics"),
+    [
+        (["report", "volume"], ("report_decoder", "volume_decoder"), ["masked_token_accuracy", "masked_voxel_mse"]),
+        (["alignment"], ("aligner",), ["presence_auc", "grounding"]),
+    ],
+)
+def test_a_loss_weight_of_zero_drops_the_branch(
+    run_here: Callable, tmp_path: Path, dropped: list[str], branches: tuple[str, ...], metrics: list[str]
+) -> None:
+    run_here(TRAIN, **TINY, **{f"loss_weights#{name}": 0 for name in dropped})
+    names = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["network"]
+    assert not [name for name in names if name.startswith(branches)]
+    assert not set(metrics) & set(json.loads((tmp_path / "eval" / "metrics.json").read_text()))
 
 
 @pytest.fixture(scope="session")
@@ -230,15 +244,15 @@ def test_inference_writes_panel_embedding_and_table(found: Path) -> None:
     assert list(table["file"]) == ["similarity_01.nii.gz", "similarity_02.nii.gz"]
 
 
-def test_map_follows_the_anatomy_not_the_storage_order(bundle: Path, tmp_path: Path) -> None:
+def test_map_follows_the_anatomy_not_the_storage_order(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     """The same scan stored with flipped and swapped axes gets the same map at the same place in the patient."""
     scan = nib.as_closest_canonical(nib.Nifti1Image(*_real_ct()))
     shuffled = nib.Nifti1Image(np.asarray(scan.dataobj).transpose(2, 0, 1)[::-1], scan.affine @ _shuffle(scan.shape))
     (tmp_path / "scans").mkdir()
     nib.save(scan, tmp_path / "scans" / "ras.nii.gz")
     nib.save(shuffled, tmp_path / "scans" / "shuffled.nii.gz")
-    result = run(bundle, ["inference.json", "demo.json"], dataset_dir=tmp_path / "scans", output_dir=tmp_path / "out")
-    assert result.returncode == 0, result.stdout + result.stderr
+    keys = {"dataset_dir": tmp_path / "scans", "models_dir": bundle / "models", "output_dir": tmp_path / "out"}
+    run_here(["inference.json", "demo.json"], **keys)
     ras, other = (nib.load(tmp_path / "out" / n / "similarity_01.nii.gz") for n in ("ras", "shuffled"))
     assert other.shape == shuffled.shape
     np.testing.assert_allclose(nib.as_closest_canonical(other).get_fdata(), ras.get_fdata(), atol=1e-3)
@@ -331,12 +345,11 @@ def test_a_checkpoint_that_fits_nothing_is_told(bundle: Path, refuses: Callable,
     refuses(TRAIN, {"dataset_dir": bundle / "data" / "phantom", "resume": tmp_path / "other.pt"}, "other.pt")
 
 
-def test_a_small_scan_is_padded(bundle: Path, tmp_path: Path) -> None:
+def test_a_small_scan_is_padded(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     array, affine = _real_ct()
     nib.save(nib.Nifti1Image(array[40:70, 40:60, 10:14], affine), tmp_path / "small.nii.gz")
-    keys = {"dataset_dir": tmp_path / "small.nii.gz", "output_dir": tmp_path / "out"}
-    result = run(bundle, ["inference.json", "demo.json"], **keys)
-    assert result.returncode == 0, result.stdout + result.stderr
+    keys = {"dataset_dir": tmp_path / "small.nii.gz", "output_dir": tmp_path / "out", "models_dir": bundle / "models"}
+    run_here(["inference.json", "demo.json"], **keys)
     assert nib.load(tmp_path / "out" / "small" / "similarity_01.nii.gz").shape == (30, 20, 4)
 
 

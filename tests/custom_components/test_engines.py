@@ -172,7 +172,7 @@ def test_progress_shows_epoch_steps_and_each_loss(capsys):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_training_stops_at_a_loss_that_is_not_finite(bad):
-    with pytest.raises(RuntimeError, match="no longer finite at iteration 2 .*'volume'"):
+    with pytest.raises(InputError, match="no longer finite at iteration 2 .*'volume'"):
         run_with_losses(1.0, bad, 1.0)
 
 
