@@ -118,6 +118,11 @@ def ct_rate(
     return items
 
 
+def mask_file_name(finding: str) -> str:
+    """``Lung nodule`` -> ``lung_nodule.nii.gz``: a finding's mask in a volume's folder under ``masks``."""
+    return finding.lower().replace(" ", "_") + ".nii.gz"
+
+
 def scans(path: str | os.PathLike) -> list[dict]:
     """Items `{"image": path, "name": stem}` of a CT file, of a DICOM folder, or of a folder of such files and folders.
 

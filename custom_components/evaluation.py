@@ -25,20 +25,15 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from custom_components import figures
-from custom_components.datalists import CT_RATE_CLASSES
+from custom_components.datalists import CT_RATE_CLASSES, mask_file_name
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences
 from custom_components.vit import init_weights, patchify
 
 
-def mask_file_name(finding: str) -> str:
-    """``Lung nodule`` -> ``lung_nodule.nii.gz``: a finding's mask in a volume's mask folder."""
-    return finding.lower().replace(" ", "_") + ".nii.gz"
-
-
 def untrained(embedder: VolumeEmbedder) -> VolumeEmbedder:
-    """A copy of encoder and projections with random weights: what the architecture and the text encoder can do alone."""
+    """A copy of encoder and projections with random weights: what architecture and text encoder do alone."""
     embedder = copy.deepcopy(embedder)
     for module in embedder.modules():
         if hasattr(module, "reset_parameters"):

@@ -54,7 +54,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from custom_components.datalists import CT_RATE_CLASSES
+from custom_components.datalists import CT_RATE_CLASSES, mask_file_name
 from custom_components.errors import InputError
 
 GENERATOR_VERSION = 1  # raise it with every change of the bytes written, so that old cohorts are rebuilt
@@ -874,7 +874,7 @@ def _write_patient(
     _write_nifti(volumes / file, p.volume, p.affine)
     _write_nifti(masks / "organs.nii.gz", p.organs, p.affine)
     for finding, mask in p.masks.items():
-        _write_nifti(masks / f"{finding.lower().replace(' ', '_')}.nii.gz", mask.astype(np.uint8), p.affine)
+        _write_nifti(masks / mask_file_name(finding), mask.astype(np.uint8), p.affine)
     technique = f"Axial chest CT with a section thickness of {spacing[2]:g} mm."
     xy_spacing = f"[{spacing[0]:g}, {spacing[1]:g}]"
     return {
