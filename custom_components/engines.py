@@ -121,8 +121,8 @@ class TrainingProgress:
 class Checkpointer:
     """Writes one checkpoint to resume from, and the weights that other bundles take, every ``interval`` epochs.
 
-    Unlike MONAI's ``CheckpointSaver``, every file is renamed into place, and the states of torch's random generators are
-    kept. Random transforms start anew from the seed.
+    Unlike MONAI's ``CheckpointSaver``, every file is renamed into place, and torch's random generators keep their state.
+    Random transforms start anew from the seed.
 
     Args:
         path: the checkpoint.
