@@ -121,7 +121,7 @@ class TrainingProgress:
 class Checkpointer:
     """Writes one checkpoint to resume from, and the weights that other bundles take, every ``interval`` epochs.
 
-    Unlike MONAI's ``CheckpointSaver``, every file is renamed into place, and torch's random generators keep their state.
+    Unlike MONAI's ``CheckpointSaver``, every file is renamed into place, and torch's generators keep their state.
     Random transforms start anew from the seed.
 
     Args:
