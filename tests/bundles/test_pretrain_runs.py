@@ -266,7 +266,9 @@ def torchrun(folder: Path, tmp_path: Path) -> Callable[..., subprocess.Popen]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(tmp_path / name, "w") as log:
-            return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True)
+            return subprocess.Popen(
+                command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
 
     return call
 
@@ -318,9 +320,7 @@ def test_two_processes_train_as_one_does_also_after_one_was_killed(
     torch.testing.assert_close(weights(tmp_path / "m"), before, atol=2e-6, rtol=1e-4)
 
 
-def test_an_error_in_one_process_ends_all_with_one_line(
-    folder: Path, torchrun: Callable, tmp_path: Path
-) -> None:
+def test_an_error_in_one_process_ends_all_with_one_line(folder: Path, torchrun: Callable, tmp_path: Path) -> None:
     shutil.copytree(folder / "data" / "phantom", tmp_path / "cohort")
     volume = next((tmp_path / "cohort" / "dataset" / "train_fixed").glob("train_3/*/*.nii.gz"))
     volume.write_bytes(volume.read_bytes()[:5_000])
