@@ -56,7 +56,7 @@ def local_device() -> torch.device:
 
 
 def start(device: torch.device, timeout_minutes: float = 10.0) -> None:
-    """Join the processes that torchrun started: nccl between GPUs, gloo between CPUs. Other ranks than 0 log warnings alone.
+    """Join the processes that torchrun started: nccl between GPUs, gloo between CPUs. Ranks above 0 log warnings alone.
 
     Args:
         device: of this process.

@@ -1,4 +1,4 @@
-"""Pre-training that is killed, that runs in several processes, and that runs out of disk: through the real command line.
+"""Pre-training that is killed, that runs in several processes, or out of disk, through the real command line.
 
 Importing what a bundle needs takes many times longer than a tiny training, so one process imports it and is forked for
 each command; torchrun starts processes of its own.
@@ -223,6 +223,14 @@ def test_a_full_disk_is_told_and_leaves_the_last_good_checkpoint(start: Callable
         subprocess.run(["umount", models], check=True)
 
 
+def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_files(start: Callable[..., Job], tmp_path: Path) -> None:
+    job = start(learning_rate=1e30, warmup_epochs=0)
+    assert job.wait() == 1
+    one_error(job.stderr, "the loss is", "at iteration 3", "train_", "lower learning_rate")
+    saved = torch.load(tmp_path / "m" / "checkpoint.pt", weights_only=True)
+    assert saved["trainer"]["iteration"] == 2
+
+
 # several processes
 
 FIXED = """
@@ -257,7 +265,7 @@ OVERLAY = {
 
 @pytest.fixture
 def torchrun(folder: Path, tmp_path: Path) -> Callable[..., subprocess.Popen]:
-    """``torchrun``, writing to ``tmp_path``; it and its processes make a process group."""
+    """Starts ``torchrun``, which writes to ``tmp_path``."""
 
     def call(options: list[str], configs: list[str], name: str, **keys: object) -> subprocess.Popen:
         paths = {"dataset_dir": folder / "data" / "phantom", "models_dir": tmp_path / "m", "output_dir": tmp_path / "e"}
@@ -266,9 +274,7 @@ def torchrun(folder: Path, tmp_path: Path) -> Callable[..., subprocess.Popen]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         environment["PYTHONPATH"] = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
         with open(tmp_path / name, "w") as log:
-            return subprocess.Popen(
-                command, cwd=folder, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
+            return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
 
     return call
 

@@ -23,7 +23,14 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from custom_components.distributed import accumulation_steps, gather_rows, local_device, mean_over_ranks, start
+from custom_components.distributed import (
+    accumulation_steps,
+    gather_rows,
+    leave_to_rank_zero,
+    local_device,
+    mean_over_ranks,
+    start,
+)
 from custom_components.engines import OptimizerSteps
 from custom_components.errors import InputError
 from custom_components.loading import SeededDataLoader
@@ -218,6 +225,15 @@ def test_without_torchrun_the_overlay_says_how_to_start_it(monkeypatch, call):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="is not set: start this config with torchrun"):
         call()
+
+
+def test_work_that_is_not_divided_is_left_to_rank_zero(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    leave_to_rank_zero()
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as left:
+        leave_to_rank_zero()
+    assert left.value.code == 0, "or torchrun would end the others"
 
 
 if __name__ == "__main__":
