@@ -365,7 +365,7 @@ def test_runs_from_another_folder(bundle: Path, tmp_path: Path) -> None:
 
 def test_workflow_properties(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(bundle)
-    overrides = {k: v for k, v in TINY.items() if k.startswith("dataset_dir")}
+    overrides = {k: v for k, v in TINY.items() if k.startswith("dataset_dir")} | {"resume": None}
     for configs, kind, keys in (
         (TRAIN, "train", overrides),
         ([*TRAIN, "evaluate.json"], "train", overrides),
