@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -243,7 +243,7 @@ class Checkpointer:
             and replaces what is there. A path goes on from that file.
         minutes: time between two checkpoints in the midst of an epoch, after a step of the optimiser; None writes none.
         recipe: settings that a training goes on with. ``auto`` refuses a checkpoint of another recipe.
-        loss_check: called before anything is written.
+        loss_check: attached to the same engine, ahead of the checkpoints, and called before anything is written.
 
     Raises:
         InputError: nothing readable to go on from, or made by another recipe, or it does not fit the network.
@@ -258,7 +258,7 @@ class Checkpointer:
         resume: str | None = "auto",
         minutes: float | None = None,
         recipe: Mapping[str, Any] | None = None,
-        loss_check: Callable[[], None] | None = None,
+        loss_check: LossCheck | None = None,
     ) -> None:
         self.path = Path(path)
         self.previous = self.path.with_name(f"{self.path.stem}_previous{self.path.suffix}")
@@ -286,6 +286,8 @@ class Checkpointer:
                 remove_temporary(path)
         if self.resume is not None:
             self.restore(engine)
+        if self.loss_check is not None:
+            self.loss_check.attach(engine)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
 
