@@ -141,9 +141,10 @@ class OptimizerSteps:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
 
     def iteration_started(self, engine: SupervisedTrainer) -> None:
-        if isinstance(engine.network, DistributedDataParallel):
+        network = getattr(engine.network, "_orig_mod", engine.network)  # where the trainer has compiled it
+        if isinstance(network, DistributedDataParallel):
             # what its no_sync() sets, and its forward reads; the trainer leaves no place for a context manager
-            engine.network.require_backward_grad_sync = completes_step(engine)
+            network.require_backward_grad_sync = completes_step(engine)
 
     def iteration_completed(self, engine: SupervisedTrainer) -> None:
         if completes_step(engine):
@@ -219,7 +220,7 @@ class LossCheck:
                 raise InputError(
                     f"the loss is {value} at iteration {iteration}, in the batch of "
                     f"{', '.join(self.dataloader.files(iteration))}; nothing was saved since. If a file is at fault, "
-                    "exclude it; else lower learning_rate or set amp to false, and set resume to the checkpoint's path"
+                    "exclude it; else lower learning_rate or set amp to false, and give --resume the checkpoint's path"
                 )
 
 
@@ -265,7 +266,7 @@ class Checkpointer:
         self.objects = dict(objects)
         self.weights = dict(weights)
         self.interval = interval
-        self.resume = resume
+        self.resume = None if resume == "null" else resume  # the command line gives null as a word
         self.minutes = math.inf if minutes is None else minutes
         self.recipe = dict(recipe or {})
         self.loss_check = loss_check
@@ -336,7 +337,7 @@ class Checkpointer:
         if not torch.stack([p.isfinite().all() for p in trained]).all():
             raise InputError(
                 f"{self.path}: not written, since the weights are no longer finite; lower learning_rate or set amp to "
-                "false, and set resume to the path of the checkpoint that is there"
+                "false, and give --resume the path of the checkpoint that is there"
             )
 
     def restore(self, engine: SupervisedTrainer) -> None:
@@ -360,8 +361,8 @@ class Checkpointer:
                 _restore_state(item, content[name])
             except (RuntimeError, ValueError, KeyError) as error:
                 raise InputError(
-                    f"{path}: its {name} does not fit the config; resume with the keys it was trained with, or set "
-                    "resume to null to start anew"
+                    f"{path}: its {name} does not fit the config; resume with the keys it was trained with, or "
+                    "start anew with --resume None or another --models_dir"
                 ) from error
         self._restore_position(path, engine, content["trainer"])
         self.resumed = True
@@ -375,7 +376,7 @@ class Checkpointer:
                 content = load_file(path)
             except InputError as error:
                 if path == found[-1]:
-                    raise InputError(f"{error}; no other is kept: set resume to null to start anew") from error
+                    raise InputError(f"{error}; no other is kept: start anew with --resume None") from error
                 logger.warning(f"{error}; going on from the one before it")
                 continue
             return path, content
@@ -388,8 +389,8 @@ class Checkpointer:
         told = "; ".join(f"{key} was {saved[key]} and is {self.recipe[key]}" for key in changed)
         if self.resume == "auto":
             raise InputError(
-                f"{path}: was trained by another recipe ({told}). Give the old values to go on; or set resume to null "
-                f"to start anew and replace it; or set resume to {path} to go on by the new recipe"
+                f"{path}: was trained by another recipe ({told}). Give the old values to go on, --models_dir another "
+                f"folder or --resume None to start anew, or --resume {path} to go on by the new recipe"
             )
         logger.warning(f"{path}: going on by another recipe ({told})")
 
@@ -408,7 +409,7 @@ class Checkpointer:
         if state.epoch >= state.max_epochs:
             logger.info(
                 f"{path}: training has had {state.epoch} of {state.max_epochs} epochs and is finished; raise "
-                "max_epochs to train on, or set resume to null to train anew"
+                "max_epochs to train on, or train anew with --resume None"
             )
         else:
             logger.info(
