@@ -190,7 +190,8 @@ def flops(parser: ConfigParser, batch_size: int, findings: int, report: int) -> 
     """Floating-point operations of one step, counted as 2 per multiply-add of every matrix product.
 
     A product of T tokens with an I x O matrix is 2 T I O; attention of T queries to S keys over C channels is 4 T S C;
-    a backward pass costs twice the forward one. Element-wise work, norms and the optimiser count nothing.
+    a backward pass costs twice the forward one. Element-wise work, norms and the optimiser count nothing. In the image
+    decoder's last block only decoded patches ask, and only they go on.
     """
     size, width, mlp = parser["img_size"], parser["hidden_size"], parser["mlp_dim"]
     voxels = int(np.prod(parser["patch_size"]))
@@ -203,6 +204,10 @@ def flops(parser: ConfigParser, batch_size: int, findings: int, report: int) -> 
     def blocks(layers: int, tokens: int, width: int, mlp: int) -> int:
         return layers * (2 * tokens * (4 * width**2 + 2 * width * mlp) + 4 * tokens**2 * width)
 
+    def decoder_blocks(layers: int, tokens: int, asking: int, width: int) -> int:
+        last = 2 * (2 * tokens + 10 * asking) * width**2 + 4 * asking * tokens * width
+        return blocks(layers - 1, tokens, width, 4 * width) + last
+
     d, layers = parser["volume_decoder_hidden_size"], parser["volume_decoder_layers"]
     r, rmlp, p, text = (
         parser["report_decoder_hidden_size"],
@@ -213,7 +218,7 @@ def flops(parser: ConfigParser, batch_size: int, findings: int, report: int) -> 
     forward = {
         "image encoder": blocks(parser["num_layers"], visible + 1, width, mlp),
         "image decoder": 2 * (visible + 1) * width * d
-        + blocks(layers, visible + 1 + decoded, d, 4 * d)
+        + decoder_blocks(layers, visible + 1 + decoded, decoded, d)
         + 2 * decoded * d * voxels,
         "alignment": 2 * visible * (width * p + p * p) + 2 * findings * (text * p + p * p),
         "report decoder": blocks(parser["report_decoder_layers"], report, r, rmlp)
