@@ -1,0 +1,734 @@
+"""Public data sets as published, to analysis-ready volumes: one grid, one orientation, HU, checked, restartable.
+
+A prepared volume is a NIfTI file of int16 HU, clipped, at `pixdim` mm, whose axes lie within 45 degrees of R, A, S. On
+disk z is its fastest axis (axis codes SAR), so that a memory map of an uncompressed file, turned to RAS, is a
+C-contiguous array of which a random crop reads only what it needs. The affine tells all that: any viewer shows it right.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from isal import igzip
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
+
+from custom_components.errors import InputError
+from custom_components.sources import Raw, Scan, Source, Unfit
+
+FORMAT_VERSION = 1  # raise it with every change of the voxels written, so that a restart prepares volumes anew
+
+# one row a volume; "" where a volume failed before it was known
+COLUMNS = (
+    "name", "status", "reason", "message", "source", "output", "label_output", "version", "spacing", "shape",
+    "orientation", "prepared_shape", "hu_p0.5", "hu_p50", "hu_p99.5", "lung_share", "voxels_hash", "checks", "seconds",
+    "source_stamp", "output_bytes", "recipe", "finished",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a prepared volume depends on beside its source.
+
+    Attributes:
+        pixdim: mm along R, A, S.
+        hu_range: HU to clip to, before interpolation, which would else mix what scanners write outside their field of
+            view (-3024) into the voxels at its edge.
+        antialias: whether interpolation averages over all voxels that a larger one covers (a triangle as wide as the
+            larger step), or takes the nearest two alone, as the published pipeline does.
+        compress: whether to write .nii.gz.
+        min_lung_share: smallest share of voxels of lung density (-920 to -500 HU); 0 for scans that need no lungs.
+        check_hu: whether intensities must be HU of a trunk.
+    """
+
+    pixdim: tuple[float, float, float] = (1.5, 1.5, 3.0)
+    hu_range: tuple[float, float] = (-1000.0, 1000.0)
+    antialias: bool = True
+    compress: bool = False
+    min_lung_share: float = 0.02
+    check_hu: bool = True
+
+
+# ------------------------------------------------------------------------------------------------------------ geometry
+
+
+def _weights(size: int, step: float, new_size: int, new_step: float, antialias: bool) -> np.ndarray:
+    """Linear interpolation along one axis as a matrix [new_size, size], float32; both grids have the same centre."""
+    place = (size - 1) / 2 + (np.arange(new_size) - (new_size - 1) / 2) * (new_step / step)
+    place = place.clip(0, size - 1)[:, None]
+    width = max(1.0, new_step / step) if antialias else 1.0
+    weights = np.maximum(1 - np.abs(np.arange(size) - place) / width, 0)
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """int16 HU [X, Y, Z], C-contiguous, and its affine: the scan's own axes, named R, A, S, at `pixdim`.
+
+    The grid has the scan's centre and, to half a voxel, its extent. Axes at right angles need only one matrix product
+    per axis; a tilted gantry's are straightened afterwards, with the lowest HU where the scan does not reach.
+    """
+    axes = np.linalg.norm(raw.affine[:3, :3], axis=0)
+    to_ras = nib.orientations.io_orientation(raw.affine)  # row per array axis: which of R, A, S, and its sign
+    target = to_ras[:, 0].astype(int)
+    steps = [recipe.pixdim[axis] for axis in target]
+    new_sizes = [max(1, round(n * a / s)) for n, a, s in zip(raw.voxels.shape, axes, steps)]
+    matrices = [
+        _weights(n, a, m, s, recipe.antialias)[:: int(sign)]
+        for n, a, m, s, sign in zip(raw.voxels.shape, axes, new_sizes, steps, to_ras[:, 1])
+    ]
+
+    # from the slowest axis in memory to the fastest: the first step then reads each voxel where it lies, once
+    order = np.argsort([-abs(stride) for stride in raw.voxels.strides], kind="stable")
+    voxels = raw.voxels.transpose(order)
+    first, second, third = (matrices[axis] for axis in order)
+    shape = np.empty(3, int)
+    shape[target] = new_sizes
+    out = np.empty(shape, np.int16)
+    view = out.transpose(target[order])
+    low, high = recipe.hu_range
+    block = 8
+    third = np.ascontiguousarray(third.T)
+    for start in range(0, len(first), block):
+        rows = first[start : start + block]
+        used = np.flatnonzero(rows.any(0))
+        begin, end = used[0], used[-1] + 1
+        slab = voxels[begin:end].astype(np.float32, order="C")
+        if (raw.slope, raw.intercept) != (1.0, 0.0):
+            slab *= np.float32(raw.slope)
+            slab += np.float32(raw.intercept)
+        np.clip(slab, low, high, out=slab)
+        mixed = np.ascontiguousarray(rows[:, begin:end]) @ slab.reshape(end - begin, -1)
+        mixed = np.ascontiguousarray(second) @ mixed.reshape(-1, *voxels.shape[1:]) @ third
+        view[start : start + block] = np.rint(mixed, out=mixed)
+
+    affine = np.eye(4)
+    direction = np.empty((3, 3))
+    direction[:, target] = raw.affine[:3, :3] / axes * to_ras[:, 1]
+    affine[:3, :3] = direction * recipe.pixdim
+    centre = raw.affine[:3, :3] @ ((np.asarray(raw.voxels.shape) - 1) / 2) + raw.affine[:3, 3]
+    affine[:3, 3] = centre - affine[:3, :3] @ ((shape - 1) / 2)
+    if np.abs(direction.T @ direction - np.eye(3)).max() > 1e-3:
+        return _straighten(out, affine, recipe)
+    return out, affine
+
+
+def _straighten(volume: np.ndarray, affine: np.ndarray, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Resample a volume of skewed axes onto the box of right angles around it."""
+    from scipy.ndimage import affine_transform  # few scans need it
+
+    # the rotation next to the skewed axes
+    left, _, right = np.linalg.svd(affine[:3, :3] / recipe.pixdim)
+    straight = np.eye(4)
+    straight[:3, :3] = (left @ right) * recipe.pixdim
+    corners = np.stack(np.meshgrid(*((0, n - 1) for n in volume.shape)), -1).reshape(-1, 3)
+    places = (corners @ affine[:3, :3].T + affine[:3, 3]) @ np.linalg.inv(straight[:3, :3]).T
+    shape = np.ceil(np.ptp(places, axis=0) - 1e-6).astype(int) + 1
+    straight[:3, 3] = straight[:3, :3] @ places.min(0)
+    index = np.linalg.inv(affine) @ straight
+    low = recipe.hu_range[0]
+    out = affine_transform(volume.astype(np.float32), index[:3, :3], index[:3, 3], tuple(shape), order=1, cval=low)
+    return np.rint(out).astype(np.int16), straight
+
+
+def resample_label(raw: Raw, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
+    """Nearest voxel of a label map on another grid, in the dtype of the map; 0 where the map does not reach."""
+    index = np.linalg.inv(raw.affine) @ affine
+    lines, reach = [], []
+    for row in index[:3]:
+        axis = int(np.abs(row[:3]).argmax())
+        reach.append(sum(abs(row[other]) * shape[other] for other in range(3) if other != axis))
+        lines.append((axis, np.rint(row[axis] * np.arange(shape[axis]) + row[3]).astype(int)))
+    if max(reach) > 0.1 or len({axis for axis, _ in lines}) < 3:
+        from scipy.ndimage import affine_transform
+
+        return affine_transform(raw.voxels, index[:3, :3], index[:3, 3], tuple(shape), order=0, cval=0)
+    # the outermost voxels of the grid may have their centres up to half a voxel outside the map
+    picked = raw.voxels[np.ix_(*(line.clip(0, n - 1) for (_, line), n in zip(lines, raw.voxels.shape)))]
+    return np.ascontiguousarray(picked.transpose(np.argsort([axis for axis, _ in lines])))
+
+
+# -------------------------------------------------------------------------------------------------------------- checks
+
+
+def _check_geometry(scan: Scan, raw: Raw) -> None:
+    shape = raw.voxels.shape
+    told = " x ".join(map(str, shape))
+    if min(shape) < 1:
+        raise Unfit("wrong_dimensions", f"{scan.image} is {told} voxels: download it again")
+    if min(shape) < 3:
+        raise Unfit("few_slices", f"{scan.image} is {told} voxels, and a volume has three slices or more: leave it out")
+    axes = raw.affine[:3, :3]
+    spacing = np.linalg.norm(axes, axis=0)
+    extent = spacing * shape
+    if not np.isfinite(raw.affine).all() or (spacing < 0.05).any() or (spacing > 20).any():
+        told = " x ".join(f"{s:g}" for s in spacing)
+        raise Unfit("spacing", f"{scan.image} has a voxel spacing of {told} mm, which no CT has: correct its header")
+    if (extent < 20).any() or (extent > 2500).any():
+        told = " x ".join(f"{e:.0f}" for e in extent)
+        raise Unfit("spacing", f"{scan.image} shows {told} mm of a patient, which no CT does: correct its header")
+    if abs(np.linalg.det(axes / spacing)) < 0.5:
+        raise Unfit("spacing", f"{scan.image} has an affine whose axes do not span space: correct its header")
+
+
+def _check_voxels(scan: Scan, raw: Raw, recipe: Recipe) -> np.ndarray:
+    """Percentiles 0.5, 50 and 99.5 of the scan's HU before clipping."""
+    if raw.voxels.dtype.kind == "f" and not np.isfinite(raw.voxels).all():
+        count = int((~np.isfinite(raw.voxels)).sum())
+        raise Unfit("non_finite", f"{scan.image} holds NaN or infinity in {count} voxels: download it again")
+    if not np.isfinite([raw.slope, raw.intercept]).all() or raw.slope == 0:
+        raise Unfit("not_hu", f"{scan.image} has a rescaling of {raw.slope:g} x + {raw.intercept:g}: correct its header")
+    low, middle, high = np.percentile(raw.sample(), (0.5, 50, 99.5))
+    if low == high:
+        raise Unfit("empty", f"{scan.image} holds {low:g} everywhere: download it again")
+    if recipe.check_hu and not (-5000 < low < -500 and 0 < high < 5000):
+        raise Unfit(
+            "not_hu",
+            f"{scan.image} has intensities from {low:.0f} to {high:.0f}, which are not HU (air is -1000, water 0): "
+            "a rescaling was applied twice, or never",
+        )
+    return np.array([low, middle, high])
+
+
+def _check_prepared(scan: Scan, volume: np.ndarray, recipe: Recipe) -> float:
+    """Share of voxels of lung density."""
+    some = volume[::2, ::2, ::2]
+    lung_share = float(((some > -920) & (some < -500)).mean())
+    dense = some[some > -300]
+    if recipe.check_hu and (np.abs(dense) < 250).mean() < 0.4:
+        raise Unfit(
+            "not_hu", f"{scan.image} has hardly a voxel of soft tissue (-250 to 250 HU): its rescaling must be wrong"
+        )
+    if lung_share < recipe.min_lung_share:
+        raise Unfit(
+            "little_lung",
+            f"{scan.image} has lung density in {lung_share:.1%} of its voxels, less than min_lung_share "
+            f"{recipe.min_lung_share:g}: it may show no chest",
+        )
+    return lung_share
+
+
+def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
+    label = source.read_label(scan)
+    sizes = [np.linalg.norm(part.affine[:3, :3], axis=0) for part in (raw, label)]
+    centres = [
+        part.affine[:3, :3] @ ((np.asarray(part.voxels.shape) - 1) / 2) + part.affine[:3, 3] for part in (raw, label)
+    ]
+    extents = [np.sort(size * part.voxels.shape) for size, part in zip(sizes, (raw, label))]
+    off = np.linalg.norm(centres[0] - centres[1])
+    if off > 1.5 * max(sizes[0]) or np.abs(extents[0] - extents[1]).max() > 3 * max(sizes[0]):
+        raise Unfit("label", f"{scan.label} lies elsewhere than {scan.image} ({off:.1f} mm): find out which is right")
+    values = np.unique(label.voxels)
+    if (label.slope, label.intercept) != (1.0, 0.0) or (values != np.rint(values)).any() or not values.any():
+        raise Unfit("label", f"{scan.label} is no label map, its values are {values[:5].tolist()}: download it again")
+    table = np.zeros(256, np.uint8)
+    for value in values:
+        if source.label_values:
+            table[int(value) % 256] = source.label_values.get(int(value), 0)
+        elif 0 <= value < 256:
+            table[int(value)] = int(value)
+        else:
+            raise Unfit("label", f"{scan.label} has the value {value:g}, and labels are 0 to 255: correct it")
+    if not (0 <= values.min() and values.max() < 256):
+        raise Unfit("label", f"{scan.label} has the value {values.max():g}, and labels are 0 to 255: correct it")
+    return table[resample_label(label, shape, affine).astype(np.uint8)]
+
+
+# ------------------------------------------------------------------------------------------------------------- one scan
+
+
+class CannotWrite(InputError):
+    """The folder of prepared volumes takes no more: the whole run ends, instead of every volume failing."""
+
+
+def _write(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    """[X, Y, Z] as a NIfTI file with z fastest, under its final name only when complete."""
+    turned = affine[:, [2, 1, 0, 3]]
+    header = nib.Nifti1Header()
+    header.set_data_dtype(array.dtype)
+    header.set_data_shape(array.shape[::-1])
+    header.set_sform(turned, code=1)
+    header.set_qform(turned, code=1)
+    header.set_xyzt_units("mm")
+    header["magic"], header["vox_offset"] = b"n+1", 352
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    content = [header.binaryblock, b"\0" * 4, np.ascontiguousarray(array).data]
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with igzip.open(part, "wb", compresslevel=2) if path.suffix == ".gz" else open(part, "wb") as file:
+            file.writelines(content)
+        os.replace(part, path)
+    except OSError as error:
+        raise CannotWrite(f"{path} cannot be written ({error.strerror}): free space, or change prepared_dir") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _outputs(scan: Scan, recipe: Recipe) -> list[str]:
+    """Paths of the prepared image and, where there is one, label, below the folder of prepared volumes."""
+    return [path + ".gz" * recipe.compress for path in (scan.output, scan.label_output) if path is not None]
+
+
+def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str | os.PathLike) -> dict[str, Any]:
+    """Read, check, resample and write one scan with its label; returns what the manifest says of it.
+
+    Raises:
+        Unfit: it cannot be used, and why.
+        CannotWrite: the disk is full or read-only.
+    """
+    start = time.perf_counter()
+    places = [Path(prepared_dir, path) for path in _outputs(scan, recipe)]
+    try:
+        raw = source.read(scan)
+        _check_geometry(scan, raw)
+        percentiles = _check_voxels(scan, raw, recipe)
+        volume, affine = resample(raw, recipe)
+        lung_share = _check_prepared(scan, volume, recipe)
+        arrays = [volume]
+        if scan.label is not None:
+            arrays.append(_prepare_label(scan, source, raw, volume.shape, affine))
+    except CannotWrite:
+        raise
+    except Exception as error:
+        for place in places:  # of an earlier run, when the source was another
+            place.unlink(missing_ok=True)
+        if isinstance(error, Unfit):
+            raise
+        # nibabel, gzip, zipfile, NumPy, ITK and Pillow each raise their own for a damaged file
+        cause = (str(error).strip().splitlines() or [""])[0].replace(f"{scan.image}", Path(scan.image).name)
+        raise Unfit(
+            "unreadable", f"{scan.image} cannot be read ({type(error).__name__}: {cause[:200]}): download it again"
+        ) from error
+    # the label first: an image whose label is missing would look complete
+    for place, array in reversed(list(zip(places, arrays))):
+        _write(place, array, affine)
+    return {
+        "status": "ok",
+        "version": raw.version,
+        "spacing": " ".join(f"{s:.4g}" for s in np.linalg.norm(raw.affine[:3, :3], axis=0)),
+        "shape": " ".join(map(str, raw.voxels.shape)),
+        "orientation": "".join(nib.aff2axcodes(raw.affine)),
+        "prepared_shape": " ".join(map(str, volume.shape)),
+        **{f"hu_p{p}": round(float(value), 1) for p, value in zip(("0.5", "50", "99.5"), percentiles)},
+        "lung_share": round(lung_share, 4),
+        "voxels_hash": hashlib.blake2b(volume.data, digest_size=8).hexdigest(),
+        "checks": "" if scan.label or not scan.label_output else "no label",
+        "seconds": round(time.perf_counter() - start, 3),
+        "output_bytes": " ".join(str(place.stat().st_size) for place in places),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------ many processes
+
+
+def _serve(connection: Any, source: Source, recipe: Recipe, prepared_dir: str) -> None:
+    """A worker: scans come in, rows of the manifest go out, until the connection is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+    with threadpool_limits(1):
+        connection.send(None)
+        while True:
+            try:
+                scan = connection.recv()
+            except EOFError:
+                return
+            try:
+                answer: Any = prepare_scan(source, scan, recipe, prepared_dir)
+            except CannotWrite as error:
+                answer = error
+            except Unfit as error:
+                answer = {"status": "failed", "reason": error.reason, "message": str(error)}
+            connection.send(answer)
+
+
+class _Worker:
+    """A process that prepares one scan at a time. It may crash or hang: then it alone ends, and its scan is known."""
+
+    def __init__(self, *arguments: Any) -> None:
+        context = multiprocessing.get_context("spawn")  # forking a process in which threads run can hang
+        self.connection, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, *arguments), daemon=True)
+        self.process.start()
+        other.close()
+        self.ready = False
+        self.scan: Scan | None = None
+        self.deadline = float("inf")
+
+    def give(self, scan: Scan, timeout: float) -> None:
+        self.scan, self.deadline = scan, time.monotonic() + timeout
+        self.connection.send(scan)
+
+    def end(self) -> int:
+        """Its exit code; negative is the number of the signal that killed it."""
+        self.connection.close()
+        self.process.kill()
+        self.process.join()
+        return self.process.exitcode or 0
+
+
+def _run_pool(
+    scans: Sequence[Scan], num_workers: int, timeout: float, *arguments: Any
+) -> Iterator[tuple[Scan, dict[str, Any]]]:
+    """Every scan with its row, in the order in which they finish; `timeout` is in seconds a scan."""
+    waiting = list(reversed(scans))
+    workers = [_Worker(*arguments) for _ in range(min(num_workers, len(waiting)))]
+    try:
+        while workers:
+            until = min(worker.deadline for worker in workers) - time.monotonic()
+            answering = wait([worker.connection for worker in workers], max(0.0, min(until, 3600.0)))
+            for worker in list(workers):
+                answer: Any = None
+                if worker.connection in answering:
+                    try:
+                        answer = worker.connection.recv()
+                    except (EOFError, OSError):
+                        worker.process.join(5)
+                        code = worker.end()
+                        if not worker.ready:
+                            raise InputError(
+                                f"a worker process ended with exit code {code} before it began: lower num_workers, or "
+                                "see the error above"
+                            ) from None
+                        told = f"signal {-code}" if code < 0 else f"exit code {code}"
+                        message = f"{worker.scan.image} ended the process that read it ({told}): download it again"
+                        answer = {"status": "failed", "reason": "crashed", "message": message}
+                elif time.monotonic() > worker.deadline:
+                    worker.end()
+                    message = f"{worker.scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes"
+                    answer = {"status": "failed", "reason": "timeout", "message": message}
+                else:
+                    continue
+                if isinstance(answer, CannotWrite):
+                    raise answer
+                worker.ready = True
+                if answer is not None:
+                    done = worker.scan
+                    worker.scan, worker.deadline = None, float("inf")
+                    yield done, answer
+                if worker.connection.closed:
+                    workers.remove(worker)
+                    if waiting:
+                        workers.append(_Worker(*arguments))
+                elif waiting:
+                    worker.give(waiting.pop(), timeout)
+                else:
+                    worker.connection.close()  # it ends by itself
+                    workers.remove(worker)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+# ------------------------------------------------------------------------------------------------------------ manifest
+
+
+def stamp(path: str | os.PathLike | None) -> str:
+    """Size and time of change of a file, or of all files in a folder of slices or beside a .mhd; "" for None."""
+    if path is None:
+        return ""
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = [Path(entry.path) for entry in os.scandir(path) if entry.is_file()]
+    elif path.suffix.lower() == ".mhd":
+        files = [entry for entry in (path, *(path.with_suffix(s) for s in (".raw", ".zraw"))) if entry.exists()]
+    found = [file.stat() for file in files]
+    return f"{len(found)}:{sum(f.st_size for f in found)}:{max((f.st_mtime_ns for f in found), default=0)}"
+
+
+def read_manifest(prepared_dir: str | os.PathLike) -> dict[str, dict[str, str]]:
+    """Name -> its latest row, over the manifests of all shards. A line that a kill cut off counts as not written."""
+    rows: dict[str, dict[str, str]] = {}
+    for path in sorted(Path(prepared_dir, "manifest").glob("*.csv")):
+        content = path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].decode().splitlines()
+        for row in csv.DictReader(lines):
+            if row["finished"] and row["finished"] >= rows.get(row["name"], {}).get("finished", ""):
+                rows[row["name"]] = row
+    return rows
+
+
+class _Manifest:
+    """The rows of one shard, appended line by line; each is on its way to the disk before the next volume."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = path.read_bytes() if path.exists() else b""
+        self.file = open(path, "r+b" if content else "wb")  # noqa: SIM115 (closed by close)
+        self.file.truncate(content.rfind(b"\n") + 1)
+        self.file.seek(0, os.SEEK_END)
+        if not self.file.tell():
+            self.append(dict(zip(COLUMNS, COLUMNS)))
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        line = io.StringIO()
+        # no line ends within a cell, so that a cut-off line can be told
+        cells = [" ".join(str(row.get(column, "")).splitlines()) for column in COLUMNS]
+        csv.writer(line, lineterminator="\n").writerow(cells)
+        self.file.write(line.getvalue().encode())
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def _is_done(scan: Scan, row: Mapping[str, str] | None, recipe_hash: str, recipe: Recipe, folder: Path) -> bool:
+    """Whether a row of the manifest still describes the source and the files that lie there."""
+    if row is None or row["status"] != "ok" or row["recipe"] != recipe_hash:
+        return False
+    try:
+        sizes = " ".join(str((folder / path).stat().st_size) for path in _outputs(scan, recipe))
+        return sizes == row["output_bytes"] and f"{stamp(scan.image)} {stamp(scan.label)}" == row["source_stamp"]
+    except OSError:
+        return False
+
+
+def _shard(shard: str | None) -> tuple[int, int]:
+    """Which part of how many, from 0: `shard` ("1/4" is the first), or torchrun's rank, or all."""
+    if shard is None:
+        return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        part, parts = (int(number) for number in str(shard).split("/"))
+        if not 1 <= part <= parts:
+            raise ValueError
+    except ValueError as error:
+        raise InputError(f"shard is {shard!r}: give i/n with i from 1 to n, such as 1/4") from error
+    return part - 1, parts
+
+
+def prepare(
+    source: Source,
+    prepared_dir: str | os.PathLike,
+    pixdim: Sequence[float] = (1.5, 1.5, 3.0),
+    hu_range: Sequence[float] = (-1000.0, 1000.0),
+    antialias: bool = True,
+    compress: bool = False,
+    min_lung_share: float = 0.02,
+    check_hu: bool = True,
+    num_workers: int | None = None,
+    timeout_minutes: float = 10.0,
+    shard: str | None = None,
+    contact_sheet_volumes: int = 12,
+) -> None:
+    """Prepare a data set: volumes, their manifest, a contact sheet and a summary below `prepared_dir`.
+
+    Volumes that an earlier run has prepared from the same files by the same recipe are passed over. Those that cannot
+    be used are listed with the reason in ``manifest.csv``, ``summary.md`` and ``failed.csv`` (which `exclude` of the
+    other configs takes), and the others go on.
+
+    Args:
+        pixdim, hu_range, antialias, compress, min_lung_share, check_hu: see :class:`Recipe`.
+        num_workers: processes; by default one per core that this process may use, shared among torchrun's processes.
+        timeout_minutes: for one volume.
+        shard: "i/n", the i-th of n parts, for n machines that share a disk; torchrun's rank by default.
+        contact_sheet_volumes: how many volumes of this run the contact sheet shows.
+
+    Raises:
+        InputError: an argument is impossible, the disk is full, or, at the end, volumes have failed.
+    """
+    folder = Path(prepared_dir).expanduser()
+    if len(pixdim) != 3 or not all(0.1 <= float(p) <= 20 for p in pixdim):
+        raise InputError(f"pixdim is {pixdim}: give three spacings in mm, such as [1.5, 1.5, 3.0]")
+    if len(hu_range) != 2 or not -32768 <= hu_range[0] < hu_range[1] <= 32767:
+        raise InputError(f"hu_range is {hu_range}: give the lowest and the highest HU, such as [-1000, 1000]")
+    if folder.resolve() == Path(source.dataset_dir).resolve():
+        raise InputError(f"prepared_dir {folder} is dataset_dir: give another folder, or published files are replaced")
+    recipe = Recipe(
+        tuple(map(float, pixdim)), tuple(map(float, hu_range)), antialias, compress, float(min_lung_share), check_hu
+    )
+    # a source's attributes are its part of the recipe, apart from where its files lie today
+    assumed = {key: value for key, value in vars(source).items() if key != "dataset_dir"}
+    told = json.dumps([FORMAT_VERSION, type(source).__name__, asdict(recipe), assumed], sort_keys=True, default=str)
+    recipe_hash = hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
+    part, parts = _shard(shard)
+    if num_workers is None:
+        num_workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    every_scan = source.scans()
+    mine = every_scan[part::parts]
+    rows = read_manifest(folder)
+    waiting = [s for s in tqdm(mine, "verifying", delay=5) if not _is_done(s, rows.get(s.name), recipe_hash, recipe, folder)]
+    try:
+        manifest = _Manifest(folder / "manifest" / f"shard_{part + 1}_of_{parts}.csv")
+        if part == 0:
+            _copy_tables(source, folder)
+    except OSError as error:
+        raise CannotWrite(f"prepared_dir {folder} cannot be written ({error.strerror}): give another") from error
+    shown: list[tuple[str, Path]] = []
+    failures = 0
+    sheet = folder / f"contact_sheet{f'_{part + 1}' if parts > 1 else ''}.png"
+    arguments = (source, recipe, str(folder))
+    with tqdm(total=len(mine), initial=len(mine) - len(waiting), desc="prepare", unit="volume", smoothing=0.05) as bar:
+        try:
+            for scan, row in _run_pool(waiting, num_workers, 60 * timeout_minutes, *arguments):
+                outputs = _outputs(scan, recipe)
+                row = row | {
+                    "name": scan.name,
+                    "source": scan.image,
+                    "output": outputs[0],
+                    "label_output": outputs[1] if len(outputs) > 1 else "",
+                    "source_stamp": _stamps(scan),
+                    "recipe": recipe_hash,
+                    "finished": f"{time.time():.3f}",
+                }
+                manifest.append(row)
+                if row["status"] == "ok":
+                    if len(shown) < contact_sheet_volumes:
+                        shown.append((scan.name, folder / outputs[0]))
+                        if len(shown) == contact_sheet_volumes:  # now, when a wrong orientation costs least
+                            contact_sheet(shown, sheet, recipe.hu_range)
+                else:
+                    failures += 1
+                    for place in outputs:  # a worker that was killed could not tidy up
+                        for rest in (folder / place).parent.glob(f".{Path(place).name}.*.part"):
+                            rest.unlink(missing_ok=True)
+                bar.set_postfix(failed=failures, refresh=False)
+                bar.update()
+        finally:
+            manifest.close()
+    if 0 < len(shown) < contact_sheet_volumes:
+        contact_sheet(shown, sheet, recipe.hu_range)
+
+    _wait_for_others(shard)
+    rows = read_manifest(folder)
+    failed = summarize(folder, [rows[scan.name] for scan in every_scan if scan.name in rows], len(every_scan))
+    mine_failed = [scan.name for scan in mine if scan.name in failed]
+    if mine_failed:
+        first = failed[mine_failed[0]]
+        raise InputError(
+            f"{len(mine_failed)} of {len(mine)} volumes failed, the first by {first['reason']} ({first['message']}): "
+            f"see {folder / 'summary.md'}"
+        )
+
+
+def _stamps(scan: Scan) -> str:
+    try:
+        return f"{stamp(scan.image)} {stamp(scan.label)}"
+    except OSError:  # gone since it was listed
+        return ""
+
+
+def _wait_for_others(shard: str | None) -> None:
+    """Under torchrun, which would end the other processes when one that has failures exits."""
+    if shard is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        import torch.distributed
+
+        from custom_components.distributed import start
+
+        start(torch.device("cpu"), timeout_minutes=60 * 24 * 30)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def _copy_tables(source: Source, folder: Path) -> None:
+    """Lists, labels and reports beside the volumes, so that `prepared_dir` is a `dataset_dir` for the other configs."""
+    for table in source.tables:
+        origin = Path(source.dataset_dir, table)
+        if origin.is_dir():
+            shutil.copytree(origin, folder / table, dirs_exist_ok=True)
+        elif origin.is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(origin, folder / table)
+
+
+# ------------------------------------------------------------------------------------------------------------- reports
+
+
+def _replace_text(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def summarize(folder: Path, rows: Sequence[Mapping[str, str]], expected: int) -> dict[str, Mapping[str, str]]:
+    """Write ``manifest.csv``, ``failed.csv`` and ``summary.md`` of all shards so far; returns the failed rows by name."""
+    table = pd.DataFrame(rows, columns=list(COLUMNS))
+    ok = table[table["status"] == "ok"].copy()
+    same = {key: list(names) for key, names in ok.groupby("voxels_hash")["name"] if len(names) > 1}
+    for names in same.values():
+        for name in names[1:]:
+            table.loc[table["name"] == name, "checks"] += f" duplicate of {names[0]}"
+    table["checks"] = table["checks"].str.strip()
+    failed = {row["name"]: row for row in rows if row["status"] != "ok"}
+    _replace_text(folder / "manifest.csv", table.to_csv(index=False))
+    _replace_text(
+        folder / "failed.csv",
+        pd.DataFrame(failed.values(), columns=["name", "reason", "message"]).to_csv(index=False),
+    )
+
+    lines = ["# Prepared volumes", "", f"{len(ok)} prepared, {len(failed)} failed, {expected - len(rows)} to come.", ""]
+    if failed:
+        lines += ["## Failures", "", "| reason | volumes | first | message |", "|---|---|---|---|"]
+        reasons = defaultdict(list)
+        for row in failed.values():
+            reasons[row["reason"]].append(row)
+        for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
+            message = members[0]["message"].replace("|", "/")
+            lines.append(f"| {reason} | {len(members)} | {members[0]['name']} | {message} |")
+        lines += ["", "All of them, with reasons: failed.csv.", ""]
+    if len(ok):
+        lines += ["## As published", "", "| version | volumes |", "|---|---|"]
+        lines += [f"| {version} | {count} |" for version, count in Counter(ok["version"]).most_common(20)]
+        spacing = np.array([[float(s) for s in cell.split()] for cell in ok["spacing"]])
+        shape = np.array([[int(s) for s in cell.split()] for cell in ok["shape"]])
+        numbers = ok[["hu_p0.5", "hu_p50", "hu_p99.5", "lung_share", "seconds"]].astype(float)
+        measured = {f"spacing, axis {axis}, mm": spacing[:, axis] for axis in range(3)}
+        measured |= {f"voxels, axis {axis}": shape[:, axis] for axis in range(3)}
+        measured |= {name: numbers[name].to_numpy() for name in numbers}
+        lines += ["", "| | lowest | median | highest |", "|---|---|---|---|"]
+        for name, values in measured.items():
+            lines.append(f"| {name} | {values.min():g} | {np.median(values):g} | {values.max():g} |")
+        orientations = ", ".join(f"{code} {count}" for code, count in Counter(ok["orientation"]).most_common(8))
+        size = sum(int(n) for cell in ok["output_bytes"] for n in str(cell).split()) / 1e9
+        lines += ["", f"Orientation of the files: {orientations}. Prepared volumes: {size:.3g} GB.", ""]
+    if same:
+        lines += ["## Duplicates", "", "Volumes with the same voxels, kept:", ""]
+        lines += [f"- {', '.join(names)}" for names in list(same.values())[:50]] + [""]
+    _replace_text(folder / "summary.md", "\n".join(lines))
+    return failed
+
+
+def contact_sheet(volumes: Sequence[tuple[str, Path]], path: Path, hu_range: Sequence[float]) -> None:
+    """A row per prepared file: its middle axial, coronal and sagittal slice, the histogram of its HU, and its name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.6 * len(volumes)), layout="constrained")
+    for row, (name, file) in zip(figure.subplots(len(volumes), 4, squeeze=False), volumes):
+        image = nib.load(file)
+        volume = np.asanyarray(image.dataobj).transpose(2, 1, 0)
+        x, y, z = (n // 2 for n in volume.shape)
+        dx, dy, dz = image.header.get_zooms()[::-1]
+        # the patient's right on the left of the picture, or anterior there; head up
+        views = (
+            (volume[::-1, :, z], dy / dx, "R", "A"),
+            (volume[::-1, y], dz / dx, "R", "S"),
+            (volume[x, ::-1], dz / dy, "A", "S"),
+        )
+        for axes, (view, aspect, left, top) in zip(row, views):
+            axes.imshow(view.T, origin="lower", cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
+            axes.text(0.01, 0.5, left, transform=axes.transAxes, color="yellow", va="center")
+            axes.text(0.5, 0.99, top, transform=axes.transAxes, color="yellow", ha="center", va="top")
+            axes.set_axis_off()
+        row[0].set_title(name, fontsize=9, loc="left")
+        row[3].hist(volume[::2, ::2, ::2].ravel(), bins=100, range=tuple(hu_range), color="#08519c", log=True)
+        row[3].set_title("HU", fontsize=9)
+        row[3].tick_params(labelsize=7, left=False, labelleft=False)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    figure.savefig(part, dpi=80, format="png")
+    os.replace(part, path)

@@ -1,0 +1,518 @@
+"""Public chest CT data sets as their publishers ship them: which files they hold, and what is wrong with each format.
+
+A source lists its scans, and reads one of them at a time into voxels, affine and rescaling. Nothing here imports torch
+or MONAI, because processes that do nothing but read start by the dozen.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+from isal import igzip
+from PIL import Image
+from tqdm import tqdm
+
+from custom_components.errors import InputError
+
+SLICE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class Unfit(InputError):
+    """A scan that cannot be used; `reason` is the word under which a summary counts it."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One volume to prepare: paths as published, and where it goes below the folder of prepared volumes."""
+
+    name: str
+    image: str  # a file, or a folder of slices
+    output: str  # relative, ends in .nii
+    label: str | None = None
+    label_output: str | None = None
+    metadata: Mapping[str, str] | None = None  # CT-RATE's row of its metadata table
+
+
+@dataclass
+class Raw:
+    """Voxels as stored, [I, J, K] of any strides, with what turns them into HU at a place.
+
+    Attributes:
+        affine: [4, 4] float64, voxel index to RAS+ mm.
+        slope, intercept: HU = slope x voxel + intercept.
+        version: what kind of file it turned out to be, and what was assumed.
+    """
+
+    voxels: np.ndarray
+    affine: np.ndarray
+    slope: float = 1.0
+    intercept: float = 0.0
+    version: str = ""
+
+    def sample(self) -> np.ndarray:
+        """HU of some 100,000 voxels on a regular grid, float32 [N]."""
+        steps = [max(1, round(size / 48)) for size in self.voxels.shape]
+        some = self.voxels[tuple(slice(step // 2, None, step) for step in steps)].astype(np.float32).ravel()
+        return some * np.float32(self.slope) + np.float32(self.intercept)
+
+
+def is_hu(sample: np.ndarray) -> bool:
+    """Whether intensities can be HU of a trunk: it has air (below -500) and tissue (above 0), nothing far beyond."""
+    if not np.isfinite(sample).all():
+        return False
+    low, high = np.percentile(sample, (0.5, 99.5))
+    return bool(-5000 < low < -500 and 0 < high < 5000)
+
+
+# ------------------------------------------------------------------------------------------------------- file formats
+
+
+def read_nifti(path: str | os.PathLike) -> Raw:
+    """A .nii or .nii.gz; the slope and intercept of its header are in the result, not yet in its voxels."""
+    path = Path(path)
+    content = path.read_bytes()
+    if path.name.lower().endswith(".gz"):
+        content = igzip.decompress(content)  # checks length and CRC; 2.4 times as fast as the standard library's
+    image = nib.Nifti1Image.from_bytes(content)
+    proxy = image.dataobj
+    shape, dtype = tuple(int(n) for n in proxy.shape), proxy.dtype
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3:
+        raise Unfit("wrong_dimensions", f"{path} is not one 3D volume but {' x '.join(map(str, shape))}: split it")
+    if dtype.kind not in "iuf":
+        raise Unfit("wrong_dimensions", f"{path} holds {dtype}, not one number a voxel: export it as a CT")
+    count = int(np.prod(shape, dtype=np.int64))
+    if len(content) < proxy.offset + count * dtype.itemsize:
+        raise EOFError("its voxels are cut off")
+    # no copy: the array lies in the decompressed bytes
+    voxels = np.frombuffer(content, dtype, count, int(proxy.offset)).reshape(shape, order="F")
+    return Raw(voxels, np.asarray(image.affine, float), float(proxy.slope), float(proxy.inter), "NIfTI")
+
+
+def read_itk(path: str | os.PathLike) -> Raw:
+    """A .mhd with its .raw, or another file that ITK reads."""
+    import itk  # a second to import, and only two of the data sets want it
+
+    path = Path(path)
+    if path.suffix.lower() == ".mhd":
+        _check_mhd(path)
+    image = itk.imread(str(path))
+    if image.GetImageDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise Unfit("wrong_dimensions", f"{path} is not one 3D volume: split it")
+    direction = itk.array_from_matrix(image.GetDirection())
+    affine = np.eye(4)
+    affine[:3, :3] = direction * np.asarray(image.GetSpacing())
+    affine[:3, 3] = image.GetOrigin()
+    # ITK's +x is left and +y posterior, NIfTI's right and anterior
+    return Raw(itk.array_from_image(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, version="ITK")
+
+
+def _check_mhd(path: Path) -> None:
+    """ITK reads a .raw that is too short without an error, and fills up with what the memory held."""
+    pairs = (line.split("=", 1) for line in path.read_text(encoding="latin-1").splitlines() if "=" in line)
+    header = {key.strip(): value.strip() for key, value in pairs}
+    absent = [key for key in ("DimSize", "ElementType", "ElementDataFile") if key not in header]
+    if absent:
+        raise ValueError(f"its header has no {', '.join(absent)}")
+    data = path.parent / header["ElementDataFile"]
+    if header["ElementDataFile"] in ("LOCAL", "LIST") or not data.is_file():
+        raise FileNotFoundError(f"its voxels, {data.name}, are not beside it")
+    sizes = {"MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_FLOAT": 4}
+    expected = sizes.get(header["ElementType"], 8) * int(np.prod([int(n) for n in header["DimSize"].split()], dtype=object))
+    if header.get("CompressedData", "False").lower() != "true" and data.stat().st_size != expected:
+        raise EOFError(f"{data.name} has {data.stat().st_size} bytes, and the header tells of {expected}")
+
+
+def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Sequence[float]) -> Raw:
+    """An array without geometry: `axcodes` ("SPL") tells where index grows to on each axis, `spacing` its mm."""
+    with np.load(path, allow_pickle=False) as archive:
+        names = archive.files
+        if key is None and len(names) == 1:
+            key = names[0]
+        if key not in names:
+            raise KeyError(f"it has no array {key}, but {', '.join(names) or 'none'}")
+        voxels = archive[key]
+    voxels = voxels.reshape([n for n in voxels.shape if n > 1] if voxels.ndim > 3 else voxels.shape)
+    if voxels.ndim != 3 or voxels.dtype.kind not in "iuf":
+        shape = " x ".join(map(str, voxels.shape))
+        raise Unfit("wrong_dimensions", f"{path} is not one 3D volume but {shape} of {voxels.dtype}: export it again")
+    return Raw(voxels, affine_from(axcodes, spacing, voxels.shape), version=f"npz, {_assumed(axcodes, spacing)}")
+
+
+def read_slices(
+    folder: str | os.PathLike, window: Sequence[float], axcodes: str, spacing: Sequence[float]
+) -> Raw:
+    """8-bit pictures, one a slice, in natural order ("2.png" before "10.png"); grey 0 and 255 are the window's ends.
+
+    Slices of another size than most are resampled to that of most.
+    """
+    paths = _slices(Path(folder))
+    if len(paths) < 3:
+        raise Unfit("few_slices", f"{folder} holds {len(paths)} slices, and a volume has three or more: download it again")
+    pictures = []
+    for path in paths:
+        try:
+            with Image.open(path) as picture:
+                pictures.append(picture.convert("L"))
+        except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and struct.error for damaged files
+            raise ValueError(f"{path.name}: {_first_line(error)}") from error
+    sizes = Counter(picture.size for picture in pictures)
+    size = sizes.most_common(1)[0][0]
+    resized = len(pictures) - sizes[size]
+    voxels = np.stack(
+        [np.asarray(p if p.size == size else p.resize(size, Image.Resampling.BILINEAR)) for p in pictures]
+    )
+    low, high = window
+    version = f"8-bit slices, window [{low:g}, {high:g}] and {_assumed(axcodes, spacing)}"
+    if resized:
+        version += f", {resized} of {len(pictures)} slices resized to {size[0]} x {size[1]}"
+    return Raw(voxels, affine_from(axcodes, spacing, voxels.shape), (high - low) / 255, low, version)
+
+
+def affine_from(axcodes: str, spacing: Sequence[float], shape: Sequence[int]) -> np.ndarray:
+    """Affine [4, 4] of an array whose axes grow towards `axcodes` ("SPL"), with RAS+ 0 mm in its middle."""
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for axis, (code, step) in enumerate(zip(axcodes, spacing, strict=True)):
+        row = next(i for i, pair in enumerate(("LR", "PA", "IS")) if code in pair)
+        affine[row, axis] = step if code in "RAS" else -step
+    affine[:3, 3] = -affine[:3, :3] @ ((np.asarray(shape) - 1) / 2)
+    return affine
+
+
+def _check_axcodes(key: str, axcodes: str) -> None:
+    if sorted(axcodes.translate(str.maketrans("RAS", "LPI"))) != ["I", "L", "P"]:
+        raise InputError(f"{key} is {axcodes!r}: name each axis once, by R or L, A or P, and S or I, such as SPL")
+
+
+def _assumed(axcodes: str, spacing: Sequence[float]) -> str:
+    return f"{axcodes} and {' x '.join(f'{s:g}' for s in spacing)} mm assumed"
+
+
+def _slices(folder: Path) -> list[Path]:
+    def natural(path: Path) -> list:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+    files = (p for p in folder.iterdir() if p.suffix.lower() in SLICE_SUFFIXES and not p.name.startswith("."))
+    return sorted(files, key=natural)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- data sets
+
+
+class Source:
+    """A data set: `scans()` lists it, `read(scan)` and `read_label(scan)` read one. Instances pickle to the workers.
+
+    Attributes:
+        tables: files and folders of lists, labels and reports, which are copied beside the prepared volumes.
+        label_values: value in a published label map -> value in the prepared one, all others 0; empty: kept as they are.
+    """
+
+    tables: tuple[str, ...] = ()
+    label_values: Mapping[int, int] = {}
+
+    def __init__(self, dataset_dir: str | os.PathLike) -> None:
+        self.dataset_dir = str(Path(dataset_dir).expanduser())
+        if not os.path.isdir(self.dataset_dir):
+            raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that the data set was downloaded to")
+
+    def scans(self) -> list[Scan]:
+        """All scans, sorted by name, each name once."""
+        raise NotImplementedError
+
+    def read(self, scan: Scan) -> Raw:
+        raise NotImplementedError
+
+    def read_label(self, scan: Scan) -> Raw:
+        raise NotImplementedError
+
+    def _listed(self, scans: Mapping[str, Scan], wanted: str) -> list[Scan]:
+        if not scans:
+            raise InputError(f"dataset_dir {self.dataset_dir} holds no {wanted}: give the folder above it")
+        return [scans[name] for name in sorted(scans)]
+
+    def _walk(self, *folders: str) -> Iterator[tuple[Path, list[str]]]:
+        """Folders below those of `folders` that exist, each with the names in it that are not hidden, sorted."""
+        with tqdm(desc="listing", unit="folder", delay=5, leave=False) as bar:
+            for top in folders:
+                for folder, subfolders, files in os.walk(os.path.join(self.dataset_dir, top)):
+                    subfolders.sort()
+                    bar.update()
+                    yield Path(folder), sorted(name for name in files if not name.startswith("."))
+
+
+class CTRate(Source):
+    """CT-RATE, both versions, and volumes preprocessed as CT-CLIP does (``train_preprocessed/train_1/train_1a/...``).
+
+    Which version a volume is of is told from itself. A blank header (identity affine) takes spacing, orientation and
+    position from the metadata table; intensities that are no HU take its slope and intercept; nothing is applied to
+    what is right already. Of one name in several folders, `*_fixed` counts before the first version, and that before
+    CT-CLIP's.
+
+    Args:
+        preprocessed_spacing: mm of CT-CLIP's volumes, whose affine is lost, in R, A, S order.
+        preprocessed_axcodes: where the index of their arrays grows to: of .npz and of .nii.gz files.
+    """
+
+    tables = tuple(
+        f"{root}{folder}"
+        for root in ("dataset/", "")
+        for folder in ("radiology_text_reports", "multi_abnormality_labels", "metadata")
+    ) + ("lists",)
+
+    def __init__(
+        self,
+        dataset_dir: str | os.PathLike,
+        preprocessed_spacing: Sequence[float] = (0.75, 0.75, 1.5),
+        preprocessed_axcodes: Mapping[str, str] = {".npz": "SLP", ".nii.gz": "LPS"},  # noqa: B006
+    ) -> None:
+        super().__init__(dataset_dir)
+        for suffix, axcodes in preprocessed_axcodes.items():
+            _check_axcodes(f"preprocessed_axcodes {suffix}", axcodes)
+        self.preprocessed_spacing = tuple(preprocessed_spacing)
+        self.preprocessed_axcodes = dict(preprocessed_axcodes)
+
+    def scans(self) -> list[Scan]:
+        metadata = self._metadata()
+        found: dict[str, Scan] = {}
+        roots = [os.path.join(top, split) for split in ("train", "valid") for top in ("dataset", "")]
+        folders = [f"{root}{version}" for version in ("_fixed", "", "_preprocessed") for root in roots]
+        for folder, files in self._walk(*folders):
+            for file in files:
+                name = file.removesuffix(".gz").removesuffix(".nii").removesuffix(".npz")
+                parts = name.split("_")
+                if name == file or len(parts) != 4 or name in found:
+                    continue
+                patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
+                output = f"dataset/{parts[0]}_fixed/{patient}/{scan}/{name}.nii"
+                found[name] = Scan(name, str(folder / file), output, metadata=metadata.get(name))
+        return self._listed(found, "dataset/train_fixed, dataset/train or train_preprocessed with volumes of CT-RATE")
+
+    def _metadata(self) -> dict[str, dict[str, str]]:
+        rows: dict[str, dict[str, str]] = {}
+        wanted = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
+        for top in ("dataset", ""):
+            for path in sorted(Path(self.dataset_dir, top, "metadata").glob("*metadata*.csv")):
+                frame = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+                absent = [column for column in ("VolumeName", *wanted) if column not in frame.columns]
+                if absent:
+                    raise InputError(f"{path} has no column {', '.join(absent)}: download it again")
+                placing = [c for c in ("ImageOrientationPatient", "ImagePositionPatient") if c in frame.columns]
+                frame = frame.dropna(subset=["VolumeName"])
+                names = frame["VolumeName"].str.strip().str.removesuffix(".nii.gz")
+                rows |= dict(zip(names, frame[[*wanted, *placing]].fillna("").to_dict("records")))
+        return rows
+
+    def read(self, scan: Scan) -> Raw:
+        if "_preprocessed" in Path(scan.image).parts[-4]:
+            return self._read_preprocessed(scan)
+        raw = read_nifti(scan.image)
+        blank = np.allclose(raw.affine[:3, :3], np.eye(3), atol=1e-4)
+        if scan.metadata is None:
+            if blank:
+                raise Unfit("metadata", f"{scan.image} has a blank header, and no metadata table names it: download it")
+            raw.version = "v2"
+            return raw
+        spacing, slope, intercept = _rescaling(scan)
+        if blank and not np.allclose(spacing, 1, atol=1e-3):
+            raw.affine = _dicom_affine(scan, spacing, raw.voxels.shape)
+        else:
+            blank = False
+            header = np.linalg.norm(raw.affine[:3, :3], axis=0)
+            if not np.allclose(np.sort(header), np.sort(spacing), rtol=0.02):
+                raise Unfit(
+                    "spacing",
+                    f"{scan.image} has a spacing of {' x '.join(f'{s:g}' for s in header)} mm in its header, and "
+                    f"{' x '.join(f'{s:g}' for s in spacing)} in the metadata table: find out which is right",
+                )
+        rescaled = Raw(raw.voxels, raw.affine, raw.slope * slope, raw.intercept * slope + intercept)
+        # Where a header is blank, the rescaling most likely is missing too; where it is right, it most likely is done.
+        candidates = [(rescaled, True), (raw, False)] if blank else [(raw, False), (rescaled, True)]
+        for candidate, applied in candidates:
+            if is_hu(candidate.sample()):
+                break
+        else:
+            candidate, applied = candidates[0]  # which the checks will refuse
+        version = {(True, True): "v1", (False, False): "v2"}
+        candidate.version = version.get(
+            (blank, applied), "v1 header, HU right" if blank else "v2 header, rescaling was missing"
+        )
+        return candidate
+
+    def _read_preprocessed(self, scan: Scan) -> Raw:
+        suffix = ".npz" if scan.image.endswith(".npz") else ".nii.gz"
+        axcodes = self.preprocessed_axcodes[suffix]
+        # the spacing in the order of the array's axes
+        spacing = [self.preprocessed_spacing["RLAPIS".index(code) // 2] for code in axcodes]
+        if suffix == ".npz":
+            raw = read_npz(scan.image, None, axcodes, spacing)
+        else:
+            raw = read_nifti(scan.image)
+            raw.affine = affine_from(axcodes, spacing, raw.voxels.shape)
+        raw.version = f"CT-CLIP, {_assumed(axcodes, spacing)}"
+        sample = raw.sample()
+        if np.isfinite(sample).all() and np.abs(sample).max() <= 2:  # it may be stored as HU / 1000
+            raw.slope, raw.intercept = raw.slope * 1000, raw.intercept * 1000
+            raw.version += ", times 1000"
+        return raw
+
+
+def _rescaling(scan: Scan) -> tuple[np.ndarray, float, float]:
+    """Spacing [3] in mm, slope and intercept of CT-RATE's metadata table."""
+    row = scan.metadata
+    try:
+        spacing = np.array([*ast.literal_eval(row["XYSpacing"]), float(row["ZSpacing"])], float)
+        slope, intercept = float(row["RescaleSlope"]), float(row["RescaleIntercept"])
+        if spacing.shape != (3,) or not np.isfinite([*spacing, slope, intercept]).all() or slope == 0:
+            raise ValueError
+    except (ValueError, SyntaxError, TypeError) as error:
+        told = ", ".join(f"{key} {value!r}" for key, value in row.items())
+        raise Unfit("metadata", f"{scan.name} has {told} in the metadata table: correct it") from error
+    return spacing, slope, intercept
+
+
+def _dicom_affine(scan: Scan, spacing: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """From the metadata table's orientation and position, where it has them; else of a patient on the back."""
+    try:
+        rows, columns = np.array(ast.literal_eval(scan.metadata["ImageOrientationPatient"]), float).reshape(2, 3)
+        origin = np.array(ast.literal_eval(scan.metadata["ImagePositionPatient"]), float).reshape(3)
+    except (KeyError, ValueError, SyntaxError, TypeError):
+        return affine_from("LPS", spacing, shape)
+    affine = np.eye(4)
+    affine[:3, :3] = np.stack([rows, columns, np.cross(rows, columns)], axis=1) * spacing
+    affine[:3, 3] = origin
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+class RadChestCT(Source):
+    """RAD-ChestCT: one .npz a scan, key ``ct``, int16 HU, first axis slices, no geometry in the file.
+
+    Args:
+        spacing: mm along the array's axes; the publishers resampled to 0.8 mm.
+        axcodes: where the array's index grows to, slices first. Look at the contact sheet.
+    """
+
+    tables = ("lists",)
+
+    def __init__(
+        self, dataset_dir: str | os.PathLike, spacing: Sequence[float] = (0.8, 0.8, 0.8), axcodes: str = "IPL"
+    ) -> None:
+        super().__init__(dataset_dir)
+        _check_axcodes("axcodes", axcodes)
+        self.spacing, self.axcodes = tuple(spacing), axcodes
+
+    def scans(self) -> list[Scan]:
+        found = {}
+        for folder, files in self._walk(""):
+            for file in files:
+                name = file.removesuffix(".npz")
+                if name != file:
+                    found.setdefault(name, Scan(name, str(folder / file), f"images/{name}.nii"))
+        return self._listed(found, ".npz files of RAD-ChestCT")
+
+    def read(self, scan: Scan) -> Raw:
+        return read_npz(scan.image, "ct", self.axcodes, self.spacing)
+
+
+class CCCCII(Source):
+    """CC-CCII: a folder of 8-bit slices a scan, without HU, spacing or orientation; what is assumed are keys.
+
+    Args:
+        window: HU of grey 0 and of grey 255.
+        spacing: mm between slices, rows and columns.
+        axcodes: where slices, rows and columns grow to.
+    """
+
+    tables = ("lists",)
+
+    def __init__(
+        self,
+        dataset_dir: str | os.PathLike,
+        window: Sequence[float] = (-1000.0, 1000.0),
+        spacing: Sequence[float] = (5.0, 0.7, 0.7),
+        axcodes: str = "IPL",
+    ) -> None:
+        super().__init__(dataset_dir)
+        _check_axcodes("axcodes", axcodes)
+        self.window, self.spacing, self.axcodes = tuple(window), tuple(spacing), axcodes
+
+    def scans(self) -> list[Scan]:
+        found: dict[str, Scan] = {}
+        for folder, files in self._walk(""):
+            if any(file.lower().endswith(SLICE_SUFFIXES) for file in files):
+                if folder.name in found:
+                    raise InputError(f"{folder} and {found[folder.name].image} are two scans of one name: rename one")
+                found[folder.name] = Scan(folder.name, str(folder), f"images_resized/{folder.name}.nii")
+        return self._listed(found, "folders of .png or .jpg slices")
+
+    def read(self, scan: Scan) -> Raw:
+        return read_slices(scan.image, self.window, self.axcodes, self.spacing)
+
+
+class LUNA16(Source):
+    """LUNA16: .mhd with .raw in ``subset0`` to ``subset9``, lung masks of the same names in ``seg-lungs-LUNA16``."""
+
+    tables = ("lists", "dataset.json", "annotations.csv")
+    label_values = {3: 1, 4: 2, 5: 3}  # left lung, right lung, trachea
+
+    def scans(self) -> list[Scan]:
+        found = {}
+        for folder, files in self._walk(*(f"subset{i}" for i in range(10))):
+            for file in files:
+                name = file.removesuffix(".mhd")
+                if name != file:
+                    label = os.path.join(self.dataset_dir, "seg-lungs-LUNA16", file)
+                    places = (label, f"masks_processed/{name}.nii") if os.path.isfile(label) else (None, None)
+                    found[name] = Scan(name, str(folder / file), f"images/{name}.nii", *places)
+        return self._listed(found, "subset0 to subset9 with .mhd files")
+
+    def read(self, scan: Scan) -> Raw:
+        return read_itk(scan.image)
+
+    def read_label(self, scan: Scan) -> Raw:
+        return read_itk(scan.label)
+
+
+class BTCV(Source):
+    """BTCV, or any segmentation data set laid out so: ``imagesTr``, ``labelsTr``, ``imagesTs``, ``dataset.json``."""
+
+    tables = ("lists", "dataset.json")
+
+    def scans(self) -> list[Scan]:
+        found = {}
+        for folder, files in self._walk("imagesTr", "imagesTs"):
+            for file in files:
+                stem = file.removesuffix(".gz").removesuffix(".nii")
+                if stem == file:
+                    continue
+                labels = Path(self.dataset_dir, "labelsTr")
+                candidates = [labels / file, labels / file.replace("img", "label")]
+                label = next((p for p in candidates if p.is_file()), None) if folder.name == "imagesTr" else None
+                name = f"{folder.name}/{stem}"
+                label_output = label and f"labelsTr/{label.name.removesuffix('.gz').removesuffix('.nii')}.nii"
+                found[name] = Scan(name, str(folder / file), f"{name}.nii", label and str(label), label_output)
+        return self._listed(found, "imagesTr with .nii.gz files")
+
+    def read(self, scan: Scan) -> Raw:
+        return read_nifti(scan.image)
+
+    def read_label(self, scan: Scan) -> Raw:
+        return read_nifti(scan.label)
