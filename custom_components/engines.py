@@ -166,11 +166,13 @@ class TrainingProgress:
         self.shown = -math.inf
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.completed)
 
-    def started(self, engine: Engine) -> None:
+    def epoch_started(self, engine: Engine) -> None:
+        if self.bar is not None:
+            return
         total = engine.state.max_epochs * engine.state.epoch_length
         self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", mininterval=0, dynamic_ncols=True)
 
@@ -185,7 +187,8 @@ class TrainingProgress:
         self.bar.update(engine.state.iteration - self.bar.n)
 
     def completed(self) -> None:
-        self.bar.close()
+        if self.bar is not None:  # there was something left to train
+            self.bar.close()
 
 
 class LossCheck:
@@ -280,6 +283,13 @@ class Checkpointer:
                 f"the training's dataloader is a {type(engine.data_loader).__name__}: make it a "
                 "custom_components.loading.SeededDataLoader, without which a checkpoint cannot be gone on from"
             )
+        if self.loss_check is not None:
+            self.loss_check.attach(engine)
+        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+
+    def started(self, engine: SupervisedTrainer) -> None:
         modules = {name: item for name, item in self.objects.items() if isinstance(item, nn.Module)}
         self.frozen = {name: fingerprint(module) for name, module in modules.items()}
         if rank() == 0:
@@ -287,10 +297,7 @@ class Checkpointer:
                 remove_temporary(path)
         if self.resume is not None:
             self.restore(engine)
-        if self.loss_check is not None:
-            self.loss_check.attach(engine)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+        self.saved_at = time.monotonic()
 
     def iteration_completed(self, engine: SupervisedTrainer) -> None:
         due = time.monotonic() - self.saved_at >= 60 * self.minutes
