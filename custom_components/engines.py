@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -247,7 +247,7 @@ class Checkpointer:
             and replaces what is there. A path goes on from that file.
         minutes: time between two checkpoints in the midst of an epoch, after a step of the optimiser; None writes none.
         recipe: settings that a training goes on with. ``auto`` refuses a checkpoint of another recipe.
-        loss_check: called before anything is written.
+        loss_check: attached, and called before anything is written.
 
     Raises:
         InputError: nothing readable to go on from, or made by another recipe, or it does not fit the network.
@@ -262,7 +262,7 @@ class Checkpointer:
         resume: str | None = "auto",
         minutes: float | None = None,
         recipe: Mapping[str, Any] | None = None,
-        loss_check: Callable[[], None] | None = None,
+        loss_check: LossCheck | None = None,
     ) -> None:
         self.path = Path(path)
         self.previous = self.path.with_name(f"{self.path.stem}_previous{self.path.suffix}")
@@ -283,6 +283,8 @@ class Checkpointer:
                 f"the training's dataloader is a {type(engine.data_loader).__name__}: make it a "
                 "custom_components.loading.SeededDataLoader, without which a checkpoint cannot be gone on from"
             )
+        if self.loss_check is not None:
+            self.loss_check.attach(engine)
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)

@@ -245,7 +245,7 @@ def make_trainer(
         optimizer=optimizer,
         loss_function=nn.MSELoss(),
         accumulation_steps=accumulation,
-        train_handlers=[check, OptimizerSteps(scheduler), checkpointer],
+        train_handlers=[OptimizerSteps(scheduler), checkpointer],
         decollate=False,
     )
     return trainer
