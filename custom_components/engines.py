@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
+from monai.engines import Evaluator, IterationEvents
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from custom_components.errors import InputError
 from custom_components.losses import SimCroPLoss
+from custom_components.probe import LinearProbe
 from custom_components.simcrop import VolumeEmbedder, similarity, upsample_patches
 from custom_components.text import encode_sentences
 from custom_components.weights import load_file, save_atomically
@@ -189,6 +191,91 @@ class Checkpointer:
             torch.cuda.set_rng_state_all(content["cuda_rng"])
 
 
+class LastStep:
+    """Ends training at ``max_steps`` iterations exactly, within an epoch if need be, so that a cosine schedule really
+    reaches its end. That epoch still counts as completed: its validation and its checkpoint are made.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        if max_steps < 1:
+            raise InputError(f"max_steps is {max_steps}: give the number of optimiser steps, 1 or more")
+        self.max_steps = max_steps
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+
+    def iteration_completed(self, engine: Engine) -> None:
+        if engine.state.iteration >= self.max_steps:
+            engine.terminate_epoch()
+
+
+class ClipGradients:
+    """Scales the gradient of all parameters down to a norm of ``max_norm`` before each optimiser step."""
+
+    def __init__(self, network: nn.Module, max_norm: float) -> None:
+        self.network = network
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip)
+
+    def clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class SelectBest:
+    """Validates every ``interval`` epochs, keeps the best weights, and stops when none were better for a while.
+
+    Its state belongs into the checkpoint: a resumed training knows the best value so far, and how long ago it was.
+
+    Args:
+        validator: whose key metric decides; more is better.
+        weights: files, each with the plain state dict of one module, written at each best value.
+        patience: validations without a better value after which training stops; None for never.
+        interval: epochs between two validations; there is always one at the end.
+    """
+
+    def __init__(
+        self,
+        validator: Evaluator,
+        weights: Mapping[str, nn.Module],
+        patience: int | None = None,
+        interval: int = 1,
+    ) -> None:
+        self.validator = validator
+        self.weights = dict(weights)
+        self.patience = patience
+        self.interval = interval
+        self.best = -math.inf
+        self.waited = 0
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.validate)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+
+    def completed(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval:  # else the last epoch has just been validated
+            self.validate(engine)
+
+    def validate(self, engine: Engine) -> None:
+        self.validator.run(engine.state.epoch)
+        score = self.validator.state.metrics[self.validator.state.key_metric_name]
+        if score > self.best:
+            self.best, self.waited = score, 0
+            for path, module in self.weights.items():
+                save_atomically(module.state_dict(), path)
+        else:
+            self.waited += 1
+        if self.patience is not None and self.waited >= self.patience:
+            engine.terminate()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.best, self.waited = state["best"], int(state["waited"])
+
+
 class SentenceSimilarityInferer(Inferer):
     """How similar each sentence is to each place of a volume, as a map on the network's grid.
 
@@ -212,26 +299,78 @@ class SentenceSimilarityInferer(Inferer):
         return {"similarity": torch.stack(maps), "embedding": embedding}
 
 
+class ProbeInferer(Inferer):
+    """Probabilities of a :class:`custom_components.probe.LinearProbe`, and saliency maps of some classes.
+
+    Args:
+        classes: names of the logits.
+        saliency: classes to map; "all" for every one, None or empty for none.
+        exclusive: whether exactly one class is true: softmax instead of sigmoid.
+        amp: forward pass in bfloat16.
+
+    Raises:
+        InputError: ``saliency`` names a class that there is not.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        saliency: str | Sequence[str] | None = None,
+        exclusive: bool = False,
+        amp: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mapped = saliency_classes(classes, saliency)
+        self.index = [list(classes).index(name) for name in self.mapped]
+        self.exclusive = exclusive
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: LinearProbe, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``inputs [B, 1, X, Y, Z]`` -> ``probability [B, C]``, and ``saliency [B, S, X, Y, Z]`` if asked for."""
+        volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        with torch.autocast(volume.device.type, torch.bfloat16, enabled=self.amp):
+            if not self.index:
+                logits = network(volume)
+            else:
+                logits, patches = network.logits_and_saliency(volume)
+        output = {"probability": logits.float().softmax(-1) if self.exclusive else logits.float().sigmoid()}
+        if self.index:
+            maps = patches[:, self.index].float()
+            output["saliency"] = torch.stack([upsample_patches(m, network.encoder.grid, volume.shape[2:]) for m in maps])
+        return output
+
+
+def saliency_classes(classes: Sequence[str], saliency: str | Sequence[str] | None) -> list[str]:
+    """The classes that the key ``saliency`` asks to map."""
+    wanted = list(classes) if saliency == "all" else [saliency] if isinstance(saliency, str) else list(saliency or ())
+    unknown = [name for name in wanted if name not in classes]
+    if unknown:
+        raise InputError(f"saliency names {unknown[0]!r}, which is no class: give all, or some of {', '.join(classes)}")
+    return wanted
+
+
 class ReadableLoader:
     """Batches of one from a data set, passing over items that cannot be read; a progress bar shows how far it is.
 
     Args:
         dataset: whose items have a ``name``.
         num_workers: processes that read ahead.
+        description: what the progress bar calls this.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
     """
 
-    def __init__(self, dataset: Dataset, num_workers: int = 0) -> None:
+    def __init__(self, dataset: Dataset, num_workers: int = 0, description: str | None = None) -> None:
         self.dataset = dataset
         self.num_workers = num_workers
+        self.description = description
         self.failures: list[tuple[str, str]] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
         loader = DataLoader(_Attempts(self.dataset), self.num_workers, collate_fn=itemgetter(0))
-        for item, name, reason in tqdm(loader, unit="scan", total=len(self.dataset)):
+        for item, name, reason in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
             if reason is None:
                 yield list_data_collate([item])
             else:
