@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +194,7 @@ def class_names(data_set: str) -> list[str]:
     return names
 
 
-def labelled(
+def labelled_volumes(
     dataset_dir: str | os.PathLike,
     data_set: str,
     split: str,
@@ -468,14 +469,14 @@ def _labelled_rows(
     patients = header_of("patient")
     extra = [h for h in frame.columns if h not in {ids, patients, *columns.values()}]
     if extra:
-        logger.warning(f"{path}: columns that are no class of {data_set} are not used: {', '.join(extra)}")
+        _warn_once(f"{path}: {len(extra)} columns are no class of {data_set}, and are not used: {', '.join(extra)}")
 
     frame = frame.dropna(subset=[ids])
     names = frame[ids].str.strip().str.removesuffix(".nii.gz")
     twice = names[names.duplicated()]
     if len(twice):
         raise InputError(f"{path} names {twice.iloc[0]} twice: keep one row per volume")
-    values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
+    values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32, copy=True)
     allowed = range(len(classes)) if exclusive else (0, 1)
     wrong = np.argwhere(~np.isin(values, allowed))
     if len(wrong):
@@ -490,6 +491,11 @@ def _labelled_rows(
         {"name": name, "patient": owner, "label": int(value[0]) if exclusive else value}
         for name, owner, value in zip(names, owners, values)
     ]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 def _patient_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
-from monai.engines import Evaluator, IterationEvents
+from monai.engines import IterationEvents
 from monai.inferers import Inferer, SimpleInferer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,6 +28,8 @@ from custom_components.probe import LinearProbe
 from custom_components.simcrop import VolumeEmbedder, similarity, upsample_patches
 from custom_components.text import encode_sentences
 from custom_components.weights import load_file, save_atomically
+
+logger = logging.getLogger(__name__)
 
 
 class OneLineErrors:
@@ -223,57 +226,67 @@ class ClipGradients:
         nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
 
 
-class SelectBest:
-    """Validates every ``interval`` epochs, keeps the best weights, and stops when none were better for a while.
+class KeepBest:
+    """Keeps the weights of the best validation, and ends a training that no longer improves.
 
-    Its state belongs into the checkpoint: a resumed training knows the best value so far, and how long ago it was.
+    Attach it to the trainer before :class:`Checkpointer`, and give it to that as one of its objects: a resumed training
+    then knows what it has to beat.
 
     Args:
-        validator: whose key metric decides; more is better.
-        weights: files, each with the plain state dict of one module, written at each best value.
-        patience: validations without a better value after which training stops; None for never.
-        interval: epochs between two validations; there is always one at the end.
+        network: whose state dict is written.
+        evaluator: whose metric counts.
+        metric: its name; higher is better.
+        path: of the weights.
+        patience: validations without improvement before the training ends; None never ends it.
     """
 
     def __init__(
-        self,
-        validator: Evaluator,
-        weights: Mapping[str, nn.Module],
-        patience: int | None = None,
-        interval: int = 1,
+        self, network: nn.Module, evaluator: Engine, metric: str, path: str, patience: int | None = None
     ) -> None:
-        self.validator = validator
-        self.weights = dict(weights)
+        self.network = network
+        self.evaluator = evaluator
+        self.metric = metric
+        self.path = Path(path)
         self.patience = patience
-        self.interval = interval
         self.best = -math.inf
+        self.epoch = 0
         self.waited = 0
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.validate)
-        engine.add_event_handler(Events.COMPLETED, self.completed)
+        """``engine``: the trainer."""
+        self.evaluator.add_event_handler(Events.COMPLETED, self.compare, engine)
 
-    def completed(self, engine: Engine) -> None:
-        if engine.state.epoch % self.interval:  # else the last epoch has just been validated
-            self.validate(engine)
-
-    def validate(self, engine: Engine) -> None:
-        self.validator.run(engine.state.epoch)
-        score = self.validator.state.metrics[self.validator.state.key_metric_name]
-        if score > self.best:
-            self.best, self.waited = score, 0
-            for path, module in self.weights.items():
-                save_atomically(module.state_dict(), path)
+    def compare(self, evaluator: Engine, trainer: Engine) -> None:
+        metrics = evaluator.state.metrics
+        if self.metric not in metrics:
+            raise InputError(
+                f"select_by is {self.metric!r}, and validation gives {', '.join(metrics)}: choose of these"
+            )
+        value = float(metrics[self.metric])
+        if value > self.best:  # NaN, where no class is anywhere, is never better
+            self.best, self.epoch, self.waited = value, trainer.state.epoch, 0
+            save_atomically(self.network.state_dict(), self.path)
         else:
             self.waited += 1
+        shown = ", ".join(f"{name} {float(found):.4f}" for name, found in metrics.items())
+        logger.info(f"epoch {trainer.state.epoch}: {shown}; best {self.metric} {self.best:.4f} at epoch {self.epoch}")
         if self.patience is not None and self.waited >= self.patience:
-            engine.terminate()
+            logger.info(f"no better {self.metric} in {self.waited} validations: training ends here")
+            trainer.terminate()
+
+    def restore(self) -> None:
+        """Fill the network with the best weights, so that what follows evaluates those."""
+        if not self.epoch:
+            raise InputError(
+                "no validation took place or none was better than NaN: lower val_interval or raise max_epochs"
+            )
+        self.network.load_state_dict(load_file(self.path))
 
     def state_dict(self) -> dict[str, float]:
-        return {"best": self.best, "waited": self.waited}
+        return {"best": self.best, "epoch": self.epoch, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        self.best, self.waited = state["best"], int(state["waited"])
+        self.best, self.epoch, self.waited = state["best"], state["epoch"], state["waited"]
 
 
 class SentenceSimilarityInferer(Inferer):

@@ -32,8 +32,8 @@ from custom_components.text import ReportCollate, encode_sentences
 from custom_components.vit import init_weights, patchify
 
 
-def untrained(embedder: VolumeEmbedder) -> VolumeEmbedder:
-    """A copy of encoder and projections with random weights: what architecture and text encoder do alone."""
+def untrained(embedder: Any) -> Any:
+    """A copy of a network around an ``encoder`` with random weights: what the architecture does alone."""
     embedder = copy.deepcopy(embedder)
     for module in embedder.modules():
         if hasattr(module, "reset_parameters"):

@@ -51,6 +51,14 @@ def accuracy(logits: Tensor, labels: Tensor) -> float:
     return (logits.argmax(-1) == labels).float().mean().item()
 
 
+def selection_metric(name: str) -> Callable[[Tensor, Tensor], float]:
+    """What the key ``select_by`` names: ``auroc``, or ``accuracy`` for classes that exclude each other."""
+    metrics = {"auroc": mean_auroc, "accuracy": accuracy}
+    if name not in metrics:
+        raise InputError(f"select_by is {name!r}: give auroc, or accuracy where exclusive is true")
+    return metrics[name]
+
+
 def best_f1_thresholds(truth: np.ndarray, probability: np.ndarray) -> np.ndarray:
     """Per class the threshold of highest F1, ``[C]``; 0.5 where a class has one label value only.
 

@@ -15,15 +15,15 @@ import pandas as pd
 import torch
 from ignite.metrics import EpochMetric
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import LrScheduleHandler, from_engine
+from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
 from monai.optimizers import WarmupCosineSchedule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from custom_components import figures
-from custom_components.engines import ClipGradients, LastStep, ReadableLoader, SelectBest
+from custom_components.engines import ClipGradients, KeepBest, LastStep, ReadableLoader
 from custom_components.errors import InputError
-from custom_components.evaluation import histogram_scores, hu_histogram, print_table
+from custom_components.evaluation import histogram_scores, hu_histogram, print_table, untrained
 from custom_components.features import FeatureCache, FeatureDataset, collate
 from custom_components.metrics import (
     accuracy,
@@ -265,7 +265,7 @@ def fit_head(
         decollate=False,
     )
     with tempfile.TemporaryDirectory() as folder:
-        path = f"{folder}/head.pt"
+        best = KeepBest(head, validator, "score", f"{folder}/head.pt", patience)
         loader = DataLoader(train, batch_size, shuffle=True, collate_fn=collate)
         trainer = SupervisedTrainer(
             device,
@@ -278,12 +278,21 @@ def fit_head(
                 LastStep(max_steps),
                 ClipGradients(head, max_norm),
                 LrScheduleHandler(scheduler, print_lr=False, epoch_level=False),
-                SelectBest(validator, {path: head}, patience),
+                best,
+                ValidationHandler(1, validator),
             ],
             decollate=False,
         )
         trainer.run()
-        return load_weights(head, path)
+        best.restore()
+    return head
+
+
+def random_probe(probe: LinearProbe, seed: int) -> LinearProbe:
+    """A copy of a probe whose encoder is untrained, the same for every call with one seed."""
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(seed)
+        return untrained(probe)
 
 
 class HuHistogram(nn.Module):
