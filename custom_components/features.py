@@ -6,22 +6,24 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import numpy as np
 import torch
-from monai.data import ImageReader, list_data_collate
+import torch.distributed as dist
+from monai.data import ImageReader
 from monai.transforms import Compose, Transform
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from custom_components.datalists import CT_SUFFIXES
+from custom_components.distributed import rank, world_size
 from custom_components.engines import ReadableLoader
 from custom_components.errors import InputError
+from custom_components.loading import SeededDataLoader, mixed_seed
 from custom_components.probe import LinearProbe
 
 CACHE_VERSION = 1  # raise it when the same keys would give other features
@@ -88,10 +90,11 @@ def _hash(content: Any) -> str:
 
 
 class FeatureDataset(Dataset):
-    """Encoded volumes: an item is ``image [C]`` float32, one of the volume's views drawn at random, and ``label``.
+    """Encoded volumes: an item is ``image [C]`` float32, the volume's first view, and ``label``.
 
     Attributes:
         features: ``[N, V, C]``, N volumes in V views.
+        labels: ``[N, ...]``.
         data: the volumes' items.
         failures: ``(name, reason)`` of volumes that could not be read.
     """
@@ -108,18 +111,35 @@ class FeatureDataset(Dataset):
         return len(self.data)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {key: value[0] for key, value in self.__getitems__([index]).items()}
-
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """A whole batch at once, for the data loader; :func:`collate` leaves it as it is."""
-        rows = torch.as_tensor(indices)
-        views = torch.randint(self.features.shape[1], rows.shape)
-        return {"image": self.features[rows, views], "label": self.labels[rows]}
+        return {"image": self.features[index, 0], "label": self.labels[index]}
 
 
-def collate(batch: Any) -> Any:
-    """Collate volumes as MONAI does; features come as a batch already."""
-    return batch if isinstance(batch, Mapping) else list_data_collate(batch)
+class FeatureLoader(SeededDataLoader):
+    """Batches of a :class:`FeatureDataset`, each volume in one of its views, drawn anew in every epoch.
+
+    Order and views follow from seed, epoch and batch, as in the parent; a batch is one indexing of a tensor.
+    """
+
+    dataset: Any
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        start, self.start = self.start, 0
+        self.sampler.start = start * self.batch_size
+        content: FeatureDataset = self.dataset.items
+        order = torch.tensor([index for _, index in self.sampler], dtype=torch.long)
+        for i, rows in enumerate(order.split(self.batch_size), start):
+            generator = torch.Generator().manual_seed(
+                mixed_seed(self.seed, self.sampler.epoch, i, self.sampler.rank)
+            )
+            views = torch.randint(content.features.shape[1], rows.shape, generator=generator)
+            yield {"image": content.features[rows, views], "label": content.labels[rows]}
+
+
+def training_loader(dataset: Dataset, batch_size: int, seed: int, num_workers: int = 0) -> SeededDataLoader:
+    """Shuffled, repeatable batches of features or of volumes."""
+    if isinstance(dataset, FeatureDataset):
+        return FeatureLoader(dataset, batch_size, seed)
+    return SeededDataLoader(dataset, batch_size, seed, num_workers)
 
 
 class FeatureCache:
@@ -175,11 +195,15 @@ class FeatureCache:
         self.failures: dict[str, str] = {}
         self.encoded = 0  # views that had to be encoded so far
 
+    def encoder_key(self) -> str:
+        """Hash of the encoder's weights and architecture, as they are now."""
+        return describe_network(self.network.encoder)
+
     def folders(self) -> tuple[Path, Path]:
         """Folder of plain and of augmented views, for the network's weights as they are now."""
         what = {
             "version": CACHE_VERSION,
-            "encoder": describe_network(self.network.encoder),
+            "encoder": self.encoder_key(),
             "transforms": [describe(self.read), describe(self.plain)],
             "amp": self.amp,
         }
@@ -212,7 +236,8 @@ class FeatureCache:
                 continue
             files.append([(augmented if view else plain) / f"{stem}-{view}.npy" for view in range(num_views)])
         self._encode_missing(data, files, failures, description)
-        idist.barrier()
+        if world_size() > 1:
+            dist.barrier()
 
         kept, features = [], []
         for item, views in zip(data, files, strict=True):
@@ -248,7 +273,7 @@ class FeatureCache:
             absent = [view for view, file in enumerate(views or ()) if _load(file) is None]
             if absent:
                 missing.append({**item, "views": absent, "files": [views[view] for view in absent]})
-        missing = missing[idist.get_rank() :: idist.get_world_size()]
+        missing = missing[rank() :: world_size()]
         if not missing:
             return
         loader = ReadableLoader(

@@ -15,16 +15,16 @@ import pandas as pd
 import torch
 from ignite.metrics import EpochMetric
 from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import LrScheduleHandler, ValidationHandler, from_engine
+from monai.handlers import ValidationHandler, from_engine
 from monai.optimizers import WarmupCosineSchedule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from custom_components import figures
-from custom_components.engines import ClipGradients, KeepBest, LastStep, ReadableLoader
+from custom_components.engines import ClipGradients, KeepBest, LastStep, OptimizerSteps, ReadableLoader
 from custom_components.errors import InputError
 from custom_components.evaluation import histogram_scores, hu_histogram, print_table, untrained
-from custom_components.features import FeatureCache, FeatureDataset, collate
+from custom_components.features import FeatureCache, FeatureDataset, FeatureLoader
 from custom_components.metrics import (
     accuracy,
     auroc_table,
@@ -259,14 +259,14 @@ def fit_head(
     metric = EpochMetric(accuracy if exclusive else mean_auroc, from_engine(["pred", "label"]), False)
     validator = SupervisedEvaluator(
         device,
-        DataLoader(valid, len(valid), collate_fn=collate),
+        DataLoader(valid, len(valid)),
         head,
         key_val_metric={"score": metric},
         decollate=False,
     )
     with tempfile.TemporaryDirectory() as folder:
         best = KeepBest(head, validator, "score", f"{folder}/head.pt", patience)
-        loader = DataLoader(train, batch_size, shuffle=True, collate_fn=collate)
+        loader = FeatureLoader(train, batch_size, seed)
         trainer = SupervisedTrainer(
             device,
             max_epochs=-(-max_steps // len(loader)),
@@ -277,7 +277,7 @@ def fit_head(
             train_handlers=[
                 LastStep(max_steps),
                 ClipGradients(head, max_norm),
-                LrScheduleHandler(scheduler, print_lr=False, epoch_level=False),
+                OptimizerSteps(scheduler),
                 best,
                 ValidationHandler(1, validator),
             ],
