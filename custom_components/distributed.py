@@ -56,7 +56,7 @@ def local_device() -> torch.device:
 
 
 def start(device: torch.device, timeout_minutes: float = 10.0) -> None:
-    """Join the processes that torchrun started: nccl between GPUs, gloo between CPUs. Rank 0 alone logs what is no warning.
+    """Join the processes that torchrun started: nccl between GPUs, gloo between CPUs. Ranks above 0 log warnings alone.
 
     Args:
         device: of this process.
@@ -140,7 +140,7 @@ class _AllGather(torch.autograd.Function):
 
 
 def gather_rows(rows: Tensor) -> list[Tensor]:
-    """``rows [n, ...]`` of every process, in the order of ranks; n may differ. Gradients flow back to where rows are from.
+    """``rows [n, ...]`` of every process, in the order of ranks; n may differ. Gradients flow back to their rows.
 
     A loss that every process computes alike from gathered rows gets, after DistributedDataParallel's average, the
     gradient of a single process that has all rows.

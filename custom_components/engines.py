@@ -233,7 +233,7 @@ class Checkpointer:
     that was never interrupted. Frozen parameters are not stored, but must be the same when the training goes on.
     Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share.
 
-    What the config says of optimiser and schedule holds, and not what the checkpoint says: ``max_epochs`` may be raised.
+    For optimiser and schedule the config's values hold, and not the checkpoint's: ``max_epochs`` may be raised.
 
     Args:
         path: the checkpoint.

@@ -45,6 +45,7 @@ class VolumeDecoder(nn.Module):
         encoder: whose tokens it reads; tells grid, patch and hidden sizes.
         hidden_size, num_layers, num_heads: 768, 4, 16 in the authors' follow-up (ToniChopp/ASAP).
         in_channels: channels of the volume.
+        use_checkpoint: as :class:`custom_components.vit.SimCroPEncoder` has it.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class VolumeDecoder(nn.Module):
         num_layers: int = 4,
         num_heads: int = 16,
         in_channels: int = 1,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         px, py, pz = encoder.patch_size
@@ -62,7 +64,9 @@ class VolumeDecoder(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         nn.init.normal_(self.mask_token, std=0.02)
         self.register_buffer("pos_embed", POSITIONS["sincos3d"](encoder.grid, hidden_size)[None])
-        self.blocks = nn.ModuleList(Block(hidden_size, 4 * hidden_size, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, 4 * hidden_size, num_heads, use_checkpoint) for _ in range(num_layers)
+        )
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.pred = nn.Linear(hidden_size, in_channels * px * py * pz)
         self.apply(init_weights)
@@ -77,9 +81,11 @@ class VolumeDecoder(nn.Module):
         mask_tokens = mask_tokens + gather_tokens(positions, masked)
         # attention is blind to order, so the masked patches can stand at the end, where they are wanted
         x = torch.cat([prefix.to(visible.dtype), visible, mask_tokens], dim=1)
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x)
-        return self.pred(self.norm(x[:, -masked.shape[1] :]))
+        # of the last block only the masked patches are read
+        x = self.blocks[-1](x, x.shape[1] - masked.shape[1])
+        return self.pred(self.norm(x))
 
 
 class Aligner(nn.Module):
@@ -228,6 +234,8 @@ class SimCroP(nn.Module):
         text_encoder: frozen; see :func:`custom_components.text.load_text_encoder`.
         volume_decoder, aligner, report_decoder: the three branches; one that is None is not computed.
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
+        decode_ratio: share of the hidden patches, drawn anew each time, that training decodes; 1 as published. The
+            others cost nothing and teach nothing. In eval mode all are decoded.
         sentence_context: what the text encoder sees beside a sentence of the Findings: the whole ``report``, as
             published, or the ``sentence`` alone. In context, every sentence carries traces of its neighbours, by which
             a report can be recognised without the sentence's own finding.
@@ -241,9 +249,12 @@ class SimCroP(nn.Module):
         aligner: Aligner | None = None,
         report_decoder: ReportDecoder | None = None,
         mask_ratio: float = 0.75,
+        decode_ratio: float = 1.0,
         sentence_context: str = "report",
     ) -> None:
         super().__init__()
+        if not 0 < decode_ratio <= 1:
+            raise InputError(f"decode_ratio {decode_ratio} is no share of the hidden patches: set it above 0, up to 1")
         if sentence_context not in ("report", "sentence"):
             raise InputError(f"sentence_context {sentence_context!r} is unknown: choose report or sentence")
         if not 0 <= mask_ratio < 1 or round(encoder.num_patches * mask_ratio) == encoder.num_patches:
@@ -260,6 +271,7 @@ class SimCroP(nn.Module):
         self.aligner = aligner
         self.report_decoder = report_decoder
         self.mask_ratio = mask_ratio
+        self.decode_ratio = decode_ratio
         self.sentence_context = sentence_context
 
     def draw_masks(self, volume: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,6 +304,8 @@ class SimCroP(nn.Module):
         tokens, hidden_states = self.encoder.transform(embedded)
         output: dict[str, Tensor] = {}
         if self.volume_decoder is not None:
+            if self.training:
+                masked = masked[:, : max(1, round(masked.shape[1] * self.decode_ratio))]  # their order is random
             output["volume_pred"] = self.volume_decoder(tokens, keep, masked)
             output["volume_target"] = gather_tokens(patchify(volume, self.encoder.patch_size), masked)
             output["masked"] = masked

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
@@ -116,10 +118,16 @@ class TextEncoder(nn.Module):
         cache_size: features of so many texts are kept in memory, since a frozen encoder gives a fixed text the same
             features in every epoch (about 0.3 MB per report of 220 tokens at hidden size 768; 0 keeps none). Only
             :meth:`cached` uses it.
+        amp: keep the linear layers in bfloat16 and autocast around them, with or without the caller's autocast. The
+            features are those of autocast on float32 weights, which would be cast again in every step.
     """
 
-    def __init__(self, model: nn.Module, pad_token_id: int, cache_size: int = 0) -> None:
+    def __init__(self, model: nn.Module, pad_token_id: int, cache_size: int = 0, amp: bool = False) -> None:
         super().__init__()
+        self.amp = amp
+        for layer in model.modules():
+            if amp and isinstance(layer, nn.Linear):
+                layer.to(torch.bfloat16)
         self.model = model.requires_grad_(False).eval()
         self.hidden_size: int = model.config.hidden_size
         self.vocab_size: int = model.config.vocab_size
@@ -133,8 +141,9 @@ class TextEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, ids: Tensor) -> Tensor:
-        """``ids [B, T]`` int64 -> token features ``[B, T, hidden_size]``."""
-        return self.model(input_ids=ids, attention_mask=(ids != self.pad_token_id).long())[0]
+        """``ids [B, T]`` int64 -> token features ``[B, T, hidden_size]`` float32."""
+        with torch.autocast(ids.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+            return self.model(input_ids=ids, attention_mask=(ids != self.pad_token_id).long())[0].float()
 
     @torch.no_grad()
     def cached(self, ids: Tensor) -> Tensor:
@@ -178,7 +187,9 @@ class TextEncoder(nn.Module):
         return features
 
 
-def load_text_encoder(name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu") -> TextEncoder:
+def load_text_encoder(
+    name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
+) -> TextEncoder:
     """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder, on ``device``.
 
     CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
@@ -201,7 +212,10 @@ def load_text_encoder(name_or_path: str, cache_size: int = 0, device: torch.devi
             f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
             f"{min(info['missing_keys'])} among them; take a BERT or RoBERTa whose config.json and weights fit"
         )
-    return TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size).to(device)
+    encoder = TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size, amp)
+    if amp:  # as long as one tensor is the file's own memory map, all of the file's float32 weights take memory
+        encoder = copy.deepcopy(encoder)
+    return encoder.to(device)
 
 
 def tokenize_sentences(

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 from monai.config import KeysCollection
-from monai.data import ITKReader, MetaTensor, NibabelReader
+from monai.data import ITKReader, MetaTensor
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
 
@@ -20,15 +20,18 @@ from custom_components.errors import InputError
 
 
 class LoadCTd(MapTransform):
-    """Reads CT volumes: :class:`monai.transforms.LoadImage` with the reader fixed by the file name, and then checks.
+    """Reads CT volumes with the reader that the file's name asks for, and checks them.
 
     A path (.nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder with one DICOM series) becomes a MetaTensor
-    [1, X, Y, Z] of float32 in the axis order of the file, whose affine maps voxel indices to RAS+ mm. A fourth axis of
-    size 1 is dropped. Values have the slope and intercept of the file's own header applied; nothing is clipped.
+    [1, X, Y, Z] in the axis order of the file, whose affine maps voxel indices to RAS+ mm. A fourth axis of size 1 is
+    dropped. Values have the slope and intercept of the file's own header applied. They are float32, but a NIfTI file
+    that holds plain int16 stays so, and if it is not compressed it stays on disk: only voxels that are used are read.
     For label maps use :class:`monai.transforms.LoadImaged`: one without any label would be refused here.
 
     Args:
         keys: of the paths, which the volumes replace.
+        hu_range: HU to clip to, or None. Clipping comes first, because interpolation would mix what scanners write
+            outside their field of view (-3024) into the voxels at its edge.
         allow_missing_keys: whether to pass over keys that an item does not have.
         check_hu: whether to refuse intensities that cannot be HU: a chest has air (below -500) and tissue (above 0).
 
@@ -37,13 +40,19 @@ class LoadCTd(MapTransform):
             thick; it holds NaN or infinity, or nothing; its spacing is impossible, or its intensities are not HU.
     """
 
-    def __init__(self, keys: KeysCollection, allow_missing_keys: bool = False, check_hu: bool = True) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        allow_missing_keys: bool = False,
+        check_hu: bool = True,
+        hu_range: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.check_hu = check_hu
+        self.hu_range = hu_range
         self.load = LoadImage(image_only=True, ensure_channel_first=True)
         # Left to choose, LoadImage reads .nrrd with whichever of pynrrd and ITK is installed; named readers are tried
         # in turn with all others, down to one that unpickles. Hence one reader per kind of file, given at the call.
-        self.nifti_reader = NibabelReader(squeeze_non_spatial_dims=True)
         self.itk_reader = ITKReader()
         self.dicom_reader = DicomSeriesReader()
 
@@ -52,7 +61,9 @@ class LoadCTd(MapTransform):
         for key in self.key_iterator(data):
             path = Path(data[key]).expanduser()
             image = self._read(path)
-            _check(path, image, self.check_hu)
+            low, high = _check(path, image, self.check_hu)
+            if self.hu_range is not None and (low < self.hu_range[0] or high > self.hu_range[1]):
+                image.clamp_(*self.hu_range)
             data[key] = image
         return data
 
@@ -63,21 +74,34 @@ class LoadCTd(MapTransform):
         if path.is_dir():
             reader = self.dicom_reader
         elif name.endswith(NIFTI_SUFFIXES):
-            reader = self.nifti_reader
+            reader = None
         elif name.endswith(ITK_SUFFIXES):
             reader = self.itk_reader
         else:
             raise InputError(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: convert it to one")
         try:
-            return self.load(path, reader)
+            return _read_nifti(path) if reader is None else self.load(path, reader)
         except InputError:
             raise
         except Exception as error:  # nibabel, gzip, zlib, NumPy and ITK each raise their own for a damaged file
             # ITK's text is about its own source files; the first line of nibabel's says what is wrong.
             cause = "its header or its voxels are missing, cut off or of another format"
-            if reader is self.nifti_reader and str(error):
+            if reader is None and str(error):
                 cause = str(error).splitlines()[0].replace(str(path), path.name)
             raise InputError(f"{path} cannot be read ({cause}): download or export it again") from error
+
+
+def _read_nifti(path: Path) -> MetaTensor:
+    """[C, X, Y, Z]; unlike LoadImage's, a memory map where the file allows it, whichever axis is fastest in it."""
+    image = nib.load(path)
+    voxels = np.asanyarray(image.dataobj)
+    while voxels.ndim > 3 and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    if voxels.dtype != np.int16:
+        voxels = voxels.astype(np.float32)
+    channels = voxels[None] if voxels.ndim < 4 else np.moveaxis(voxels, -1, 0)
+    meta = {"filename_or_obj": str(path)}
+    return MetaTensor(torch.from_numpy(channels), affine=torch.from_numpy(image.affine), meta=meta)
 
 
 class DicomSeriesReader(ITKReader):
@@ -109,15 +133,19 @@ class DicomSeriesReader(ITKReader):
         return image
 
 
-def _check(path: Path, image: MetaTensor, check_hu: bool) -> None:
-    """Raises InputError unless `image` is one volume [1, X, Y, Z] with content, a usable affine and, if asked, HU."""
+def _check(path: Path, image: MetaTensor, check_hu: bool) -> tuple[float, float]:
+    """Lowest and highest voxel of one volume [1, X, Y, Z] with content, a usable affine and, if asked, HU.
+
+    Raises InputError if it is something else.
+    """
     shape = " x ".join(str(size) for size in image.shape[1:])
     if image.ndim != 4 or image.shape[0] != 1:
         raise InputError(f"{path} is not one 3D volume ({shape}, {image.shape[0]} channels): export a single volume")
     if min(image.shape[1:]) < 2:
         raise InputError(f"{path} is one voxel thick ({shape}): give a volume of two slices or more")
 
-    low, high = (float(value) for value in torch.aminmax(image.as_tensor()))  # both are NaN if any voxel is
+    in_memory_order = torch.from_numpy(image.as_tensor().numpy().ravel(order="K"))  # any other order is far slower
+    low, high = (float(value) for value in torch.aminmax(in_memory_order))  # both are NaN if any voxel is
     if not (np.isfinite(low) and np.isfinite(high)):
         count = int((~torch.isfinite(image.as_tensor())).sum())
         raise InputError(f"{path} holds NaN or infinity in {count} of {image.numel()} voxels: export it again")
@@ -139,6 +167,7 @@ def _check(path: Path, image: MetaTensor, check_hu: bool) -> None:
             f"{path} has intensities from {low:g} to {high:g}, which are not HU (air is -1000, water 0): apply the "
             "rescale slope and intercept (those of CT-RATE's first version are in its metadata CSV)"
         )
+    return low, high
 
 
 class SaveSimilarityd(MapTransform):

@@ -6,11 +6,13 @@ Parameter names and tensor layouts are those of timm's ``VisionTransformer``, wh
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from custom_components.errors import InputError
 
@@ -132,8 +134,60 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
+def minus(x: Tensor, row: Tensor) -> Tensor:
+    """``x [.., N, C]`` and two columns, so that ``minus(x, row) @ F.pad(y, (0, 2), value=1).T`` is ``x y^T - row``.
+
+    ``row [.., N, 1]`` float32 goes in as a high and a low half: it is subtracted before the product rounds to x's type.
+    """
+    high = row.to(x.dtype)
+    return torch.cat([x, -high, (high - row).to(x.dtype)], dim=-1)
+
+
+class CPUAttention(torch.autograd.Function):
+    """``scaled_dot_product_attention(q, k, v)`` of ``[B, heads, N, C]``, with a way back for bfloat16 on CPUs.
+
+    The fused kernel's own backward pass multiplies small blocks, which leaves a CPU's bfloat16 matrix units idle. Here
+    each head takes five whole matrix products; one head's N x N weights exist at a time, so memory stays small too.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # what F.scaled_dot_product_attention calls on CPUs; it alone tells the logarithm of the softmax's denominator
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, log_sum = ctx.saved_tensors
+        scaled = q * q.shape[-1] ** -0.5
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+        logit_rows, logit_columns = minus(scaled, log_sum.float()[..., None]), F.pad(k, (0, 2), value=1.0)
+        grad_rows, grad_columns = minus(grad, delta), F.pad(v, (0, 2), value=1.0)
+        grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        for head in itertools.product(range(q.shape[0]), range(q.shape[1])):
+            weights = (logit_rows[head] @ logit_columns[head].T).exp_()
+            grad_v[head] = weights.T @ grad[head]
+            weights *= grad_rows[head] @ grad_columns[head].T
+            grad_q[head] = weights @ k[head]
+            grad_k[head] = weights.T @ scaled[head]
+        return grad_q * q.shape[-1] ** -0.5, grad_k, grad_v
+
+
+@torch.jit.unused
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return CPUAttention.apply(q, k, v)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``scaled_dot_product_attention``; on CPUs in bfloat16 with the backward pass of :class:`CPUAttention`."""
+    if not torch.jit.is_scripting() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
+        return cpu_attention(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection, on ``scaled_dot_product_attention``."""
+    """Multi-head self-attention with a fused qkv projection."""
 
     def __init__(self, hidden_size: int, num_heads: int) -> None:
         super().__init__()
@@ -145,11 +199,18 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """``[B, N, C]`` -> ``[B, N - first, C]``: what the tokens from ``first`` on gather from all."""
         b, n, c = x.shape
-        qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2])  # b heads n channels
-        return self.proj(x.transpose(1, 2).reshape(b, n, c))
+        if first == 0:
+            q, kv = self.qkv(x).split([c, 2 * c], dim=-1)
+        else:
+            q = F.linear(x[:, first:], self.qkv.weight[:c], self.qkv.bias[:c])
+            kv = F.linear(x, self.qkv.weight[c:], self.qkv.bias[c:])
+        q = q.reshape(b, n - first, self.num_heads, -1).transpose(1, 2)  # b heads n channels
+        kv = kv.reshape(b, n, 2, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        x = attention(q, kv[0], kv[1])
+        return self.proj(x.transpose(1, 2).reshape(b, n - first, c))
 
 
 class MLP(nn.Module):
@@ -165,17 +226,27 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, LayerNorm eps 1e-6, no dropout."""
+    """Pre-norm transformer block, LayerNorm eps 1e-6, no dropout.
 
-    def __init__(self, hidden_size: int, mlp_dim: int, num_heads: int) -> None:
+    With ``use_checkpoint`` the backward pass computes the block again, so that none of its activations need be kept.
+    """
+
+    def __init__(self, hidden_size: int, mlp_dim: int, num_heads: int, use_checkpoint: bool = False) -> None:
         super().__init__()
+        self.use_checkpoint = use_checkpoint
         self.norm1 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, eps=1e-6)
         self.mlp = MLP(hidden_size, mlp_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """``[B, N, C]`` -> ``[B, N - first, C]``, the block's output for the tokens from ``first`` on."""
+        if self.use_checkpoint and not torch.jit.is_scripting() and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, first, use_reentrant=False)
+        return self.compute(x, first)
+
+    def compute(self, x: Tensor, first: int) -> Tensor:
+        x = x[:, first:] + self.attn(self.norm1(x), first)
         return x + self.mlp(self.norm2(x))
 
 
@@ -195,6 +266,8 @@ class SimCroPEncoder(nn.Module):
             and stored with the weights, since an imported checkpoint brings its own.
         hu_bins: bins of a histogram per patch that is embedded beside its voxels; 0, as published, for none. A small
             network then need not learn what a nodule's or a calcification's HU are. For one channel.
+        use_checkpoint: compute every block again in the backward pass instead of keeping its activations: less memory,
+            more time, the same numbers.
 
     Raises:
         InputError: ``img_size`` does not divide by ``patch_size``, ``num_heads`` does not divide ``hidden_size``, or
@@ -213,6 +286,7 @@ class SimCroPEncoder(nn.Module):
         class_token: bool = True,
         pos_embed: str = "sincos3d",
         hu_bins: int = 0,
+        use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
         if pos_embed not in POSITIONS:
@@ -229,7 +303,7 @@ class SimCroPEncoder(nn.Module):
             nn.init.normal_(self.cls_token, std=0.02)
         positions = POSITIONS[pos_embed](self.grid, hidden_size)
         self.register_buffer("pos_embed", F.pad(positions, (0, 0, self.num_prefix_tokens, 0))[None])
-        self.blocks = nn.ModuleList(Block(hidden_size, mlp_dim, num_heads) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(Block(hidden_size, mlp_dim, num_heads, use_checkpoint) for _ in range(num_layers))
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.blocks.apply(init_weights)
 

@@ -111,11 +111,12 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_leaves_weights_curves_and_figures(bundle: Path) -> None:
-    assert {p.name for p in (bundle / "models").iterdir()} == {"checkpoint.pt", "encoder.pt", "model.pt"}
+    names = {"checkpoint.pt", "checkpoint_previous.pt", "encoder.pt", "model.pt"}
+    assert {p.name for p in (bundle / "models").iterdir()} == names
     encoder = torch.load(bundle / "models" / "encoder.pt", weights_only=True)
     assert "blocks.0.attn.qkv.weight" in encoder and "pos_embed" in encoder
     scalars = EventAccumulator(str(bundle / "eval" / "tensorboard")).Reload().Tags()["scalars"]
-    assert {"loss/total", "loss/volume", "loss/alignment", "loss/report"} <= set(scalars)
+    assert {"lr", "loss/total", "loss/volume", "loss/alignment", "loss/report"} <= set(scalars)
     for figure in ("losses.png", "reconstructions.png", "sentences.png"):
         assert (bundle / "eval" / figure).stat().st_size > 10_000
     bar = (bundle / "stderr.txt").read_text()

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import math
+import os
+import random
+import shutil
 import subprocess
 import sys
 import traceback
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
-from monai.handlers import LrScheduleHandler
 from monai.optimizers import WarmupCosineSchedule
-from monai.transforms import Compose, Lambdad
+from monai.transforms import Compose, Lambdad, RandScaleIntensityd
 from torch import nn
 
 from custom_components.engines import (
     AutocastInferer,
     Checkpointer,
+    LossCheck,
     OneLineErrors,
+    OptimizerSteps,
     ReadableLoader,
     SentenceSimilarityInferer,
     TrainingProgress,
     decay_groups,
 )
 from custom_components.errors import InputError
+from custom_components.loading import EpochSampler, SeededDataLoader
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 from custom_components.simcrop import Aligner, VolumeEmbedder
 from custom_components.text import load_text_encoder
 from custom_components.vit import SimCroPEncoder
+from custom_components.weights import load_weights
 
 # errors in one line
 
@@ -170,97 +180,307 @@ def test_progress_shows_epoch_steps_and_each_loss(capsys):
     assert "epoch 1/1" in shown and "2/2" in shown and "volume=4.000" in shown
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_training_stops_at_a_loss_that_is_not_finite(bad):
-    with pytest.raises(InputError, match="no longer finite at iteration 2 .*'volume'"):
-        run_with_losses(1.0, bad, 1.0)
+def test_progress_reads_losses_only_when_it_shows_them():
+    """Reading waits for the device: the first and the last of five, here, since less than ten seconds pass."""
+    read = []
+
+    class Loss(torch.Tensor):
+        def item(self):
+            read.append(super().item())
+            return read[-1]
+
+    engine = Engine(lambda _, value: {"loss": torch.tensor(value).as_subclass(Loss)})
+    TrainingProgress().attach(engine)
+    engine.run([1.0, 2.0, 3.0, 4.0, 5.0], max_epochs=1)
+    assert read == [1.0, 5.0]
 
 
-# resuming
+# steps of the optimiser, checks of the loss, resuming
 
 
-def make_trainer(folder, max_epochs, resume=None, width=4, interval=1):
-    """A network with dropout on shuffled data: batch order and masks both come from torch's generator."""
+class Network(nn.Module):
+    """Something frozen, dropout, and something trained."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.frozen = nn.Linear(3, 3).requires_grad_(False)
+        self.trained = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.trained(self.frozen(x))
+
+
+def make_trainer(
+    folder, max_epochs=2, *, items=10, batch_size=2, accumulation=3, width=4, bad=None, frozen_seed=0, lr=0.05, **keys
+):
+    """Ten items in batches of two: five iterations per epoch, a step after the third and the fifth."""
     torch.manual_seed(0)
-    network = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, 1))
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.05)
-    scheduler = WarmupCosineSchedule(optimizer, warmup_steps=4, t_total=20)
+    network = Network(width)
+    torch.manual_seed(frozen_seed)
+    network.frozen.reset_parameters()
+    optimizer = torch.optim.AdamW(network.trained.parameters(), lr=lr, weight_decay=keys.pop("weight_decay", 0.1))
+    scheduler = WarmupCosineSchedule(optimizer, warmup_steps=2, t_total=10)
     generator = torch.Generator().manual_seed(1)
-    items = [{"image": torch.randn(3, generator=generator), "label": torch.ones(1) * i} for i in range(10)]
+    data = [
+        {"image": f"scan{i}.nii.gz", "x": torch.randn(3, generator=generator), "label": torch.ones(1) * i}
+        for i in range(items)
+    ]
+    if bad is not None:
+        data[bad]["x"] = torch.full((3,), float("nan"))
+    transform = Compose([RandScaleIntensityd("x", factors=0.5, prob=1.0)])
+    loader = SeededDataLoader(Dataset(data, transform), batch_size, seed=5, num_workers=keys.pop("num_workers", 0))
+    check = LossCheck(loader, interval=keys.pop("check_interval", 1000))
     checkpointer = Checkpointer(
         str(folder / "checkpoint.pt"),
         {"network": network, "optimizer": optimizer, "lr_scheduler": scheduler},
-        {str(folder / "encoder.pt"): network[0]},
-        interval,
-        resume,
+        {str(folder / "encoder.pt"): network.trained[0]},
+        **({"minutes": 0, "loss_check": check} | keys),
     )
     trainer = SupervisedTrainer(
         device=torch.device("cpu"),
         max_epochs=max_epochs,
-        train_data_loader=DataLoader(Dataset(items), batch_size=2, shuffle=True),
+        train_data_loader=loader,
+        prepare_batch=lambda batch, *_, **__: (batch["x"], batch["label"]),
         network=network,
         optimizer=optimizer,
         loss_function=nn.MSELoss(),
-        train_handlers=[LrScheduleHandler(scheduler, print_lr=False, epoch_level=False), checkpointer],
+        accumulation_steps=accumulation,
+        train_handlers=[check, OptimizerSteps(scheduler), checkpointer],
         decollate=False,
     )
-    return trainer, network, scheduler
+    return trainer
 
 
-def test_a_resumed_training_continues_exactly(tmp_path):
-    straight, expected, expected_schedule = make_trainer(tmp_path / "straight", 4)
-    straight.run()
-    make_trainer(tmp_path / "first", 2)[0].run()
-    trainer, network, schedule = make_trainer(tmp_path / "second", 4, resume=str(tmp_path / "first/checkpoint.pt"))
-    assert trainer.state.epoch == 2 and trainer.state.max_epochs == 4
+def saved(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(path, expected):
+    """Bit by bit: weights, optimiser, schedule and position."""
+    content = saved(path)
+    assert content.pop("frozen") == expected["frozen"] and content.pop("recipe") == expected["recipe"]
+    torch.testing.assert_close(content, {k: expected[k] for k in content}, atol=0, rtol=0)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
+def test_the_schedule_steps_as_often_as_the_optimiser(tmp_path_factory, items, batch_size, accumulation):
+    folder = tmp_path_factory.mktemp("schedule")
+    trainer = make_trainer(
+        folder, items=items, batch_size=batch_size, accumulation=accumulation, minutes=None, interval=99
+    )
+    steps, rates = [], []
+    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.iteration))
+    trainer.optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
     trainer.run()
-    assert trainer.state.epoch == 4 and trainer.state.iteration == straight.state.iteration == 20
-    torch.testing.assert_close(network.state_dict(), expected.state_dict(), atol=0, rtol=0)
-    assert schedule.get_last_lr() == expected_schedule.get_last_lr()
-    # and it was worth saving all of it: from the first epochs' weights alone it goes elsewhere
-    trainer, network, _ = make_trainer(tmp_path / "third", 2)
-    network.load_state_dict(torch.load(tmp_path / "first/checkpoint.pt", weights_only=True)["network"])
+    per_epoch = math.ceil(math.ceil(items / batch_size) / accumulation)
+    assert len(steps) == 2 * per_epoch
+    cosine = [0.5 * (1 + math.cos(math.pi * (step - 2) / 8)) for step in range(2, len(steps))]
+    assert rates == pytest.approx([0.05 * factor for factor in [0, 0.5][: len(steps)] + cosine])
+
+
+def copies_of(trainer, folder):
+    """Runs a training; a copy of each checkpoint that it wrote, by iteration."""
+    copies = {}
+
+    def copy(engine):
+        path = folder / "checkpoint.pt"
+        iteration = saved(path)["trainer"]["iteration"] if path.exists() else 0
+        if iteration and iteration not in copies:
+            copies[iteration] = shutil.copy(path, folder / f"{iteration}.pt")
+
+    trainer.add_event_handler(Events.ITERATION_COMPLETED, copy)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, copy)
     trainer.run()
-    assert not torch.equal(network[0].weight, expected[0].weight)
+    return copies
 
 
-def test_checkpoints_hold_all_of_the_state_and_plain_weights_beside_it(tmp_path):
-    trainer, network, _ = make_trainer(tmp_path, 1)
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_from_each_checkpoint_a_training_goes_on_exactly(tmp_path, num_workers):
+    """In the midst of epochs too, and whatever has drawn random numbers in between."""
+    copies = copies_of(make_trainer(tmp_path / "straight"), tmp_path / "straight")
+    assert list(copies) == [3, 5, 8, 10]  # five iterations per epoch, steps after three of them and after the last
+    expected = saved(copies.pop(10))
+    for iteration, path in copies.items() if num_workers == 0 else [(8, copies[8])]:
+        trainer = make_trainer(tmp_path / "again", resume=path, num_workers=num_workers)
+        assert trainer.state.iteration == iteration
+        torch.rand(7), np.random.rand(7), random.random()
+        trainer.run()
+        assert_same(tmp_path / "again/checkpoint.pt", expected)
+    # and it is worth it to keep more than the weights
+    trainer = make_trainer(tmp_path / "again", max_epochs=1, resume=None)
+    trainer.network.load_state_dict(saved(copies[5])["network"], strict=False)
     trainer.run()
-    content = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert set(content) == {"network", "optimizer", "lr_scheduler", "trainer", "rng"}
-    torch.testing.assert_close(torch.load(tmp_path / "encoder.pt", weights_only=True), network[0].state_dict())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "encoder.pt"]
+    weights = saved(tmp_path / "again/checkpoint.pt")["network"]
+    assert not torch.equal(weights["trained.0.weight"], expected["network"]["trained.0.weight"])
 
 
-def test_interval_spaces_the_checkpoints_and_the_last_epoch_always_writes_one(tmp_path):
-    trainer, _, _ = make_trainer(tmp_path, 3, interval=2)
-    saved = []
-    path = tmp_path / "checkpoint.pt"
-
-    def look(engine):
-        saved.append(torch.load(path, weights_only=True)["trainer"]["iteration"] if path.exists() else None)
-
-    trainer.add_event_handler(Events.EPOCH_COMPLETED, look)
+def test_a_checkpoint_holds_what_changes_and_the_weights_of_others_stand_beside_it(tmp_path):
+    trainer = make_trainer(tmp_path, recipe={"negatives": "both"})
+    (tmp_path / ".checkpoint.pt.123.tmp").touch()  # of a run that was killed as it wrote
+    (tmp_path / ".encoder.pt.123.tmp").touch()
+    trainer = make_trainer(tmp_path, recipe={"negatives": "both"})
     trainer.run()
-    look(trainer)
-    assert saved == [None, 10, 10, 15]
+    names = ["checkpoint.pt", "checkpoint_previous.pt", "encoder.pt"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    content = saved(tmp_path / "checkpoint.pt")
+    assert set(content) == {"network", "optimizer", "lr_scheduler", "trainer", "recipe", "frozen"}
+    assert content["trainer"] == {"iteration": 10, "epoch": 2, "items": 0, "epoch_items": 10}
+    assert set(content["network"]) == {"trained.0.weight", "trained.0.bias", "trained.2.weight", "trained.2.bias"}
+    assert saved(tmp_path / "checkpoint_previous.pt")["trainer"]["items"] == 6
+    torch.testing.assert_close(saved(tmp_path / "encoder.pt"), trainer.network.trained[0].state_dict())
+
+
+def test_interval_and_minutes_space_the_checkpoints_and_the_last_epoch_always_writes_one(tmp_path):
+    copies = copies_of(make_trainer(tmp_path, 3, interval=2, minutes=None, recipe=None), tmp_path)
+    assert list(copies) == [10, 15]
+
+
+def copies_of_finished(tmp_path):
+    make_trainer(tmp_path).run()
+    return tmp_path / "checkpoint.pt", tmp_path / "checkpoint_previous.pt"
+
+
+@pytest.mark.parametrize("length", [0, 100, 0.5, 0.999])
+def test_a_truncated_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, caplog, length):
+    path, previous = copies_of_finished(tmp_path)
+    expected, content = saved(path), path.read_bytes()
+    path.write_bytes(content[: int(length if length >= 1 else length * len(content))])
+    trainer = make_trainer(tmp_path)
+    assert trainer.state.iteration == 8
+    assert f"{path}: not a readable checkpoint" in caplog.text and caplog.records[0].levelname == "WARNING"
+    trainer.run()
+    assert_same(path, expected)
+    previous.write_bytes(content[:50])
+    path.write_bytes(content[:50])
+    with pytest.raises(InputError, match="checkpoint_previous.pt: not a readable .* set resume to null"):
+        make_trainer(tmp_path)
+
+
+def test_a_kill_between_the_two_renames_leaves_the_checkpoint_before(tmp_path):
+    path, previous = copies_of_finished(tmp_path)
+    path.unlink()
+    assert make_trainer(tmp_path).state.iteration == 8
+
+
+def test_auto_starts_where_nothing_is_and_null_starts_anew_and_replaces_all(tmp_path):
+    path, previous = copies_of_finished(tmp_path)
+    trainer = make_trainer(tmp_path, resume=None, max_epochs=1, accumulation=5)
+    assert trainer.state.iteration == 0
+    trainer.run()
+    assert saved(path)["trainer"]["epoch"] == 1
+    assert not previous.exists(), "else a damaged file would be replaced by another training's"
+
+
+def test_a_finished_training_is_told_and_goes_on_with_more_epochs(tmp_path, caplog):
+    path, _ = copies_of_finished(tmp_path)
+    with caplog.at_level("INFO"):
+        trainer = make_trainer(tmp_path)
+    assert (trainer.state.epoch, trainer.state.iteration) == (2, 10)
+    assert f"{path}: training has had 2 of 2 epochs and is finished" in caplog.text
+    trainer = make_trainer(tmp_path, max_epochs=3)
+    trainer.run()
+    assert (trainer.state.epoch, trainer.state.iteration) == (3, 15)
+
+
+def test_another_recipe_is_refused_or_followed_if_the_path_is_given(tmp_path, caplog):
+    make_trainer(tmp_path, recipe={"mask_ratio": 0.75, "hu_range": [-1000, 1000], "gone": 1}).run()
+    recipe = {"mask_ratio": 0.5, "hu_range": [-1000, 1000], "new": 2}
+    with pytest.raises(InputError, match=r"another recipe \(mask_ratio was 0.75 and is 0.5\)"):
+        make_trainer(tmp_path, recipe=recipe)
+    assert make_trainer(tmp_path, recipe=recipe, resume=tmp_path / "checkpoint.pt").state.epoch == 2
+    assert "going on by another recipe (mask_ratio was 0.75 and is 0.5)" in caplog.text
+
+
+def test_the_place_in_an_epoch_is_counted_in_items(tmp_path, caplog):
+    """Six of ten items were used: three batches of two, or six of one; with other data the epoch starts anew."""
+    path = copies_of(make_trainer(tmp_path), tmp_path)[8]
+    trainer = make_trainer(tmp_path, resume=path, batch_size=1, accumulation=6)
+    assert (trainer.state.epoch, trainer.state.iteration, trainer.data_loader.start) == (1, 16, 6)
+    assert not caplog.records
+    for changes in ({"items": 8}, {"batch_size": 4}):
+        trainer = make_trainer(tmp_path, resume=path, **changes)
+        assert trainer.state.iteration == trainer.state.epoch_length and trainer.data_loader.start == 0
+        assert "epoch 2 starts anew" in caplog.records[-1].message
+
+
+def test_what_the_config_says_of_optimiser_and_schedule_holds(tmp_path):
+    path = copies_of(make_trainer(tmp_path), tmp_path)[5]
+    trainer = make_trainer(tmp_path, resume=path, lr=0.005, weight_decay=0.3)
+    group = trainer.optimizer.param_groups[0]
+    assert group["weight_decay"] == 0.3
+    assert group["lr"] == pytest.approx(saved(path)["optimizer"]["param_groups"][0]["lr"] / 10)
+    trainer.run()
+    assert group["lr"] == pytest.approx(0.005 * 0.5 * (1 + math.cos(math.pi * 2 / 8)))
+
+
+def test_other_frozen_weights_are_refused(tmp_path):
+    make_trainer(tmp_path).run()
+    with pytest.raises(InputError, match="beside other frozen weights .*frozen.bias"):
+        make_trainer(tmp_path, frozen_seed=1)
+    torch.manual_seed(2)
+    network = Network()
+    with pytest.raises(InputError, match="beside other frozen weights"):
+        load_weights(network, tmp_path / "checkpoint.pt")
+    torch.manual_seed(0)
+    network.frozen.reset_parameters()
+    load_weights(network, tmp_path / "checkpoint.pt")
+    torch.testing.assert_close(network.trained[0].state_dict(), saved(tmp_path / "encoder.pt"))
 
 
 def test_what_cannot_be_resumed_is_told(tmp_path):
-    make_trainer(tmp_path, 2)[0].run()
-    path = str(tmp_path / "checkpoint.pt")
-    with pytest.raises(InputError, match=r"has 2 epochs already; raise max_epochs \(2\)"):
-        make_trainer(tmp_path, 2, resume=path)
+    make_trainer(tmp_path).run()
     with pytest.raises(InputError, match="its network does not fit the config"):
-        make_trainer(tmp_path, 4, resume=path, width=5)
-    with pytest.raises(InputError, match="encoder.pt: not a checkpoint to resume from, it lacks lr_scheduler, network"):
-        make_trainer(tmp_path, 4, resume=str(tmp_path / "encoder.pt"))
+        make_trainer(tmp_path, width=5)
+    with pytest.raises(InputError, match="encoder.pt: not a checkpoint to resume from, it lacks frozen, lr_scheduler"):
+        make_trainer(tmp_path, resume=tmp_path / "encoder.pt")
     with pytest.raises(InputError, match="no such checkpoint"):
-        make_trainer(tmp_path, 4, resume=str(tmp_path / "nothing.pt"))
+        make_trainer(tmp_path, resume=tmp_path / "nothing.pt")
     torch.save(torch.ones(2), tmp_path / "tensor.pt")
     with pytest.raises(InputError, match="tensor.pt: not a checkpoint to resume from"):
-        make_trainer(tmp_path, 4, resume=str(tmp_path / "tensor.pt"))
+        make_trainer(tmp_path, resume=tmp_path / "tensor.pt")
+    checkpointer = Checkpointer(str(tmp_path / "checkpoint.pt"), {}, {})
+    engine = Engine(lambda *_: None)
+    engine.data_loader = DataLoader(Dataset([1]))
+    with pytest.raises(InputError, match="is a DataLoader: make it a .*SeededDataLoader"):
+        checkpointer.attach(engine)
+
+
+@pytest.mark.parametrize("keys", [{"check_interval": 1}, {"accumulation": 1}, {"interval": 9}, {"loss_check": None}])
+def test_a_loss_that_is_not_finite_ends_the_training_and_is_saved_nowhere(tmp_path, keys):
+    trainer = make_trainer(tmp_path, bad=3, **keys)
+    order = EpochSampler(range(10), 1, 0, seed=5)
+    order.set_epoch(1)
+    indices = [index for _, index in order]
+    iteration = indices.index(3) // 2 + 1
+    batch = ", ".join(f"scan{index}.nii.gz" for index in indices[2 * iteration - 2 : 2 * iteration])
+    expected = "weights are no longer finite" if "loss_check" in keys else f"nan at iteration {iteration}, .* {batch};"
+    with pytest.raises(InputError, match=expected):
+        trainer.run()
+    for path in tmp_path.iterdir():
+        content = saved(path)
+        assert all(weight.isfinite().all() for weight in content.get("network", content).values())
+
+
+def test_a_full_disk_ends_the_training_and_keeps_the_checkpoint(tmp_path):
+    trainer = make_trainer(tmp_path, minutes=None)
+
+    @trainer.on(Events.ITERATION_COMPLETED(once=7))
+    def fill(engine):
+        (tmp_path / f".checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+
+    with pytest.raises(InputError, match="checkpoint.pt: could not be written .*space"):
+        trainer.run()
+    assert saved(tmp_path / "checkpoint.pt")["trainer"]["epoch"] == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "encoder.pt"]
+
+
+def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
+    def write() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("events")
+
+    assert told(write, monkeypatch, capsys).startswith("error: the disk is full ([Errno 28] No space left on device)")
 
 
 # reading

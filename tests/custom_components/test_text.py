@@ -292,6 +292,17 @@ def test_padding_does_not_change_the_features_of_tokens(real_encoder, tokenizer)
         torch.testing.assert_close(padded[:length], alone, atol=1e-5, rtol=1e-4)
 
 
+def test_amp_keeps_bfloat16_weights_and_gives_the_features_of_autocast(minilm, real_encoder, tokenizer):
+    ids = findings_ids(tokenizer)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = real_encoder(ids)
+    encoder = load_text_encoder(minilm, amp=True)
+    assert encoder.model.encoder.layer[0].attention.self.query.weight.dtype == torch.bfloat16
+    features = encoder(ids)
+    assert features.dtype == torch.float32
+    assert torch.equal(features, expected.float())
+
+
 def test_cached_features_are_those_of_the_forward_pass(minilm, tokenizer):
     encoder = load_text_encoder(minilm, cache_size=8)
     encoded = []

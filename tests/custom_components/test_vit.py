@@ -15,7 +15,9 @@ from custom_components.errors import InputError
 from custom_components.simcrop import Aligner, VolumeEmbedder
 from custom_components.vit import (
     Attention,
+    Block,
     SimCroPEncoder,
+    attention,
     hu_statistics,
     patch_grid,
     patchify,
@@ -213,6 +215,49 @@ def test_attention_is_the_naive_softmax_formula():
     x = torch.randn(2, 7, 24, dtype=torch.float64)
     expected = np.stack([naive_attention(row, layer) for row in x.numpy()])
     np.testing.assert_allclose(layer(x).detach().numpy(), expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("first", [3, 6])
+def test_attention_of_the_last_tokens_is_a_slice_of_that_of_all(first):
+    torch.manual_seed(0)
+    block, x = Block(24, 40, 3), torch.randn(2, 7, 24)
+    torch.testing.assert_close(block(x, first), block(x)[:, first:])
+
+
+@given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.sampled_from([3, 16]))
+@settings(max_examples=20)
+def test_bfloat16_attention_on_cpus_has_the_gradients_of_the_formula(batch, heads, queries, keys, channels):
+    torch.manual_seed(0)
+    shapes = [(batch, heads, tokens, channels) for tokens in (queries, keys, keys)]
+    low = [torch.randn(shape).mul(2).bfloat16().requires_grad_() for shape in shapes]
+    exact = [x.detach().double().requires_grad_() for x in low]
+    weights = (exact[0] @ exact[1].mT / math.sqrt(channels)).softmax(-1)
+    grad = torch.randn(shapes[0]).bfloat16()
+    (weights @ exact[2]).backward(grad.double())
+    output = attention(*low)
+    assert type(output.grad_fn).__name__ == "CPUAttentionBackward"
+    torch.testing.assert_close(output.double(), (weights @ exact[2]).detach(), atol=0.03, rtol=0.03)
+    output.backward(grad)
+    for x, reference in zip(low, exact, strict=True):
+        error = (x.grad.double() - reference.grad).norm()
+        # rounding of one number is 2^-9; with one key the gradients of queries and keys are 0, and their noise is all
+        assert error <= 0.03 * reference.grad.norm() + 0.02 * math.sqrt(x.numel())
+
+
+def test_recomputed_blocks_give_the_same_gradients_and_keep_less():
+    gradients, saved = [], []
+    for use_checkpoint in (False, True):
+        encoder, count = small_encoder(use_checkpoint=use_checkpoint), []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, count=count: (count.append(x.numel()), x)[1], lambda x: x
+        ):
+            tokens, _ = encoder(torch.randn(2, 1, *IMG_SIZE))
+        tokens.square().mean().backward()
+        gradients.append([p.grad for p in encoder.parameters()])
+        saved.append(sum(count))
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    assert saved[1] < saved[0] / 3
 
 
 def test_encoder_is_pre_norm_with_hidden_states_before_the_final_norm():

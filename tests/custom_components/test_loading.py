@@ -1,0 +1,123 @@
+"""Order and random numbers of a training follow from seed, epoch and place alone."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data import CacheDataset, Dataset, list_data_collate
+from monai.transforms import Compose, Lambdad, RandScaleIntensityd
+
+from custom_components.loading import EpochSampler, SeededDataLoader, mixed_seed
+
+
+def order(items: int, processes: int, process: int, seed: int, epoch: int) -> list[int]:
+    sampler = EpochSampler(range(items), processes, process, seed=seed)
+    sampler.set_epoch(epoch)
+    places = list(sampler)
+    assert {e for e, _ in places} <= {epoch} and len(places) == len(sampler)
+    return [index for _, index in places]
+
+
+def batches(indices: list[int], size: int) -> list[list[int]]:
+    return [indices[start : start + size] for start in range(0, len(indices), size)]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 5), st.integers(0, 9), st.integers(1, 9))
+def test_processes_share_the_batches_of_one_with_a_larger_batch(items, processes, size, seed, epoch):
+    alone = batches(order(items, 1, 0, seed, epoch), size * processes)
+    shares = [batches(order(items, processes, p, seed, epoch), size) for p in range(processes)]
+    assert len({len(share) for share in shares}) == 1, "else one would wait for the others for ever"
+    together = [sorted(sum(parts, [])) for parts in zip(*shares, strict=True)]
+    if items % processes == 0:
+        assert together == [sorted(batch) for batch in alone]
+    else:  # a few are repeated, so that all have as many
+        used = sum(together, [])
+        assert set(used) == set(range(items)) and len(used) - items < processes
+
+
+def test_every_epoch_has_an_order_of_its_own():
+    orders = {tuple(order(20, 1, 0, seed, epoch)) for seed in (1, 2) for epoch in (1, 2, 3)}
+    assert len(orders) == 4  # torch's sampler adds seed and epoch
+    assert all(sorted(o) == list(range(20)) for o in orders)
+
+
+def test_seeds_of_neighbours_are_far_apart():
+    seeds = {mixed_seed(seed, epoch, index) for seed in range(10) for epoch in range(10) for index in range(100)}
+    assert len(seeds) == 10_000 and np.std(list(seeds)) == pytest.approx(2**32 / 12**0.5, rel=0.02)
+
+
+class Masks:
+    """A collate function that draws from torch's generator, as the report's masking does."""
+
+    def __call__(self, items):
+        return list_data_collate(items) | {"mask": torch.rand(len(items))}
+
+
+READ: list[float] = []
+
+
+def loader(num_workers: int = 0, cached: bool = False, seed: int = 3) -> SeededDataLoader:
+    data = [{"image": f"/data/scan{i}.nii.gz", "x": torch.full((2,), float(i))} for i in range(7)]
+    read = Lambdad("x", lambda x: READ.append(x[0].item()) or x)
+    transform = Compose([read, RandScaleIntensityd("x", factors=0.1, prob=0.9)])
+    dataset = CacheDataset(data, transform, progress=False) if cached else Dataset(data, transform)
+    return SeededDataLoader(dataset, 2, seed, num_workers, Masks())
+
+
+def epochs(loader: SeededDataLoader, *numbers: int) -> list[tuple]:
+    """All that is random in some epochs, a draw of each generator as the network would make it included."""
+    drawn = []
+    for number in numbers:
+        loader.sampler.set_epoch(number)
+        for batch in loader:
+            network = (torch.rand(1).item(), float(np.random.rand()), random.random())
+            drawn.append((tuple(batch["x"].flatten().tolist()), tuple(batch["mask"].tolist()), network))
+            torch.rand(len(drawn))  # what else may draw
+    return drawn
+
+
+def test_all_that_is_random_is_the_same_again_whatever_ran_before():
+    expected = epochs(loader(), 1, 2)
+    assert len(set(expected)) == len(expected) == 8
+    torch.manual_seed(99)
+    assert epochs(loader(), 2) == expected[4:]
+    assert epochs(loader(cached=True), 1, 2) == expected
+    assert epochs(loader(num_workers=2), 2, 1) == expected[4:] + expected[:4]
+    assert not set(epochs(loader(seed=4), 1, 2)) & set(expected)
+
+
+def test_the_collate_function_leaves_the_generator_as_it_was():
+    """Else the random numbers of what runs between two batches would hang on the number of workers."""
+    items = iter(loader())
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    collate = loader().collate_fn
+    collate([(5, {"x": torch.ones(1)})])
+    assert torch.equal(torch.get_rng_state(), before)
+    next(items)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_epoch_goes_on_without_reading_what_it_leaves_out(num_workers):
+    expected, started = epochs(loader(), 2), loader(num_workers)
+    started.start = 3
+    READ.clear()
+    assert epochs(started, 2) == expected[3:]
+    assert len(READ) == (1 if num_workers == 0 else 0)  # a worker's reading is its own
+    assert epochs(started, 2) == expected, "the next epoch is a whole one"
+    assert len(started) == 4
+
+
+def test_files_of_an_iteration_are_those_of_its_batch():
+    made = loader()
+    for epoch in (1, 2):
+        made.sampler.set_epoch(epoch)
+        for i, batch in enumerate(made):
+            names = [path.rpartition("/")[2] for path in batch["image"]]
+            assert made.files(4 * (epoch - 1) + i + 1) == names
