@@ -125,7 +125,7 @@ def test_resume_goes_on_where_it_was_killed(run_here: Callable, tmp_path: Path) 
     keys = TINY | {"evaluate_after_training": False}
     run_here(TRAIN, **keys)
     whole = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
-    stop = "$@train#trainer.add_event_handler('epoch_completed', lambda engine: engine.terminate())"
+    stop = "$@train#trainer.add_event_handler('EPOCH_COMPLETED', lambda engine: engine.terminate())"
     other = {"models_dir": tmp_path / "other", "output_dir": tmp_path / "other"}
     run_here(TRAIN, **keys, **other, run=[stop, "$@train#trainer.run()"])
     assert torch.load(tmp_path / "other" / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] == 3
