@@ -314,7 +314,7 @@ def labelled_volumes(
     if missing:
         raise InputError(
             f"{len(missing)} of {len(rows)} volumes of split {split} are not in dataset_dir {dataset_dir} "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), where {layout.images[0]} was looked for: "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), where {layout.images[0]} was sought: "
             "put them there, or list their names in a file given as exclude"
         )
     return rows

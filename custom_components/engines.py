@@ -596,7 +596,9 @@ class ProbeInferer(Inferer):
         output = {"probability": logits.float().softmax(-1) if self.exclusive else logits.float().sigmoid()}
         if self.index:
             maps = patches[:, self.index].float()
-            output["saliency"] = torch.stack([upsample_patches(m, network.encoder.grid, volume.shape[2:]) for m in maps])
+            output["saliency"] = torch.stack(
+                [upsample_patches(m, network.encoder.grid, volume.shape[2:]) for m in maps]
+            )
         return output
 
 

@@ -294,7 +294,7 @@ def histogram_auc(baseline: Mapping[str, Any], column: int, histograms: np.ndarr
 
 
 def histogram_scores(train: np.ndarray, labels: np.ndarray, histograms: np.ndarray) -> np.ndarray:
-    """Scores ``[N]`` of a logistic regression that learned binary ``labels [T]`` from HU histograms ``train [T, B]``."""
+    """Scores ``[N]`` of a logistic regression that learned binary ``labels [T]`` from histograms ``train [T, B]``."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
     return model.fit(train, labels).decision_function(histograms)
 

@@ -128,9 +128,7 @@ class FeatureLoader(SeededDataLoader):
         content: FeatureDataset = self.dataset.items
         order = torch.tensor([index for _, index in self.sampler], dtype=torch.long)
         for i, rows in enumerate(order.split(self.batch_size), start):
-            generator = torch.Generator().manual_seed(
-                mixed_seed(self.seed, self.sampler.epoch, i, self.sampler.rank)
-            )
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.sampler.epoch, i, self.sampler.rank))
             views = torch.randint(content.features.shape[1], rows.shape, generator=generator)
             yield {"image": content.features[rows, views], "label": content.labels[rows]}
 
@@ -149,9 +147,9 @@ class FeatureCache:
     numbers that depend on ``seed``, the volume's name and the view alone. So evaluation shares view 0 with training, a
     larger ``num_views`` encodes only what is new, and so does a larger fraction of the data.
 
-    Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``, where the key hashes the encoder's
-    weights and architecture, the deterministic transforms, and ``amp``, and the augmentation its transforms and the
-    seed. Their names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
+    Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``, where the key hashes the
+    encoder's weights and architecture, the deterministic transforms, and ``amp``, and the augmentation its transforms and
+    the seed. Their names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
 
     Args:
         network: its ``features`` are kept.

@@ -16,7 +16,13 @@ from matplotlib.figure import Figure
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from sklearn.metrics import ConfusionMatrixDisplay, average_precision_score, precision_recall_curve, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -201,9 +207,7 @@ def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[st
         style = {"color": colours[c % 10], "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}
         false_positive, true_positive, _ = roc_curve(truth[:, c], score[:, c])
         precision, recall, _ = precision_recall_curve(truth[:, c], score[:, c])
-        roc.plot(
-            false_positive, true_positive, label=f"{name}: {roc_auc_score(truth[:, c], score[:, c]):.3f}", **style
-        )
+        roc.plot(false_positive, true_positive, label=f"{name}: {roc_auc_score(truth[:, c], score[:, c]):.3f}", **style)
         precision_of_class = average_precision_score(truth[:, c], score[:, c])
         label = f"{name}: {precision_of_class:.3f} (share {truth[:, c].mean():.3f})"
         pr.step(recall, precision, where="post", label=label, **style)

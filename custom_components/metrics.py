@@ -83,7 +83,7 @@ def resample_patients(patients: Sequence[str], num_resamples: int, seed: int) ->
 
 
 def weighted_auroc(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """AUROC of ``score [N]`` for ``truth [N]`` under each row of ``weights [R, N]``; NaN where a label has no weight."""
+    """AUROC of ``score [N]`` for ``truth [N]`` by each row of ``weights [R, N]``; NaN where a label has no weight."""
     positive, negative = _by_score(truth, score, weights)
     below = negative.cumsum(1) - negative
     with np.errstate(invalid="ignore"):

@@ -1,4 +1,4 @@
-"""The linear probe: a frozen encoder, its mean patch token, one linear layer; and what training it needs beside torch."""
+"""The linear probe: a frozen encoder, its mean patch token, one linear layer, and what training it needs."""
 
 from __future__ import annotations
 

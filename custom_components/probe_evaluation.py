@@ -63,7 +63,9 @@ def predict(
             logits.append(network(torch.as_tensor(batch["image"]).to(device)).float().cpu())
         kept.append(items[batch["name"][0]])
     if not kept:
-        raise InputError(f"none of {len(dataset)} volumes could be read, the first for this reason: {loader.failures[0][1]}")
+        raise InputError(
+            f"none of {len(dataset)} volumes could be read, the first for this reason: {loader.failures[0][1]}"
+        )
     return torch.cat(logits), kept, loader.failures
 
 
@@ -405,7 +407,9 @@ class ProbeComparison:
         for fraction, entries in table.items():
             for name in entries["simcrop"]["per_class"]:
                 rows.append((fraction, name, *(_text(entries[c]["per_class"][name]) for c in contenders)))
-            means = ({"value": entries[c]["mean"], "low": entries[c]["low"], "high": entries[c]["high"]} for c in contenders)
+            means = (
+                {"value": entries[c]["mean"], "low": entries[c]["low"], "high": entries[c]["high"]} for c in contenders
+            )
             rows.append((fraction, "mean", *(_text(mean) for mean in means)))
         with open(self.output_dir / "auroc.csv", "w", newline="") as file:
             csv.writer(file).writerows(rows)

@@ -212,8 +212,8 @@ class SaveSimilarityd(MapTransform):
 class SaveSaliencyd(MapTransform):
     """Saves the saliency map of each class to ``<output_dir>/<name>/``; does nothing where none was made.
 
-    ``saliency_01.nii.gz`` and so on: float32, what each place adds to the class' logit, in the geometry of the maps' own
-    affine. ``saliency.csv``: each class with its file, highest value and where that is (RAS+ mm).
+    ``saliency_01.nii.gz`` and so on: float32, what each place adds to the class' logit, in the geometry of the maps'
+    own affine. ``saliency.csv``: each class with its file, highest value and where that is (RAS+ mm).
 
     Args:
         keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
@@ -222,9 +222,7 @@ class SaveSaliencyd(MapTransform):
         name_key: of the scan's name.
     """
 
-    def __init__(
-        self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name"
-    ) -> None:
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name") -> None:
         super().__init__(keys, allow_missing_keys=True)
         self.classes = list(classes)
         self.output_dir = Path(output_dir)

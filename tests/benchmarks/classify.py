@@ -122,10 +122,12 @@ def extrapolate(encode_seconds: float, plain: float, augmented: float, head: dic
     print("\nCT-RATE at 1 % of the labels, extrapolated, hours")
     print(f"  {steps} steps of {batch} from {TRAIN_VOLUMES} volumes: {epochs} epochs, as many validations")
     print(f"  online: {seen} x ({augmented:.3f} + {encode_seconds:.3f}) s = {online_train / 3600:.2f} to train, "
-          f"{epochs} x {VALID_VOLUMES} x ({plain:.3f} + {encode_seconds:.3f}) s = {online_validation / 3600:.2f} to validate")  # fmt: skip
+          f"{epochs} x {VALID_VOLUMES} x ({plain:.3f} + {encode_seconds:.3f}) s = "
+          f"{online_validation / 3600:.2f} to validate")  # fmt: skip
     print(f"  cached: {TRAIN_VOLUMES} volumes in {views} views = {cached_train / 3600:.2f}, "
           f"{VALID_VOLUMES} validation volumes once = {cached_validation / 3600:.2f}, "
-          f"probe {steps} x {1000 * head['step']:.2f} ms + {epochs} x {head['validation']:.2f} s = {probe:.0f} s")  # fmt: skip
+          f"probe {steps} x {1000 * head['step']:.2f} ms + {epochs} x {head['validation']:.2f} s = "
+          f"{probe:.0f} s")  # fmt: skip
     print(f"  online {online / 3600:.2f} h, cached {cached / 3600:.2f} h: ratio {online / cached:.1f}; "
           f"training alone, without validation: {online_train / (cached_train + steps * head['step']):.1f}; "
           f"a second run with other hyper-parameters: {probe:.0f} s, ratio {online / probe:.0f}")  # fmt: skip

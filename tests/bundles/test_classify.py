@@ -29,7 +29,14 @@ from tests.bundles.test_pretrain import CT, REQUIRED, TENSOR, fails_with, run, t
 BUNDLE = Path(__file__).parents[2] / "bundles" / "classify"
 TRAIN = ["train.json", "demo.json"]
 COHORT = {"dataset_dir#num_train": 30, "dataset_dir#num_valid": 16}
-TINY = {"max_steps": 10, "warmup_steps": 2, "batch_size": 8, "num_views": 2, "num_resamples": 20, "fractions": [0.5, 1.0]}
+TINY = {
+    "max_steps": 10,
+    "warmup_steps": 2,
+    "batch_size": 8,
+    "num_views": 2,
+    "num_resamples": 20,
+    "fractions": [0.5, 1.0],
+}
 ENCODER = {"img_size": [64, 64, 32], "patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3}
 DEMO_CLASSES = json.loads((BUNDLE / "configs" / "demo.json").read_text())["classes"]
 
@@ -168,7 +175,9 @@ def test_finetuning_moves_the_encoder_least_at_the_bottom(bundle: Path, run_here
     run_here([*TRAIN, "finetune.json"], **keys, pos_weight="auto")
     start = torch.load(bundle.parent / "pretrain" / "models" / "encoder.pt", weights_only=True)
     end = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["network"]
-    moved = [(end[f"encoder.blocks.{i}.mlp.fc1.weight"] - start[f"blocks.{i}.mlp.fc1.weight"]).abs().mean() for i in (0, 2)]
+    moved = [
+        (end[f"encoder.blocks.{i}.mlp.fc1.weight"] - start[f"blocks.{i}.mlp.fc1.weight"]).abs().mean() for i in (0, 2)
+    ]
     assert 0 < moved[0] < 0.2 * moved[1]
     assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["volumes"] == 16
 
@@ -221,7 +230,13 @@ def test_classes_that_exclude_each_other(bundle: Path, run_here: Callable, tmp_p
         (cohort / "lists" / f"{name}.csv").write_text("\n".join(["img_list,label", *part]) + "\n")
     small = {k: v for k, v in json.loads((BUNDLE / "configs" / "demo.json").read_text()).items() if k in ENCODER}
     keys = small | {"num_heads": 3, "pixdim": [5.0, 5.0, 10.0], "amp": False, "num_workers": 0, "num_views": 1}
-    keys |= {"dataset_dir": cohort, "data_fraction": 0.01, "hu_range": [-1000, 1000], "num_resamples": 20, "patience": 3}
+    keys |= {
+        "dataset_dir": cohort,
+        "data_fraction": 0.01,
+        "hu_range": [-1000, 1000],
+        "num_resamples": 20,
+        "patience": 3,
+    }
     run_here(["train.json", "cc_ccii.json"], **keys)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert np.sum(metrics["confusion_matrix"]) == 9 and metrics["classes"] == class_names("cc_ccii")
@@ -236,7 +251,12 @@ def test_an_unreadable_volume_is_left_out_and_ends_in_exit_code_1(bundle: Path, 
     shutil.copytree(bundle / "data" / "phantom", tmp_path / "cohort")
     volume = tmp_path / "cohort" / "dataset" / "valid_fixed" / "valid_3" / "valid_3_a" / "valid_3_a_1.nii.gz"
     volume.write_bytes(volume.read_bytes()[:3000])
-    keys = {"dataset_dir": tmp_path / "cohort", "output_dir": tmp_path, "models_dir": tmp_path, "compare_after_training": False}
+    keys = {
+        "dataset_dir": tmp_path / "cohort",
+        "output_dir": tmp_path,
+        "models_dir": tmp_path,
+        "compare_after_training": False,
+    }
     fails_with(run(bundle, TRAIN, **TINY | keys), "1 volumes could not be read", "valid_3_a_1")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["unreadable"] == ["valid_3_a_1"] and metrics["volumes"] == 15
@@ -378,9 +398,11 @@ def test_published_schedules() -> None:
     }  # fmt: skip
     assert {key: train[key] for key in published} == published
     table = {
-        "ct_rate": {"0.01": (1000, 32, 1.5e-3, 150, 10), "0.1": (10000, 64, 3e-3, 1500, 10), "1.0": (10000, 64, 3e-3, 1500, 10)},
+        "ct_rate": {"0.01": (1000, 32, 1.5e-3, 150, 10),
+                    "0.1": (10000, 64, 3e-3, 1500, 10), "1.0": (10000, 64, 3e-3, 1500, 10)},
         "radchestct": {"0.1": (2000, 32, 1.5e-3, 80, 10), "1.0": (2000, 128, 3e-3, 200, 10)},
-        "cc_ccii": {"0.01": (200, 29, 1.5e-3, 20, 20), "0.1": (2000, 32, 1.5e-3, 150, 20), "1.0": (2000, 128, 1.5e-3, 200, 20)},
+        "cc_ccii": {"0.01": (200, 29, 1.5e-3, 20, 20), "0.1": (2000, 32, 1.5e-3, 150, 20),
+                    "1.0": (2000, 128, 1.5e-3, 200, 20)},
         "luna16": {"0.1": (200, 31, 1.5e-3, 20, 200), "1.0": (2000, 32, 1.5e-3, 200, 20)},
     }  # fmt: skip
     for name, rows in table.items():

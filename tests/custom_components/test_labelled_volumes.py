@@ -101,7 +101,9 @@ def cohort(tmp_path: Path) -> dict:
     rows = []
     for i in range(120):
         (tmp_path / f"scan{i}.nii.gz").touch()
-        rows.append({"file": f"scan{i}", "patient": f"p{i // 3}", "nodule": i % 2, "mass": int(i % 5 == 0), "age": 50 + i})
+        rows.append(
+            {"file": f"scan{i}", "patient": f"p{i // 3}", "nodule": i % 2, "mass": int(i % 5 == 0), "age": 50 + i}
+        )
     pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
     return {
         "dataset_dir": tmp_path,
