@@ -147,9 +147,9 @@ class FeatureCache:
     numbers that depend on ``seed``, the volume's name and the view alone. So evaluation shares view 0 with training, a
     larger ``num_views`` encodes only what is new, and so does a larger fraction of the data.
 
-    Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``, where the key hashes the
-    encoder's weights and architecture, the deterministic transforms, and ``amp``, and the augmentation its transforms and
-    the seed. Their names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
+    Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``. The key hashes the encoder's
+    weights and architecture, the deterministic transforms, and ``amp``; the augmentation's hashes its transforms and
+    the seed. Names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
 
     Args:
         network: its ``features`` are kept.
