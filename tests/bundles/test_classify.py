@@ -348,7 +348,7 @@ def test_two_processes_train_as_one(bundle: Path, tmp_path: Path) -> None:
         return ["--config_file", files, *(part for k, v in keys.items() for part in (f"--{k}", str(v)))]
 
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     for command, configs, folder, size in (
         ([sys.executable, "-m"], TRAIN, tmp_path / "one", 8),
         (launch, [*TRAIN, "multi_gpu_train.json"], tmp_path / "two", 4),
