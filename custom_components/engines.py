@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
-from monai.engines import SupervisedTrainer
+from monai.engines import IterationEvents, SupervisedTrainer
 from monai.inferers import Inferer, SimpleInferer
 from monai.utils.enums import CommonKeys
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from custom_components.distributed import from_rank_zero, rank, world_size
 from custom_components.errors import InputError
 from custom_components.loading import SeededDataLoader
+from custom_components.probe import LinearProbe
 from custom_components.simcrop import VolumeEmbedder, similarity, upsample_patches
 from custom_components.text import encode_sentences
 from custom_components.weights import (
@@ -444,6 +445,107 @@ def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
         item.load_state_dict(saved)
 
 
+class LastStep:
+    """Ends training at ``max_steps`` iterations exactly, within an epoch if need be, so that a cosine schedule really
+    reaches its end. That epoch still counts as completed: its validation and its checkpoint are made.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        if max_steps < 1:
+            raise InputError(f"max_steps is {max_steps}: give the number of optimiser steps, 1 or more")
+        self.max_steps = max_steps
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+
+    def iteration_completed(self, engine: Engine) -> None:
+        if engine.state.iteration >= self.max_steps:
+            engine.terminate_epoch()
+
+
+class ClipGradients:
+    """Scales the gradient of all parameters down to a norm of ``max_norm`` before each optimiser step."""
+
+    def __init__(self, network: nn.Module, max_norm: float) -> None:
+        self.network = network
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip)
+
+    def clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class KeepBest:
+    """Keeps the weights of the best validation, and ends a training that no longer improves.
+
+    Attach it to the trainer before :class:`Checkpointer`, and give it to that as one of its objects: a resumed training
+    then knows what it has to beat.
+
+    Args:
+        network: whose state dict is written.
+        evaluator: whose metric counts.
+        metric: its name; higher is better.
+        path: of the weights.
+        patience: validations without improvement before the training ends; None never ends it.
+    """
+
+    def __init__(
+        self, network: nn.Module, evaluator: Engine, metric: str, path: str, patience: int | None = None
+    ) -> None:
+        self.network = network
+        self.evaluator = evaluator
+        self.metric = metric
+        self.path = Path(path)
+        self.patience = patience
+        self.best = -math.inf
+        self.epoch = 0
+        self.waited = 0
+
+    def attach(self, engine: Engine) -> None:
+        """``engine``: the trainer."""
+        self.evaluator.add_event_handler(Events.COMPLETED, self.compare, engine)
+
+    def compare(self, evaluator: Engine, trainer: Engine) -> None:
+        metrics = evaluator.state.metrics
+        if self.metric not in metrics:
+            raise InputError(
+                f"select_by is {self.metric!r}, and validation gives {', '.join(metrics)}: choose of these"
+            )
+        value = float(metrics[self.metric])
+        if value > self.best:  # NaN, where no class is anywhere, is never better
+            self.best, self.epoch, self.waited = value, trainer.state.epoch, 0
+            if rank() == 0:
+                save_atomically(self.network.state_dict(), self.path)
+        else:
+            self.waited += 1
+        shown = ", ".join(f"{name} {float(found):.4f}" for name, found in metrics.items())
+        logger.info(f"epoch {trainer.state.epoch}: {shown}; best {self.metric} {self.best:.4f} at epoch {self.epoch}")
+        if self.exhausted:
+            logger.info(f"no better {self.metric} in {self.waited} validations: training ends here")
+            trainer.terminate()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience is at its end: a training that is gone on from its checkpoint has nothing left to do."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def restore(self) -> None:
+        """Fill the network with the best weights, so that what follows evaluates those."""
+        if not self.epoch:
+            raise InputError(
+                "no validation took place or none was better than NaN: lower val_interval or raise max_epochs"
+            )
+        self.network.load_state_dict(load_file(self.path))
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best, "epoch": self.epoch, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.best, self.epoch, self.waited = state["best"], state["epoch"], state["waited"]
+
+
 class SentenceSimilarityInferer(Inferer):
     """How similar each sentence is to each place of a volume, as a map on the network's grid.
 
@@ -467,26 +569,80 @@ class SentenceSimilarityInferer(Inferer):
         return {"similarity": torch.stack(maps), "embedding": embedding}
 
 
+class ProbeInferer(Inferer):
+    """Probabilities of a :class:`custom_components.probe.LinearProbe`, and saliency maps of some classes.
+
+    Args:
+        classes: names of the logits.
+        saliency: classes to map; "all" for every one, None or empty for none.
+        exclusive: whether exactly one class is true: softmax instead of sigmoid.
+        amp: forward pass in bfloat16.
+
+    Raises:
+        InputError: ``saliency`` names a class that there is not.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        saliency: str | Sequence[str] | None = None,
+        exclusive: bool = False,
+        amp: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mapped = saliency_classes(classes, saliency)
+        self.index = [list(classes).index(name) for name in self.mapped]
+        self.exclusive = exclusive
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: LinearProbe, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``inputs [B, 1, X, Y, Z]`` -> ``probability [B, C]``, and ``saliency [B, S, X, Y, Z]`` if asked for."""
+        volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        with torch.autocast(volume.device.type, torch.bfloat16, enabled=self.amp):
+            if not self.index:
+                logits = network(volume)
+            else:
+                logits, patches = network.logits_and_saliency(volume)
+        output = {"probability": logits.float().softmax(-1) if self.exclusive else logits.float().sigmoid()}
+        if self.index:
+            maps = patches[:, self.index].float()
+            output["saliency"] = torch.stack(
+                [upsample_patches(m, network.encoder.grid, volume.shape[2:]) for m in maps]
+            )
+        return output
+
+
+def saliency_classes(classes: Sequence[str], saliency: str | Sequence[str] | None) -> list[str]:
+    """The classes that the key ``saliency`` asks to map."""
+    wanted = list(classes) if saliency == "all" else [saliency] if isinstance(saliency, str) else list(saliency or ())
+    unknown = [name for name in wanted if name not in classes]
+    if unknown:
+        raise InputError(f"saliency names {unknown[0]!r}, which is no class: give all, or some of {', '.join(classes)}")
+    return wanted
+
+
 class ReadableLoader:
     """Batches of one from a data set, passing over items that cannot be read; a progress bar shows how far it is.
 
     Args:
         dataset: whose items have a ``name``.
         num_workers: processes that read ahead.
+        description: what the progress bar calls this.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
     """
 
-    def __init__(self, dataset: Dataset, num_workers: int = 0) -> None:
+    def __init__(self, dataset: Dataset, num_workers: int = 0, description: str | None = None) -> None:
         self.dataset = dataset
         self.num_workers = num_workers
+        self.description = description
         self.failures: list[tuple[str, str]] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
         loader = DataLoader(_Attempts(self.dataset), self.num_workers, collate_fn=itemgetter(0))
-        for item, name, reason in tqdm(loader, unit="scan", total=len(self.dataset)):
+        for item, name, reason in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
             if reason is None:
                 yield list_data_collate([item])
             else:

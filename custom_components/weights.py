@@ -154,6 +154,25 @@ def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
     return module
 
 
+def load_pretrained(encoder: nn.Module, pretrained: str | Path | None) -> nn.Module:
+    """Fill all of a :class:`custom_components.vit.SimCroPEncoder` from ``models/encoder.pt`` of pre-training.
+
+    With None the encoder stays random, and the log says so.
+
+    Raises:
+        InputError: as :func:`load_weights`.
+    """
+    if pretrained is None:
+        logger.warning("pretrained is null: the encoder starts from RANDOM weights")
+        return encoder
+    if not Path(pretrained).is_file():
+        raise InputError(
+            f"pretrained {pretrained}: no such file; give the path of the encoder.pt that pre-training wrote, "
+            "or set pretrained to null to start from random weights"
+        )
+    return load_weights(encoder, pretrained)
+
+
 def load_mae(encoder: nn.Module, checkpoint: str | Path | None) -> nn.Module:
     """Initialise a :class:`custom_components.vit.SimCroPEncoder` from a 2D MAE ViT checkpoint, as the authors do.
 
