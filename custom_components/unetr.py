@@ -1,0 +1,83 @@
+"""UNETR on the SimCroP encoder: non-cubic patches, any region whose size divides by the patch.
+
+The published network (ToniChopp/SimCroP, downstream segmentation) made of MONAI's UNETR blocks. From a region
+``96 x 96 x 48`` with patches ``16 x 16 x 8``: grid ``6 x 6 x 6``, three x2 stages to ``48 x 48 x 48``, then a trilinear
+one to the full region, since no further x2 would lead there.
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.blocks import UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
+from monai.networks.blocks.dynunet_block import UnetOutBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from custom_components.errors import InputError
+from custom_components.vit import SimCroPEncoder
+
+
+class TrilinearUpBlock(nn.Module):
+    """Trilinear upsampling to the size of ``skip``, a biased 3 x 3 x 3 convolution, and a residual unit on both."""
+
+    def __init__(self, in_channels: int, out_channels: int, norm_name: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv_block = UnetResBlock(3, 2 * out_channels, out_channels, kernel_size=3, stride=1, norm_name=norm_name)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
+        return self.conv_block(torch.cat([self.conv(x), skip], dim=1))
+
+
+class SimCroPUNETR(nn.Module):
+    """UNETR (Hatamizadeh et al., WACV 2022) whose encoder is SimCroP's, as the authors fine-tune it.
+
+    Skips are the raw outputs of three blocks, a third of the depth apart (4, 7 and 10 of 12, counting from 1); the
+    bottleneck is the normed output of the last. Residual units, instance norm without affine, LeakyReLU 0.01.
+
+    Args:
+        encoder: without class token, so that every parameter gets a gradient; its ``img_size`` is the region.
+        out_channels: classes, background included.
+        feature_size: channels at full resolution; doubles with each stage down.
+
+    Raises:
+        InputError: the encoder has a class token, which no stage of the UNETR would read.
+    """
+
+    def __init__(self, encoder: SimCroPEncoder, out_channels: int, feature_size: int = 16) -> None:
+        super().__init__()
+        if encoder.num_prefix_tokens:
+            raise InputError("the UNETR's encoder has a class token that nothing reads: give class_token false")
+        self.encoder = encoder
+        self.grid = encoder.grid
+        depth = len(encoder.blocks)
+        self.skips = (depth // 4, depth // 2, 3 * depth // 4)  # indices of hidden states: block 4 of 12 is index 3
+
+        hidden, norm = encoder.hidden_size, "instance"
+        projection = {"stride": 1, "upsample_kernel_size": 2, "conv_block": True, "res_block": True}
+        in_channels = encoder.patch_embed.proj.in_channels
+        self.encoder1 = UnetrBasicBlock(3, in_channels, feature_size, 3, 1, norm, res_block=True)
+        self.encoder2 = UnetrPrUpBlock(3, hidden, 2 * feature_size, 2, 3, norm_name=norm, **projection)
+        self.encoder3 = UnetrPrUpBlock(3, hidden, 4 * feature_size, 1, 3, norm_name=norm, **projection)
+        self.encoder4 = UnetrPrUpBlock(3, hidden, 8 * feature_size, 0, 3, norm_name=norm, **projection)
+        self.decoder5 = UnetrUpBlock(3, hidden, 8 * feature_size, 3, 2, norm, res_block=True)
+        self.decoder4 = UnetrUpBlock(3, 8 * feature_size, 4 * feature_size, 3, 2, norm, res_block=True)
+        self.decoder3 = UnetrUpBlock(3, 4 * feature_size, 2 * feature_size, 3, 2, norm, res_block=True)
+        self.decoder2 = TrilinearUpBlock(2 * feature_size, feature_size, norm)
+        self.out = UnetOutBlock(3, feature_size, out_channels)
+
+    def feature_map(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[B, N, C]``, last axis of the grid fastest -> ``[B, C, gx, gy, gz]``."""
+        gx, gy, gz = self.grid
+        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], gx, gy, gz)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """``[B, in_channels, X, Y, Z]`` of the encoder's ``img_size``, HU scaled to [-1, 1] -> logits
+        ``[B, out_channels, X, Y, Z]``."""
+        tokens, hidden_states = self.encoder(volume)
+        shallow, middle, deep = self.skips
+        x = self.decoder5(self.feature_map(tokens), self.encoder4(self.feature_map(hidden_states[deep])))
+        x = self.decoder4(x, self.encoder3(self.feature_map(hidden_states[middle])))
+        x = self.decoder3(x, self.encoder2(self.feature_map(hidden_states[shallow])))
+        return self.out(self.decoder2(x, self.encoder1(volume)))
