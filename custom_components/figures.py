@@ -1,4 +1,4 @@
-"""The pictures: training curves, reconstructions, sentence heat maps and organ contours over CT slices, box plots.
+"""The pictures: training, ROC and precision-recall curves, box plots, heat maps and contours over CT slices.
 
 Slices are shown as radiologists see them: axial from below, so the patient's right is on the left of the picture.
 Volumes are in RAS axis order, as every preprocessing chain of this project leaves them.
@@ -19,6 +19,13 @@ from matplotlib.lines import Line2D
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -167,9 +174,11 @@ class SentencePaneld(MapTransform):
 
     Args:
         keys: of the maps ``[S, X, Y, Z]``.
-        sentences: the S sentences.
+        sentences: the S sentences, or whatever else the maps are of.
         output_dir: folder of all scans' results.
         image_key, name_key: of the preprocessed CT ``[1, X, Y, Z]``, and of the scan's name.
+        quantity: what the maps hold.
+        allow_missing_keys: whether to pass over scans without maps.
     """
 
     def __init__(
@@ -179,28 +188,32 @@ class SentencePaneld(MapTransform):
         output_dir: str,
         image_key: str = "image",
         name_key: str = "name",
+        quantity: str = "cosine",
+        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys)
+        super().__init__(keys, allow_missing_keys)
         self.sentences = list(sentences)
         self.output_dir = Path(output_dir)
         self.image_key = image_key
         self.name_key = name_key
+        self.quantity = quantity
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
         image = data[self.image_key].cpu()
         folder = self.output_dir / data[self.name_key]
-        folder.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):
+            folder.mkdir(parents=True, exist_ok=True)
             figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
             rows = figure.subplots(len(self.sentences), 2, squeeze=False)
             for row, sentence, heat in zip(rows, self.sentences, data[key].cpu(), strict=True):
                 z = int(heat.amax((0, 1)).argmax())
+                low, high = float(heat.min()), float(heat.max())
                 for axes in row:
                     show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
-                show_axial(row[1], heat, z, spacing_of(image), vmin=float(heat.min()), vmax=float(heat.max()), **HEAT)
+                show_axial(row[1], heat, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
                 row[0].set_title(sentence, fontsize=9, loc="left")
-                row[1].set_title(f"cosine {float(heat.min()):.2f} to {float(heat.max()):.2f}", fontsize=9, loc="right")
+                row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
             figure.savefig(folder / "panel.png", dpi=120)
         return data
 
@@ -349,4 +362,44 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, p
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=9)
+
+
+def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
+    """ROC and precision-recall curve of every class that has both label values.
+
+    Args:
+        truth: ``[N, C]`` zeros and ones.
+        score: ``[N, C]``.
+        classes: C names.
+    """
+    figure = Figure(figsize=(11.0, 5.0), layout="constrained")
+    roc, pr = figure.subplots(1, 2)
+    colours = [f"C{i}" for i in range(10)]
+    for c, name in enumerate(classes):
+        if len(np.unique(truth[:, c])) < 2:
+            continue
+        style = {"color": colours[c % 10], "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}
+        false_positive, true_positive, _ = roc_curve(truth[:, c], score[:, c])
+        precision, recall, _ = precision_recall_curve(truth[:, c], score[:, c])
+        roc.plot(false_positive, true_positive, label=f"{name}: {roc_auc_score(truth[:, c], score[:, c]):.3f}", **style)
+        precision_of_class = average_precision_score(truth[:, c], score[:, c])
+        label = f"{name}: {precision_of_class:.3f} (share {truth[:, c].mean():.3f})"
+        pr.step(recall, precision, where="post", label=label, **style)
+    roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    for axes, title, x, y in (
+        (roc, "ROC, with AUROC", "1 - specificity", "sensitivity"),
+        (pr, "precision-recall, with average precision", "sensitivity", "precision"),
+    ):
+        axes.set(title=title, xlabel=x, ylabel=y, xlim=(0, 1), ylim=(0, 1.01))
+        axes.legend(fontsize=6)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: str | Path) -> None:
+    """Counts of true class (rows) against the class of highest probability."""
+    figure = Figure(figsize=(1.5 + 1.2 * len(classes), 1.2 + 1.0 * len(classes)), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay(np.asarray(matrix), display_labels=list(classes))
+    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=30)
     figure.savefig(path, dpi=120)

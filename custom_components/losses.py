@@ -1,4 +1,7 @@
-"""The three losses of SimCroP and their weighted sum. All are computed in float32, outside autocast."""
+"""The three losses of SimCroP and their weighted sum. All are computed in float32, outside autocast.
+
+Under torchrun each is the mean over the batches of all processes, whatever each of them has.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from custom_components.distributed import gather_rows, mean_over_ranks, rank
 from custom_components.errors import InputError
 
 MASKED = -1e9  # not -inf: logsumexp over a fully masked row would send NaN back
@@ -64,7 +68,7 @@ class MaskedVolumeLoss(nn.Module):
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
         """``pred``, ``target``: ``[B, m, voxels]``, the masked patches of each volume as predicted and as they are."""
-        return F.mse_loss(pred.float(), self.target(target))
+        return mean_over_ranks(F.mse_loss(pred.float(), self.target(target)), target.numel())
 
 
 class SimilarityAlignmentLoss(nn.Module):
@@ -76,7 +80,8 @@ class SimilarityAlignmentLoss(nn.Module):
         negatives: ``report`` (published): the other sentences of the same report, both directions summed. ``volume``:
             the sentence-volume score, with the other volumes of the batch (sentence to volume) and the other reports'
             sentences (volume to sentence) as negatives, both directions averaged; a volume whose own report holds the
-            identical sentence, or no sentence, is left out. ``both``: the mean of the two.
+            identical sentence, or no sentence, is left out. The batch is that of all processes together. ``both``: the
+            mean of the two.
         align_pool: ``topk_mean`` (published) or ``lse``, see :func:`pool_patches`.
         beta: sharpness of ``lse``.
 
@@ -136,7 +141,7 @@ class SimilarityAlignmentLoss(nn.Module):
         real = sentence_id != 0
         rows = real & (real.sum(1, keepdim=True) > 1)
         if not rows.any():
-            return (patches.sum() + sentences.sum()) * 0.0
+            return mean_over_ranks((patches.sum() + sentences.sum()) * 0.0, 0)
         queries = F.normalize(sentences, dim=-1)
         cosine = queries @ F.normalize(patches, dim=-1).transpose(1, 2)  # b s n
         weights = pool_patches(cosine, self.align_pool, self.top_k, self.beta)[1]
@@ -145,19 +150,25 @@ class SimilarityAlignmentLoss(nn.Module):
         target = torch.arange(real.shape[1], device=real.device).expand_as(real)[rows]
         directions = (logits, logits.transpose(1, 2))
         columns = ~real[:, None, :]
-        return sum(F.cross_entropy(d.masked_fill(columns, MASKED)[rows], target) for d in directions)
+        loss = sum(F.cross_entropy(d.masked_fill(columns, MASKED)[rows], target) for d in directions)
+        return mean_over_ranks(loss, rows.sum())
 
     def _across_volumes(self, patches: Tensor, sentences: Tensor, sentence_id: Tensor) -> Tensor:
         real = sentence_id != 0
-        if not real.any():
+        every_sentence = gather_rows(sentences[real])
+        every_id = torch.cat(gather_rows(sentence_id[real]))
+        # a process scores all sentences in its own volumes, so that scores travel and not patches
+        scores = self.scores(patches, torch.cat(every_sentence)).T  # v s
+        every_score = gather_rows(scores)
+        if not len(every_id):
             return (patches.sum() + sentences.sum()) * 0.0
-        own = real.nonzero()[:, 0]  # the volume that each sentence belongs to
-        flat_id = sentence_id[real]
-        logits = self.scores(patches, sentences[real]) / self.temperature  # s v
+        logits = torch.cat(every_score).T / self.temperature  # s v
+        first = sum(len(score) for score in every_score[: rank()])
+        own = torch.cat(gather_rows(first + real.nonzero()[:, 0]))  # the volume that each sentence belongs to
+        is_own = own[:, None] == torch.arange(logits.shape[1], device=own.device)
         # no negative of a sentence: a volume whose report holds the very sentence, or holds none at all
-        excluded = (flat_id[:, None, None] == sentence_id[None]).any(-1) | ~real.any(1)  # s v
-        is_own = own[:, None] == torch.arange(len(real), device=own.device)
-        logits = logits.masked_fill(excluded & ~is_own, MASKED)
+        identical = (every_id[:, None] == every_id).float() @ is_own.float() > 0  # s v
+        logits = logits.masked_fill((identical | ~is_own.any(0)) & ~is_own, MASKED)
         to_volume = F.cross_entropy(logits, own)
         # volume to sentence: each own sentence against the sentences of other reports, never against its siblings
         positive = logits[is_own]
@@ -173,7 +184,7 @@ class MaskedReportLoss(nn.Module):
         """``logits [M, vocabulary]`` and ``target [M]`` int64 at the M masked positions of the batch; M may be 0."""
         logits = logits.float()
         # the mean over no token is NaN; the sum over none is 0 and keeps the decoder in the graph, as DDP wants it
-        return F.cross_entropy(logits, target) if len(target) else logits.sum()
+        return mean_over_ranks(F.cross_entropy(logits, target) if len(target) else logits.sum(), len(target))
 
 
 class SimCroPLoss(nn.Module):

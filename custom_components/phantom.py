@@ -989,9 +989,11 @@ def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> 
             f"{dataset_dir}: num_validation {num_validation} of {len(other)} held-out patients leaves none to "
             "validate or to test on: change num_valid or num_validation"
         )
-    path = Path(dataset_dir) / "organs.json"
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    return str(path.resolve())
+    path = Path(dataset_dir).resolve() / "organs.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write and read it at once
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+    return str(path)
 
 
 def _remove(folder: Path) -> None:

@@ -282,8 +282,8 @@ class Comparison:
         for name, keys in list(self.contenders.items()):
             if keys.get("pretrained") and not Path(keys["pretrained"]).is_file():
                 logger.warning(
-                    f"pretrained {keys['pretrained']} DOES NOT EXIST: contender {name} is left out, nothing is compared; "
-                    "run the pretrain bundle's demo first, or give the path of an encoder.pt"
+                    f"pretrained {keys['pretrained']} DOES NOT EXIST: contender {name} is left out and nothing is "
+                    "compared; run the pretrain bundle's demo first, or give the path of an encoder.pt"
                 )
                 del self.contenders[name]
         if not self.contenders:

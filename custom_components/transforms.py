@@ -281,16 +281,95 @@ class SaveSimilarityd(MapTransform):
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "embedding.npy", data[self.embedding_key].float().cpu().numpy())
         for key in self.key_iterator(data):
-            maps, affine = data[key].cpu().numpy(), data[key].affine.numpy()
-            rows = []
-            for i, (sentence, similarity) in enumerate(zip(self.sentences, maps, strict=True), 1):
-                save_nifti(similarity.astype(np.float32), affine, folder / f"similarity_{i:02d}.nii.gz")
-                peak = np.unravel_index(similarity.argmax(), similarity.shape)
-                x, y, z = (affine @ [*peak, 1])[:3].round(1)
-                rows.append((f"similarity_{i:02d}.nii.gz", sentence, round(float(similarity.max()), 4), x, y, z))
-            table = pd.DataFrame(rows, columns=["file", "sentence", "max_cosine", "x_mm", "y_mm", "z_mm"])
+            table = save_maps(data[key], self.sentences, folder, "similarity")
+            table = table.rename(columns={"map": "sentence", "max": "max_cosine"})
             table.to_csv(folder / "sentences.csv", index=False)
         return data
+
+
+class SaveSaliencyd(MapTransform):
+    """Saves the saliency map of each class to ``<output_dir>/<name>/``; does nothing where none was made.
+
+    ``saliency_01.nii.gz`` and so on: float32, what each place adds to the class' logit, in the geometry of the maps' own
+    affine. ``saliency.csv``: each class with its file, highest value and where that is (RAS+ mm).
+
+    Args:
+        keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
+        classes: names of the S maps.
+        output_dir: folder of all scans' results.
+        name_key: of the scan's name.
+    """
+
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.classes = list(classes)
+        self.output_dir = Path(output_dir)
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        folder = self.output_dir / data[self.name_key]
+        for key in self.key_iterator(data):
+            folder.mkdir(parents=True, exist_ok=True)
+            table = save_maps(data[key], self.classes, folder, "saliency").rename(columns={"map": "class"})
+            table.to_csv(folder / "saliency.csv", index=False)
+        return data
+
+
+def save_maps(maps: MetaTensor, names: Sequence[str], folder: Path, stem: str) -> pd.DataFrame:
+    """Write one map ``[X, Y, Z]`` per name as ``<stem>_01.nii.gz`` and so on, float32, with the maps' own affine.
+
+    Returns:
+        Columns ``file``, ``map`` (name), ``max``, and ``x_mm``, ``y_mm``, ``z_mm``, the place of the maximum in RAS+.
+    """
+    values, affine = maps.cpu().numpy(), maps.affine.numpy()
+    rows = []
+    for i, (name, volume) in enumerate(zip(names, values, strict=True), 1):
+        file = f"{stem}_{i:02d}.nii.gz"
+        save_nifti(volume.astype(np.float32), affine, folder / file)
+        peak = np.unravel_index(volume.argmax(), volume.shape)
+        x, y, z = (affine @ [*peak, 1])[:3].round(1)
+        rows.append((file, name, round(float(volume.max()), 4), x, y, z))
+    return pd.DataFrame(rows, columns=["file", "map", "max", "x_mm", "y_mm", "z_mm"])
+
+
+class AppendProbabilitiesd(MapTransform):
+    """Appends one row per scan to ``<output_dir>/predictions.csv``: name, image, and a probability per class.
+
+    The file is begun anew with the first scan of a run. Rows are written as scans are done, so a kill loses none.
+
+    Args:
+        keys: of the probabilities [C].
+        classes: their C names, the columns.
+        output_dir: folder of all scans' results.
+        name_key, image_key: of the scan's name, and of the MetaTensor that knows its path.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        classes: Sequence[str],
+        output_dir: str,
+        name_key: str = "name",
+        image_key: str = "image",
+    ) -> None:
+        super().__init__(keys)
+        self.classes = list(classes)
+        self.path = Path(output_dir) / "predictions.csv"
+        self.name_key = name_key
+        self.image_key = image_key
+        self.started = False
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for key in self.key_iterator(data):
+            values = data[key].float().cpu().tolist()
+            path = data[self.image_key].meta.get("filename_or_obj", "")
+            row = {"name": data[self.name_key], "image": path, **dict(zip(self.classes, values, strict=True))}
+            frame = pd.DataFrame([row])
+            frame.to_csv(self.path, mode="a" if self.started else "w", header=not self.started, index=False)
+            self.started = True
+        return dict(data)
 
 
 def argmax_labels(logits: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import glob
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -19,16 +21,68 @@ from custom_components.vit import POSITIONS, patch_grid
 logger = logging.getLogger(__name__)
 
 
-def save_atomically(content: Any, path: str | Path) -> None:
-    """``torch.save`` to a temporary file beside ``path``, then rename: a kill leaves the old file or the new one."""
+def save_atomically(content: Any, path: str | Path, previous: str | Path | None = None) -> None:
+    """``torch.save`` to a temporary file beside ``path``, then rename: a kill leaves the old file or the new one.
+
+    Args:
+        previous: where the old file goes; None drops it. A kill between the two renames leaves it there alone.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written; the old file is still there.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        torch.save(content, temporary)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())  # else the rename may reach the disk before the content
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
+        cause = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"{path}: could not be written ({cause}); free space there and start again, what was there before is kept"
+        ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(path: str | Path) -> None:
+    """Delete what killed runs left of :func:`save_atomically` to ``path``. Only while no other run writes there."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        temporary.unlink(missing_ok=True)
+
+
+def frozen_parameters(module: nn.Module) -> set[str]:
+    """Names of the parameters that do not train."""
+    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+
+
+def fingerprint(module: nn.Module) -> str | None:
+    """A number for the frozen parameters of a module, or None if it has none; precision beyond bfloat16 is ignored."""
+    names = frozen_parameters(module)
+    if not names:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in module.named_parameters():
+        if name in names:
+            digest.update(name.encode())
+            digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_fingerprint(module: nn.Module, expected: str | None, path: str | Path) -> None:
+    """Raise an InputError unless the frozen parameters are those that a checkpoint was trained beside."""
+    if fingerprint(module) != expected:
+        first = min(frozen_parameters(module), default="none")
+        raise InputError(
+            f"{path}: was trained beside other frozen weights than this run has ({first}, ...): give the key they come "
+            "from, such as text_encoder, its former value"
+        )
 
 
 def load_file(path: str | Path) -> Any:
@@ -57,9 +111,9 @@ def state_dict_of(content: Any) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
 
 
-def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool]) -> None:
+def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool], content: Any = None) -> None:
     """Load every tensor of ``module`` whose name is ``wanted`` from a checkpoint, and log what was taken and left."""
-    found = state_dict_of(load_file(path))
+    found = state_dict_of(load_file(path) if content is None else content)
     names = [name for name in module.state_dict() if wanted(name)]
     missing = [name for name in names if name not in found]
     if len(missing) == len(names):
@@ -88,11 +142,37 @@ def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool]) ->
 def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
     """Fill all weights of a module from a checkpoint of the same layout, and return the module.
 
+    Frozen weights, which :class:`custom_components.engines.Checkpointer` leaves out, are compared instead.
+
     Raises:
-        InputError: unreadable file, any tensor missing or of another size; names the first.
+        InputError: unreadable file, any tensor missing or of another size; names the first. Or other frozen weights.
     """
-    _fill(module, checkpoint, lambda name: True)
+    content = load_file(checkpoint)
+    kept_elsewhere: set[str] = set()
+    if isinstance(content, Mapping) and "frozen" in content:
+        check_fingerprint(module, content["frozen"].get("network"), checkpoint)
+        kept_elsewhere = frozen_parameters(module)
+    _fill(module, checkpoint, lambda name: name not in kept_elsewhere, content)
     return module
+
+
+def load_pretrained(encoder: nn.Module, pretrained: str | Path | None) -> nn.Module:
+    """Fill all of a :class:`custom_components.vit.SimCroPEncoder` from ``models/encoder.pt`` of pre-training.
+
+    With None the encoder stays random, and the log says so.
+
+    Raises:
+        InputError: as :func:`load_weights`.
+    """
+    if pretrained is None:
+        logger.warning("pretrained is null: the encoder starts from RANDOM weights")
+        return encoder
+    if not Path(pretrained).is_file():
+        raise InputError(
+            f"pretrained {pretrained}: no such file; give the path of the encoder.pt that pre-training wrote, "
+            "or set pretrained to null to start from random weights"
+        )
+    return load_weights(encoder, pretrained)
 
 
 def load_mae(encoder: nn.Module, checkpoint: str | Path | None) -> nn.Module:

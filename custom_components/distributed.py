@@ -1,0 +1,154 @@
+"""Training in several processes, one per device: who this process is, how to start, and sums over all of them.
+
+Everything here also works in a single process without a process group, where the sums are those of that process.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from custom_components.errors import InputError
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process; 0 is the one that writes."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def _environment(name: str) -> int:
+    if name not in os.environ:
+        raise InputError(
+            f"{name} is not set: start this config with torchrun --nproc_per_node=N -m monai.bundle run ..., "
+            "or leave the multi_gpu overlay out"
+        )
+    return int(os.environ[name])
+
+
+def local_device() -> torch.device:
+    """The device of this process on its machine: a GPU of its own, or the CPU where there is none.
+
+    Raises:
+        InputError: not started by torchrun, or more processes than GPUs.
+    """
+    number = _environment("LOCAL_RANK")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if number >= torch.cuda.device_count():
+        raise InputError(
+            f"process {number} of this machine finds {torch.cuda.device_count()} GPUs: lower --nproc_per_node to that, "
+            "or set device to \"$torch.device('cpu')\""
+        )
+    return torch.device("cuda", number)
+
+
+def start(device: torch.device, timeout_minutes: float = 10.0) -> None:
+    """Join the processes that torchrun started: nccl between GPUs, gloo between CPUs. Rank 0 alone logs what is no warning.
+
+    Args:
+        device: of this process.
+        timeout_minutes: how long a process waits for the others before it gives up. It must exceed the time that
+            rank 0 alone takes to make its data or to write a checkpoint.
+    """
+    _environment("RANK")
+    timeout = timedelta(minutes=timeout_minutes)
+    hook = sys.excepthook
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+    sys.excepthook = hook  # torch has put its own around it, which prefixes each line with the rank
+    if dist.get_rank() > 0:
+        logging.getLogger().setLevel(logging.WARNING)
+
+
+def leave_to_rank_zero() -> None:
+    """End all processes but one, successfully: for work that is not divided, under a launcher that starts many."""
+    if _environment("RANK") > 0:
+        sys.exit(0)
+
+
+def accumulation_steps(effective_batch_size: int, batch_size: int) -> int:
+    """Forward passes per optimiser step, so that a step sees ``effective_batch_size`` items on all devices together.
+
+    Raises:
+        InputError: they do not divide.
+    """
+    together = batch_size * world_size()
+    if effective_batch_size % together or effective_batch_size < together:
+        below = max(effective_batch_size // together, 1) * together
+        processes = f" x {world_size()} processes = {together}" if world_size() > 1 else ""
+        raise InputError(
+            f"effective_batch_size {effective_batch_size} is not divisible by batch_size {batch_size}{processes}: "
+            f"set effective_batch_size to {below} or {below + together}, or lower batch_size"
+        )
+    return effective_batch_size // together
+
+
+def from_rank_zero(value: Any) -> Any:
+    """What rank 0 passes, on every process."""
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def mean_over_ranks(mean: Tensor, count: int | Tensor) -> Tensor:
+    """A mean over ``count`` things of this process -> the mean over those of all processes.
+
+    Its gradient is scaled so that DistributedDataParallel, which averages over processes, makes it that of the common
+    mean even where counts differ. All processes must call it, with a count of 0 where they have nothing.
+    """
+    if world_size() == 1:
+        return mean
+    total = mean * count
+    sums = torch.stack([total.detach().double(), torch.as_tensor(count, device=mean.device).double()])
+    dist.all_reduce(sums)
+    everything = sums[1].clamp(min=1)
+    share = total * (world_size() / everything).to(mean.dtype)
+    return (sums[0] / everything).to(mean.dtype) + (share - share.detach())
+
+
+class _AllGather(torch.autograd.Function):
+    """Tensors of one shape from all processes, stacked; each gets the gradients that all processes have for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        gathered = tensor.new_empty((world_size(), *tensor.shape))
+        dist.all_gather(list(gathered.unbind()), tensor.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient[rank()]
+
+
+def gather_rows(rows: Tensor) -> list[Tensor]:
+    """``rows [n, ...]`` of every process, in the order of ranks; n may differ. Gradients flow back to where rows are from.
+
+    A loss that every process computes alike from gathered rows gets, after DistributedDataParallel's average, the
+    gradient of a single process that has all rows.
+    """
+    if world_size() == 1:
+        return [rows]
+    sizes = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor(len(rows), device=rows.device))
+    sizes = torch.stack(sizes).tolist()
+    padded = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(sizes) - len(rows)))
+    return [part[:n] for part, n in zip(_AllGather.apply(padded), sizes, strict=True)]
