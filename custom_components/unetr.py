@@ -17,13 +17,19 @@ from custom_components.errors import InputError
 from custom_components.vit import SimCroPEncoder
 
 
+def instance_norm(channels: int) -> tuple[str, dict[str, int | bool]]:
+    """Instance norm without affine for MONAI's blocks, as a group norm with one channel a group: the same numbers, but
+    torch has a channels-last kernel of it, and MONAI's own would copy every map to another layout and back."""
+    return "group", {"num_groups": channels, "affine": False}
+
+
 class TrilinearUpBlock(nn.Module):
     """Trilinear upsampling to the size of ``skip``, a biased 3 x 3 x 3 convolution, and a residual unit on both."""
 
-    def __init__(self, in_channels: int, out_channels: int, norm_name: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
-        self.conv_block = UnetResBlock(3, 2 * out_channels, out_channels, kernel_size=3, stride=1, norm_name=norm_name)
+        self.conv_block = UnetResBlock(3, 2 * out_channels, out_channels, 3, 1, norm_name=instance_norm(out_channels))
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
@@ -54,30 +60,48 @@ class SimCroPUNETR(nn.Module):
         depth = len(encoder.blocks)
         self.skips = (depth // 4, depth // 2, 3 * depth // 4)  # indices of hidden states: block 4 of 12 is index 3
 
-        hidden, norm = encoder.hidden_size, "instance"
-        projection = {"stride": 1, "upsample_kernel_size": 2, "conv_block": True, "res_block": True}
+        hidden, size = encoder.hidden_size, feature_size
         in_channels = encoder.patch_embed.proj.in_channels
-        self.encoder1 = UnetrBasicBlock(3, in_channels, feature_size, 3, 1, norm, res_block=True)
-        self.encoder2 = UnetrPrUpBlock(3, hidden, 2 * feature_size, 2, 3, norm_name=norm, **projection)
-        self.encoder3 = UnetrPrUpBlock(3, hidden, 4 * feature_size, 1, 3, norm_name=norm, **projection)
-        self.encoder4 = UnetrPrUpBlock(3, hidden, 8 * feature_size, 0, 3, norm_name=norm, **projection)
-        self.decoder5 = UnetrUpBlock(3, hidden, 8 * feature_size, 3, 2, norm, res_block=True)
-        self.decoder4 = UnetrUpBlock(3, 8 * feature_size, 4 * feature_size, 3, 2, norm, res_block=True)
-        self.decoder3 = UnetrUpBlock(3, 4 * feature_size, 2 * feature_size, 3, 2, norm, res_block=True)
-        self.decoder2 = TrilinearUpBlock(2 * feature_size, feature_size, norm)
-        self.out = UnetOutBlock(3, feature_size, out_channels)
+        self.encoder1 = UnetrBasicBlock(3, in_channels, size, 3, 1, instance_norm(size), res_block=True)
+        self.encoder2 = self._project(hidden, 2 * size, 2)
+        self.encoder3 = self._project(hidden, 4 * size, 1)
+        self.encoder4 = self._project(hidden, 8 * size, 0)
+        self.decoder5 = UnetrUpBlock(3, hidden, 8 * size, 3, 2, instance_norm(8 * size), res_block=True)
+        self.decoder4 = UnetrUpBlock(3, 8 * size, 4 * size, 3, 2, instance_norm(4 * size), res_block=True)
+        self.decoder3 = UnetrUpBlock(3, 4 * size, 2 * size, 3, 2, instance_norm(2 * size), res_block=True)
+        self.decoder2 = TrilinearUpBlock(2 * size, size)
+        self.out = UnetOutBlock(3, size, out_channels)
+        self.to(memory_format=torch.channels_last_3d)  # the layout in which 3D convolutions are fastest
+
+    @staticmethod
+    def _project(hidden_size: int, channels: int, num_layer: int) -> UnetrPrUpBlock:
+        """A skip from the token grid, brought up by ``1 + num_layer`` stages of x2."""
+        norm = instance_norm(channels)
+        return UnetrPrUpBlock(3, hidden_size, channels, num_layer, 3, 1, 2, norm, conv_block=True, res_block=True)
 
     def feature_map(self, tokens: Tensor) -> Tensor:
         """Tokens ``[B, N, C]``, last axis of the grid fastest -> ``[B, C, gx, gy, gz]``."""
         gx, gy, gz = self.grid
-        return tokens.transpose(1, 2).reshape(tokens.shape[0], tokens.shape[2], gx, gy, gz)
+        # tokens already lie channels last: no copy
+        return tokens.reshape(tokens.shape[0], gx, gy, gz, tokens.shape[2]).permute(0, 4, 1, 2, 3)
 
-    def forward(self, volume: Tensor) -> Tensor:
-        """``[B, in_channels, X, Y, Z]`` of the encoder's ``img_size``, HU scaled to [-1, 1] -> logits
-        ``[B, out_channels, X, Y, Z]``."""
-        tokens, hidden_states = self.encoder(volume)
+    def decode(self, volume: Tensor, tokens: Tensor, hidden_states: list[Tensor]) -> Tensor:
+        """Logits from what the encoder returns."""
         shallow, middle, deep = self.skips
         x = self.decoder5(self.feature_map(tokens), self.encoder4(self.feature_map(hidden_states[deep])))
         x = self.decoder4(x, self.encoder3(self.feature_map(hidden_states[middle])))
         x = self.decoder3(x, self.encoder2(self.feature_map(hidden_states[shallow])))
         return self.out(self.decoder2(x, self.encoder1(volume)))
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """``[B, in_channels, X, Y, Z]`` of the encoder's ``img_size``, HU scaled to [-1, 1] -> logits
+        ``[B, out_channels, X, Y, Z]``.
+
+        On a CPU the convolutions run in fp32 under autocast too: in bfloat16 they take about twice as long there.
+        """
+        tokens, hidden_states = self.encoder(volume)
+        if not torch.jit.is_scripting():
+            if volume.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+                with torch.autocast("cpu", enabled=False):
+                    return self.decode(volume.float(), tokens.float(), [state.float() for state in hidden_states])
+        return self.decode(volume, tokens, hidden_states)
