@@ -1,4 +1,4 @@
-"""The segment bundle through the real command line, at tiny size, on phantoms and on a real chest CT with lung labels."""
+"""The segment bundle through the real command line, at tiny size, on phantoms and a real chest CT with lung labels."""
 
 from __future__ import annotations
 
