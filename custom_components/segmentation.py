@@ -303,6 +303,8 @@ class Comparison:
                     "models_dir": str(self.models_dir / label),
                     "output_dir": str(self.output_dir / label),
                 }
+                # MONAI takes an override of None for none given
+                keys = {key: "$None" if value is None else value for key, value in keys.items()}
                 monai.bundle.run(self.run_id, config_file=self.config_file, **keys)
                 gc.collect()
                 found.setdefault(f"{fraction:g}", {})[name] = json.loads(

@@ -57,7 +57,7 @@ def run_here(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     def call(run_id: str, configs: list[str], **keys: object) -> None:
         files = [f"configs/{name}" for name in configs]
         keys = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"} | keys
-        keys = {k: str(v) if isinstance(v, Path) else v for k, v in keys.items()}
+        keys = {k: str(v) if isinstance(v, Path) else "$None" if v is None else v for k, v in keys.items()}
         monai.bundle.run(run_id, config_file=files, logging_file=False, **keys)
 
     return call
