@@ -362,6 +362,7 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, p
     axes.set_ylabel(ylabel)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=9)
+    figure.savefig(path, dpi=120)
 
 
 def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
