@@ -6,6 +6,7 @@ MONAI, so that a process that wants only the list starts fast.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
@@ -179,6 +180,88 @@ def ct_rate(
         sentences = _ct_rate_sentences(sentences_csv)
         for item in items:
             item["sentences"] = sentences.get(item["name"], {})
+    return items
+
+
+def msd(
+    dataset_dir: str | os.PathLike,
+    datalist: str | os.PathLike = "dataset.json",
+    split: str = "training",
+    data_fraction: float = 1.0,
+    seed: int = 42,
+) -> list[dict]:
+    """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
+
+    LUNA16's have `training`, `validation` and `testing`, each of `{"image": path, "label": path}`; BTCV's have
+    `training` and `validation`, and a `test` of bare file names without labels. Every item holds `image`, `name` (file
+    name without its ending) and, where the list gives one, `label`; in the list's order.
+
+    Args:
+        dataset_dir: folder that relative paths start from; bare file names are also looked for in its `imagesTs`.
+        datalist: the JSON file, absolute or relative to `dataset_dir`.
+        split: which list of the file.
+        data_fraction: share of the items to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
+        seed: of the order in which items are taken.
+
+    Raises:
+        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk.
+    """
+    if not 0 < data_fraction <= 1:
+        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
+    dataset_dir = Path(dataset_dir).expanduser()
+    path = dataset_dir / Path(datalist).expanduser()
+    if not path.is_file():
+        raise InputError(f"datalist {path} does not exist: give dataset_dir, and a datalist in it or an absolute path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"datalist {path} is not JSON ({error}): download it again") from error
+    lists = {key: entries for key, entries in content.items() if isinstance(entries, list)} if content else {}
+    if not lists.get(split):
+        raise InputError(
+            f"datalist {path} has no {split} list (it has {', '.join(lists) or 'none'}): choose one of them"
+        )
+
+    items = []
+    for entry in lists[split]:
+        entry = {"image": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(k, ""), str) for k in ("image", "label")):
+            raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
+        if not entry.get("image"):
+            raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
+        image = dataset_dir / entry["image"]
+        if not image.exists() and (dataset_dir / "imagesTs" / entry["image"]).exists():
+            image = dataset_dir / "imagesTs" / entry["image"]
+        item = {"image": str(image), "name": _stem(image)}
+        if entry.get("label"):
+            item["label"] = str(dataset_dir / entry["label"])
+        items.append(item)
+    if data_fraction < 1:
+        count = math.ceil(data_fraction * len(items) - 1e-9)  # see ct_rate for the small number
+        chosen = set(np.random.RandomState(seed).permutation(len(items))[:count].tolist())
+        items = [item for i, item in enumerate(items) if i in chosen]
+
+    missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
+    if missing:
+        raise InputError(
+            f"{len(missing)} files of {split} in datalist {path} are not on disk ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}): set dataset_dir to the folder that they are relative to"
+        )
+    return items
+
+
+def labelled(items: list[dict]) -> list[dict]:
+    """The same items, of which each has a `label`.
+
+    Raises:
+        InputError: one has none, as in BTCV's `test` list.
+    """
+    absent = [item["name"] for item in items if "label" not in item]
+    if absent:
+        raise InputError(
+            f"{len(absent)} of {len(items)} items have no label, the first {absent[0]}: "
+            "choose another list of the datalist, or run inference.json on the images"
+        )
     return items
 
 
