@@ -6,15 +6,22 @@ MONAI, so that a process that wants only the list starts fast.
 
 from __future__ import annotations
 
+import json
+import logging
 import math
 import os
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from custom_components.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # The classes of CT-RATE in the order of its label files, which is the order of `abnormalities` and of every logit.
 CT_RATE_CLASSES: tuple[str, ...] = (
@@ -37,6 +44,64 @@ CT_RATE_CLASSES: tuple[str, ...] = (
     "Bronchiectasis",
     "Interlobular septal thickening",
 )
+
+
+@dataclass(frozen=True)
+class LabelledSet:
+    """What a public classification data set looks like on disk.
+
+    Attributes:
+        classes: in the order of the logits; where they exclude each other, that of the codes 0, 1, ...
+        id_column: header of the column that names volumes, as published.
+        images: where volumes lie below `dataset_dir`, tried in turn, with `{name}` and, where names have parts as
+            CT-RATE's do, `{split}`, `{patient}`, `{scan}` and `{letter}` ("train", "train_1", "train_1_a", "a").
+        columns: class -> header of its column, where the two differ.
+    """
+
+    classes: tuple[str, ...]
+    id_column: str
+    images: tuple[str, ...]
+    columns: Mapping[str, str] = field(default_factory=dict)
+
+
+LABELLED_SETS: dict[str, LabelledSet] = {
+    "ct_rate": LabelledSet(
+        classes=CT_RATE_CLASSES,
+        id_column="VolumeName",
+        images=(
+            "dataset/{split}_fixed/{patient}/{scan}/{name}.nii.gz",
+            "{split}_fixed/{patient}/{scan}/{name}.nii.gz",
+            "{split}_preprocessed/{patient}/{patient}{letter}/{name}.nii.gz",
+            "dataset/{split}/{patient}/{scan}/{name}.nii.gz",
+            "{split}/{patient}/{scan}/{name}.nii.gz",
+            "{name}.nii.gz",
+        ),
+    ),
+    "rad_chest_ct": LabelledSet(
+        classes=(
+            "Medical material",
+            "Calcification",
+            *(c for c in CT_RATE_CLASSES[2:] if "calcification" not in c and c != "Mosaic attenuation pattern"),
+        ),
+        id_column="NoteAcc_DEID",
+        images=("images/{name}.nii.gz", "{name}.nii.gz"),
+        columns={"Hiatal hernia": "Hietal Hernia"},
+    ),
+    # Which of the codes 1 and 2 is COVID-19 is not told by the published lists: the key `classes` swaps the names.
+    "cc_ccii": LabelledSet(
+        classes=("Normal", "Common pneumonia", "COVID-19 pneumonia"),
+        id_column="img_list",
+        images=("images_resized/{name}.nii.gz", "images/{name}.nii.gz", "{name}.nii.gz"),
+    ),
+    "luna16": LabelledSet(
+        classes=("Lung nodule",),
+        id_column="image_id",
+        images=("images/{name}.nii.gz", "{name}.nii.gz", *(f"subset{i}/{{name}}.mhd" for i in range(10))),
+        columns={"Lung nodule": "label"},
+    ),
+    # anybody's own: a CSV whose first column names volumes, by path or without ending, and a column per class
+    "csv": LabelledSet(classes=(), id_column="", images=("{name}", "{name}.nii.gz", "{name}.nrrd", "{name}.mha")),
+}
 
 NIFTI_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz")
 ITK_SUFFIXES: tuple[str, ...] = (".nrrd", ".nhdr", ".mha", ".mhd")
@@ -118,13 +183,234 @@ def ct_rate(
     return items
 
 
+def msd(
+    dataset_dir: str | os.PathLike,
+    datalist: str | os.PathLike = "dataset.json",
+    split: str = "training",
+    data_fraction: float = 1.0,
+    seed: int = 42,
+) -> list[dict]:
+    """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
+
+    LUNA16's have `training`, `validation` and `testing`, each of `{"image": path, "label": path}`; BTCV's have
+    `training` and `validation`, and a `test` of bare file names without labels. Every item holds `image`, `name` (file
+    name without its ending) and, where the list gives one, `label`; in the list's order.
+
+    Args:
+        dataset_dir: folder that relative paths start from; bare file names are also looked for in its `imagesTs`.
+        datalist: the JSON file, absolute or relative to `dataset_dir`.
+        split: which list of the file.
+        data_fraction: share of the items to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
+        seed: of the order in which items are taken.
+
+    Raises:
+        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk.
+    """
+    if not 0 < data_fraction <= 1:
+        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
+    dataset_dir = Path(dataset_dir).expanduser()
+    path = dataset_dir / Path(datalist).expanduser()
+    if not path.is_file():
+        raise InputError(f"datalist {path} does not exist: give dataset_dir, and a datalist in it or an absolute path")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"datalist {path} is not JSON ({error}): download it again") from error
+    lists = {key: entries for key, entries in content.items() if isinstance(entries, list)} if content else {}
+    if not lists.get(split):
+        raise InputError(
+            f"datalist {path} has no {split} list (it has {', '.join(lists) or 'none'}): choose one of them"
+        )
+
+    items = []
+    for entry in lists[split]:
+        entry = {"image": entry} if isinstance(entry, str) else entry
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(k, ""), str) for k in ("image", "label")):
+            raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
+        if not entry.get("image"):
+            raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
+        image = dataset_dir / entry["image"]
+        if not image.exists() and (dataset_dir / "imagesTs" / entry["image"]).exists():
+            image = dataset_dir / "imagesTs" / entry["image"]
+        item = {"image": str(image), "name": _stem(image)}
+        if entry.get("label"):
+            item["label"] = str(dataset_dir / entry["label"])
+        items.append(item)
+    if data_fraction < 1:
+        count = math.ceil(data_fraction * len(items) - 1e-9)  # see ct_rate for the small number
+        chosen = set(np.random.RandomState(seed).permutation(len(items))[:count].tolist())
+        items = [item for i, item in enumerate(items) if i in chosen]
+
+    missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
+    if missing:
+        raise InputError(
+            f"{len(missing)} files of {split} in datalist {path} are not on disk ({', '.join(missing[:3])}"
+            f"{', ...' if len(missing) > 3 else ''}): set dataset_dir to the folder that they are relative to"
+        )
+    return items
+
+
+def labelled(items: list[dict]) -> list[dict]:
+    """The same items, of which each has a `label`.
+
+    Raises:
+        InputError: one has none, as in BTCV's `test` list.
+    """
+    absent = [item["name"] for item in items if "label" not in item]
+    if absent:
+        raise InputError(
+            f"{len(absent)} of {len(items)} items have no label, the first {absent[0]}: "
+            "choose another list of the datalist, or run inference.json on the images"
+        )
+    return items
+
+
+def class_names(data_set: str) -> list[str]:
+    """Names of a data set's classes in the order of the logits.
+
+    Raises:
+        InputError: `data_set` is unknown, or "csv", whose classes the key `classes` has to name.
+    """
+    names = list(_labelled_set(data_set).classes)
+    if not names:
+        raise InputError(f"data_set {data_set} has no classes of its own: set the key classes to a list of names")
+    return names
+
+
+def labelled_volumes(
+    dataset_dir: str | os.PathLike,
+    data_set: str,
+    split: str,
+    classes: Sequence[str] | None = None,
+    exclusive: bool = False,
+    lists_dir: str | os.PathLike | None = None,
+    labels: str | os.PathLike | None = None,
+    data_fraction: float = 1.0,
+    validation_share: float = 0.0,
+    test_share: float = 0.2,
+    exclude: str | os.PathLike | None = None,
+    seed: int = 42,
+) -> list[dict]:
+    """Volumes with class labels: items `image` (path), `name`, `patient`, and `label`.
+
+    `label` is a float32 array of zeros and ones, one a class; where classes exclude each other an int, the class' code.
+    Labels come from
+
+    - the authors' lists in `lists_dir`, as published: `train_list_1.csv`, `train_list_10.csv` (for a `data_fraction` of
+      0.01 and 0.1), `train_list.csv`, `val_list.csv`, `test_list.csv`. A fraction without a list of its own is drawn
+      from `train_list.csv`. Of the last two, one may be absent, and the other stands for both: of CT-RATE, CC-CCII and
+      LUNA16 the published validation list is the test list;
+    - or one table of all volumes, `labels`, from which `test_share` of the patients are held out for testing;
+    - or, for CT-RATE without either, the label files that it is downloaded with: `train` for training, `valid` for
+      validation and testing.
+
+    With a `validation_share`, validation is that share of the training patients, who are then not trained on; without
+    one, validation is `val_list.csv`, or the test volumes, as in the published protocol. No patient stands on both
+    sides of a split that is drawn here, and for one seed the training patients of a smaller `data_fraction` are among
+    those of a larger one. A patient is what CT-RATE's volume names or a column `patient` tell; else the volume itself.
+
+    Args:
+        dataset_dir: where the volumes lie, see :data:`LABELLED_SETS`.
+        data_set: one of :data:`LABELLED_SETS`.
+        split: "train", "valid" or "test".
+        classes: their names, in the order of the logits; the data set's own when None.
+        exclusive: whether exactly one class is true of a volume; the column `label` then holds its code.
+        exclude: text or CSV file whose first column names volumes to leave out.
+        seed: of the order in which patients are drawn.
+
+    Raises:
+        InputError: a file, a column or a volume is missing, a label is not 0 or 1 (or no code of a class), nothing is
+            left of a split, or an argument is out of range.
+    """
+    layout = _labelled_set(data_set)
+    classes = class_names(data_set) if classes is None else list(classes)
+    if split not in ("train", "valid", "test"):
+        raise InputError(f"split is {split!r}: give train, valid or test")
+    for key, share in (("validation_share", validation_share), ("test_share", test_share)):
+        if not 0 <= share < 1:
+            raise InputError(f"{key} is {share}: give a share from 0 up to, not including, 1, such as 0.1 for 10 %")
+    if not 0 < data_fraction <= 1:
+        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
+    dataset_dir = Path(dataset_dir).expanduser()
+    if not dataset_dir.is_dir():
+        raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that holds the volumes of {data_set}")
+
+    def read(path: Path) -> list[dict]:
+        return _labelled_rows(path, data_set, layout, classes, exclusive)
+
+    chosen: list[dict] | None = None  # the training rows, where a list of its own tells the fraction
+    if lists_dir is not None:
+        folder = Path(lists_dir).expanduser()
+        every_train = read(_list_file(folder, "train_list.csv"))
+        percent = folder / f"train_list_{round(100 * data_fraction)}.csv"
+        if data_fraction < 1 and percent.is_file():
+            chosen = read(percent)
+        valid = read(_list_file(folder, "val_list.csv", "test_list.csv"))
+        test = read(_list_file(folder, "test_list.csv", "val_list.csv"))
+    elif labels is not None:
+        rows = read(Path(labels).expanduser())
+        order = _patient_order(rows, seed)
+        held_out = set(order[len(order) - round(test_share * len(order)) :])
+        every_train = [row for row in rows if row["patient"] not in held_out]
+        valid = test = [row for row in rows if row["patient"] in held_out]
+    elif data_set == "ct_rate":
+        root = dataset_dir / "dataset" if (dataset_dir / "dataset").is_dir() else dataset_dir
+        files = [root / "multi_abnormality_labels" / f"{word}_predicted_labels.csv" for word in ("train", "valid")]
+        absent = [str(file) for file in files if not file.is_file()]
+        if absent:
+            raise InputError(
+                f"{absent[0]} is missing: download CT-RATE's labels, or set lists_dir to a folder with "
+                "train_list.csv and test_list.csv"
+            )
+        every_train, test = map(read, files)
+        valid = test
+    else:
+        raise InputError(
+            f"{data_set} needs labels: set lists_dir to the folder of its published lists, or labels to one CSV file "
+            "of all volumes"
+        )
+
+    order = _patient_order(every_train, seed)
+    if validation_share:
+        size = max(1, round(validation_share * len(order)))
+        held_out = set(order[len(order) - size :])
+        valid = [row for row in every_train if row["patient"] in held_out]
+        order = [patient for patient in order if patient not in held_out]
+        chosen = chosen and [row for row in chosen if row["patient"] not in held_out]
+    if chosen is None:
+        drawn = set(order[: math.ceil(data_fraction * len(order) - 1e-9)])  # see ct_rate
+        chosen = [row for row in every_train if row["patient"] in drawn]
+    rows = {"train": chosen, "valid": valid, "test": test}[split]
+
+    excluded = set() if exclude is None else _volume_names(Path(exclude).expanduser())
+    rows = [row for row in rows if row["name"] not in excluded]
+    if not rows:
+        raise InputError(
+            f"split {split} of {data_set} has no volume (data_fraction {data_fraction}, validation_share "
+            f"{validation_share}, test_share {test_share}, exclude {exclude}): change these keys, or the list"
+        )
+    missing = []
+    for row in rows:
+        row["image"] = _find_image(dataset_dir, layout, row["name"])
+        if row["image"] is None:
+            missing.append(row["name"])
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(rows)} volumes of split {split} are not in dataset_dir {dataset_dir} "
+            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), where {layout.images[0]} was sought: "
+            "put them there, or list their names in a file given as exclude"
+        )
+    return rows
+
+
 def mask_file_name(finding: str) -> str:
     """``Lung nodule`` -> ``lung_nodule.nii.gz``: a finding's mask in a volume's folder under ``masks``."""
     return finding.lower().replace(" ", "_") + ".nii.gz"
 
 
 def scans(path: str | os.PathLike) -> list[dict]:
-    """Items `{"image": path, "name": stem}` of a CT file, of a DICOM folder, or of a folder of such files and folders.
+    """Items `{"image": path, "name": stem}` of a CT file, of a DICOM folder, of a folder of such files and folders, or
+    of a list: a .csv or .txt file whose first column holds their paths, relative ones from the list's own folder.
 
     A folder is a DICOM folder if DICOM files lie directly in it; its own path is then the image. Items are sorted by
     path. Names are unique: file names without their ending, or with it where two files differ in nothing else. Hidden
@@ -136,7 +422,13 @@ def scans(path: str | os.PathLike) -> list[dict]:
     path = Path(path).expanduser()
     if not path.exists():
         raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
-    if _is_ct_file(path) or _is_dicom_folder(path):
+    if path.is_file() and path.suffix.lower() in (".csv", ".txt"):
+        lines = [line.split(",")[0].strip().strip('"') for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        # a header is no CT by its name, and a listed file that is missing is told when it is read
+        paths = [path.parent / line for line in lines if line.lower().endswith(CT_SUFFIXES) or "/" in line]
+        if not paths:
+            raise InputError(f"{path} lists no CT: write one path of a CT file or DICOM folder a line")
+    elif _is_ct_file(path) or _is_dicom_folder(path):
         paths = [path]
     elif path.is_file():
         advice = "give the folder of its series" if _is_dicom_file(path) else "convert it to one of them"
@@ -220,13 +512,100 @@ def _ct_rate_sentences(path: Path) -> dict[str, dict[str, str]]:
     return sentences
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """All cells as strings; `columns` are checked to be there, and volume names lose their file ending."""
+def _labelled_set(data_set: str) -> LabelledSet:
+    if data_set not in LABELLED_SETS:
+        raise InputError(f"data_set {data_set!r} is unknown: give one of {', '.join(LABELLED_SETS)}")
+    return LABELLED_SETS[data_set]
+
+
+def _list_file(folder: Path, *names: str) -> Path:
+    """The first of `names` that the folder of lists has."""
+    found = _find([folder / name for name in names])
+    if found is None:
+        raise InputError(f"lists_dir {folder} has no {' or '.join(names)}: give the folder of the data set's lists")
+    return found
+
+
+def _patient_order(rows: list[dict], seed: int) -> list[str]:
+    return np.random.RandomState(seed).permutation(sorted({row["patient"] for row in rows})).tolist()
+
+
+def _labelled_rows(
+    path: Path, data_set: str, layout: LabelledSet, classes: Sequence[str], exclusive: bool
+) -> list[dict]:
+    """Rows of a list: `name`, `patient` and `label`."""
+    frame = _read_table(path)
+    headers = {header.strip().casefold(): header for header in frame.columns}
+
+    def header_of(*candidates: str) -> str | None:
+        return next((headers[c.casefold()] for c in candidates if c.casefold() in headers), None)
+
+    ids = header_of(layout.id_column) or frame.columns[0]
+    wanted = {"label": ("label",)} if exclusive else {c: (c, layout.columns.get(c, c)) for c in classes}
+    columns = {name: header_of(*candidates) for name, candidates in wanted.items()}
+    absent = [name for name, header in columns.items() if header is None]
+    if absent:
+        raise InputError(
+            f"{path} has no column {', '.join(absent)} (it has {', '.join(frame.columns)}): "
+            "give the list of this data_set, rename its columns, or set the key classes"
+        )
+    patients = header_of("patient")
+    extra = [h for h in frame.columns if h not in {ids, patients, *columns.values()}]
+    if extra:
+        _warn_once(f"{path}: {len(extra)} columns are no class of {data_set}, and are not used: {', '.join(extra)}")
+
+    frame = frame.dropna(subset=[ids])
+    names = frame[ids].str.strip().str.removesuffix(".nii.gz")
+    twice = names[names.duplicated()]
+    if len(twice):
+        raise InputError(f"{path} names {twice.iloc[0]} twice: keep one row per volume")
+    values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32, copy=True)
+    allowed = range(len(classes)) if exclusive else (0, 1)
+    wrong = np.argwhere(~np.isin(values, allowed))
+    if len(wrong):
+        row, column = wrong[0]
+        found = frame[list(columns.values())[column]].iloc[row]
+        raise InputError(
+            f"{path}: {list(columns)[column]} of {names.iloc[row]} is {found}: make it "
+            f"{f'a code from 0 to {len(classes) - 1}' if exclusive else '0 or 1'}"
+        )
+    owners = names.map(_patient_of) if patients is None else frame[patients].fillna(names)
+    return [
+        {"name": name, "patient": owner, "label": int(value[0]) if exclusive else value}
+        for name, owner, value in zip(names, owners, values)
+    ]
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _patient_of(name: str) -> str:
+    """ "train_1_a_2" is of patient "train_1"; any other name is taken for a patient of its own."""
+    parts = name.split("_")
+    return "_".join(parts[:2]) if len(parts) == 4 and parts[0] in ("train", "valid") else name
+
+
+def _find_image(dataset_dir: Path, layout: LabelledSet, name: str) -> str | None:
+    parts = [*name.split("_"), "", "", ""]
+    words = {"split": parts[0], "patient": "_".join(parts[:2]), "scan": "_".join(parts[:3]), "letter": parts[2]}
+    paths = (os.path.join(dataset_dir, place.format(name=name, **words)) for place in layout.images)
+    return next((path for path in paths if os.path.exists(path)), None)
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    """A CSV file, all cells as strings."""
     try:
-        frame = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+        return pd.read_csv(path, dtype=str, encoding="utf-8-sig")
     except (OSError, ValueError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
         cause = str(error).strip().splitlines()[0]
         raise InputError(f"{path} cannot be read as a CSV file in UTF-8 ({cause}): download it again") from error
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    """All cells as strings; `columns` are checked to be there, and volume names lose their file ending."""
+    frame = _read_table(path)
     absent = [column for column in columns if column not in frame.columns]
     if absent:
         raise InputError(

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from types import TracebackType
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
-from monai.engines import SupervisedTrainer
-from monai.inferers import Inferer, SimpleInferer
+from monai.engines import IterationEvents, SupervisedTrainer
+from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from monai.utils.enums import CommonKeys
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -32,6 +33,7 @@ from transformers import PreTrainedTokenizerBase
 from custom_components.distributed import from_rank_zero, rank, world_size
 from custom_components.errors import InputError
 from custom_components.loading import SeededDataLoader
+from custom_components.probe import LinearProbe
 from custom_components.simcrop import VolumeEmbedder, similarity, upsample_patches
 from custom_components.text import encode_sentences
 from custom_components.weights import (
@@ -105,6 +107,76 @@ class AutocastInferer(SimpleInferer):
             return super().__call__(inputs, network, *args, **kwargs)
 
 
+class WindowInferer(SlidingWindowInferer):
+    """MONAI's sliding window with Gaussian blending, made to bound memory and to save work.
+
+    Logits come out in float16. Tall volumes are done in slabs along the last axis: windows of different slabs that
+    overlap are computed for both, so the result is that of one pass, but fp32 sums exist for one slab at a time.
+
+    Args:
+        roi_size: the network's region, in voxels. Smaller volumes are padded with air.
+        sw_batch_size: windows in one forward pass.
+        overlap: share of a window that it has in common with the next.
+        amp: whether the network runs under bfloat16 autocast.
+        skip_air: windows without any voxel above this value, on the network's scale, are background without being
+            looked at; None looks at all.
+        slab_windows: windows along the last axis in one slab.
+        progress: whether to show a bar over windows.
+    """
+
+    AIR_LOGIT = 10.0  # of background over all others in a skipped window: e^-10 is left for them
+
+    def __init__(
+        self,
+        roi_size: Sequence[int],
+        sw_batch_size: int = 4,
+        overlap: float = 0.5,
+        amp: bool = True,
+        skip_air: float | None = None,
+        slab_windows: int = 8,
+        progress: bool = False,
+    ) -> None:
+        super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cval=-1.0, progress=progress)
+        self.amp = amp
+        self.skip_air = skip_air
+        self.slab_windows = slab_windows
+        self.classes: int | None = None
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """``inputs [B, C, X, Y, Z]`` -> logits ``[B, classes, X, Y, Z]`` float16, a plain tensor."""
+        inputs = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        size, roi = inputs.shape[-1], self.roi_size[-1]
+        step = max(1, int(roi * (1 - self.overlap)))
+        rows = max(1, math.ceil((size - roi) / step) + 1)
+        before = math.ceil(roi / step) - 1  # rows of windows that reach into a slab from the one before it
+        # MONAI moves the last row back to the volume's end, into the row before it: it never is a slab of its own
+        starts = [row for row in range(0, rows, self.slab_windows) if row == 0 or row < rows - max(before, 1)]
+        output: Tensor | None = None
+        for start, stop in zip(starts, [*starts[1:], rows]):
+            first = max(0, start - before) * step
+            last = size if stop == rows else (stop - 1) * step + roi
+            own = slice(start * step, size if stop == rows else stop * step)
+            logits = super().__call__(inputs[..., first:last], partial(self._predict, network))
+            if output is None:
+                output = logits.new_empty((*logits.shape[:2], *inputs.shape[2:]), dtype=torch.float16)
+            output[..., own] = logits[..., own.start - first : own.stop - first]
+        return output
+
+    def _predict(self, network: nn.Module, windows: Tensor) -> Tensor:
+        with torch.autocast(windows.device.type, torch.bfloat16, enabled=self.amp):
+            if self.skip_air is None:
+                return network(windows).float()
+            seen = windows.amax((1, 2, 3, 4)) > self.skip_air
+            if not seen.any() and self.classes is None:
+                seen[0] = True  # only the network knows how many classes there are
+            found = network(windows[seen]).float() if seen.any() else windows.new_empty(0)
+        self.classes = found.shape[1] if len(found) else self.classes
+        logits = windows.new_zeros((len(windows), self.classes, *windows.shape[2:]))
+        logits[:, 0] = self.AIR_LOGIT
+        logits[seen] = found.reshape(-1, *logits.shape[1:])
+        return logits
+
+
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW parameter groups: no weight decay on biases, norms and tokens (all that is not a matrix), as MAE has it.
 
@@ -166,11 +238,13 @@ class TrainingProgress:
         self.shown = -math.inf
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.completed)
 
-    def started(self, engine: Engine) -> None:
+    def epoch_started(self, engine: Engine) -> None:
+        if self.bar is not None:
+            return
         total = engine.state.max_epochs * engine.state.epoch_length
         self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", mininterval=0, dynamic_ncols=True)
 
@@ -185,7 +259,8 @@ class TrainingProgress:
         self.bar.update(engine.state.iteration - self.bar.n)
 
     def completed(self) -> None:
-        self.bar.close()
+        if self.bar is not None:  # there was something left to train
+            self.bar.close()
 
 
 class LossCheck:
@@ -280,6 +355,13 @@ class Checkpointer:
                 f"the training's dataloader is a {type(engine.data_loader).__name__}: make it a "
                 "custom_components.loading.SeededDataLoader, without which a checkpoint cannot be gone on from"
             )
+        if self.loss_check is not None:
+            self.loss_check.attach(engine)
+        engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+
+    def started(self, engine: SupervisedTrainer) -> None:
         modules = {name: item for name, item in self.objects.items() if isinstance(item, nn.Module)}
         self.frozen = {name: fingerprint(module) for name, module in modules.items()}
         if rank() == 0:
@@ -287,10 +369,7 @@ class Checkpointer:
                 remove_temporary(path)
         if self.resume is not None:
             self.restore(engine)
-        if self.loss_check is not None:
-            self.loss_check.attach(engine)
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+        self.saved_at = time.monotonic()
 
     def iteration_completed(self, engine: SupervisedTrainer) -> None:
         due = time.monotonic() - self.saved_at >= 60 * self.minutes
@@ -437,6 +516,107 @@ def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
         item.load_state_dict(saved)
 
 
+class LastStep:
+    """Ends training at ``max_steps`` iterations exactly, within an epoch if need be, so that a cosine schedule really
+    reaches its end. That epoch still counts as completed: its validation and its checkpoint are made.
+    """
+
+    def __init__(self, max_steps: int) -> None:
+        if max_steps < 1:
+            raise InputError(f"max_steps is {max_steps}: give the number of optimiser steps, 1 or more")
+        self.max_steps = max_steps
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+
+    def iteration_completed(self, engine: Engine) -> None:
+        if engine.state.iteration >= self.max_steps:
+            engine.terminate_epoch()
+
+
+class ClipGradients:
+    """Scales the gradient of all parameters down to a norm of ``max_norm`` before each optimiser step."""
+
+    def __init__(self, network: nn.Module, max_norm: float) -> None:
+        self.network = network
+        self.max_norm = max_norm
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip)
+
+    def clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+
+
+class KeepBest:
+    """Keeps the weights of the best validation, and ends a training that no longer improves.
+
+    Attach it to the trainer before :class:`Checkpointer`, and give it to that as one of its objects: a resumed training
+    then knows what it has to beat.
+
+    Args:
+        network: whose state dict is written.
+        evaluator: whose metric counts.
+        metric: its name; higher is better.
+        path: of the weights.
+        patience: validations without improvement before the training ends; None never ends it.
+    """
+
+    def __init__(
+        self, network: nn.Module, evaluator: Engine, metric: str, path: str, patience: int | None = None
+    ) -> None:
+        self.network = network
+        self.evaluator = evaluator
+        self.metric = metric
+        self.path = Path(path)
+        self.patience = patience
+        self.best = -math.inf
+        self.epoch = 0
+        self.waited = 0
+
+    def attach(self, engine: Engine) -> None:
+        """``engine``: the trainer."""
+        self.evaluator.add_event_handler(Events.COMPLETED, self.compare, engine)
+
+    def compare(self, evaluator: Engine, trainer: Engine) -> None:
+        metrics = evaluator.state.metrics
+        if self.metric not in metrics:
+            raise InputError(
+                f"select_by is {self.metric!r}, and validation gives {', '.join(metrics)}: choose of these"
+            )
+        value = float(metrics[self.metric])
+        if value > self.best:  # NaN, where no class is anywhere, is never better
+            self.best, self.epoch, self.waited = value, trainer.state.epoch, 0
+            if rank() == 0:
+                save_atomically(self.network.state_dict(), self.path)
+        else:
+            self.waited += 1
+        shown = ", ".join(f"{name} {float(found):.4f}" for name, found in metrics.items())
+        logger.info(f"epoch {trainer.state.epoch}: {shown}; best {self.metric} {self.best:.4f} at epoch {self.epoch}")
+        if self.exhausted:
+            logger.info(f"no better {self.metric} in {self.waited} validations: training ends here")
+            trainer.terminate()
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether patience is at its end: a training that is gone on from its checkpoint has nothing left to do."""
+        return self.patience is not None and self.waited >= self.patience
+
+    def restore(self) -> None:
+        """Fill the network with the best weights, so that what follows evaluates those."""
+        if not self.epoch:
+            raise InputError(
+                "no validation took place or none was better than NaN: lower val_interval or raise max_epochs"
+            )
+        self.network.load_state_dict(load_file(self.path))
+
+    def state_dict(self) -> dict[str, float]:
+        return {"best": self.best, "epoch": self.epoch, "waited": self.waited}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        self.best, self.epoch, self.waited = state["best"], state["epoch"], state["waited"]
+
+
 class SentenceSimilarityInferer(Inferer):
     """How similar each sentence is to each place of a volume, as a map on the network's grid.
 
@@ -460,26 +640,80 @@ class SentenceSimilarityInferer(Inferer):
         return {"similarity": torch.stack(maps), "embedding": embedding}
 
 
+class ProbeInferer(Inferer):
+    """Probabilities of a :class:`custom_components.probe.LinearProbe`, and saliency maps of some classes.
+
+    Args:
+        classes: names of the logits.
+        saliency: classes to map; "all" for every one, None or empty for none.
+        exclusive: whether exactly one class is true: softmax instead of sigmoid.
+        amp: forward pass in bfloat16.
+
+    Raises:
+        InputError: ``saliency`` names a class that there is not.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        saliency: str | Sequence[str] | None = None,
+        exclusive: bool = False,
+        amp: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mapped = saliency_classes(classes, saliency)
+        self.index = [list(classes).index(name) for name in self.mapped]
+        self.exclusive = exclusive
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: LinearProbe, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``inputs [B, 1, X, Y, Z]`` -> ``probability [B, C]``, and ``saliency [B, S, X, Y, Z]`` if asked for."""
+        volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        with torch.autocast(volume.device.type, torch.bfloat16, enabled=self.amp):
+            if not self.index:
+                logits = network(volume)
+            else:
+                logits, patches = network.logits_and_saliency(volume)
+        output = {"probability": logits.float().softmax(-1) if self.exclusive else logits.float().sigmoid()}
+        if self.index:
+            maps = patches[:, self.index].float()
+            output["saliency"] = torch.stack(
+                [upsample_patches(m, network.encoder.grid, volume.shape[2:]) for m in maps]
+            )
+        return output
+
+
+def saliency_classes(classes: Sequence[str], saliency: str | Sequence[str] | None) -> list[str]:
+    """The classes that the key ``saliency`` asks to map."""
+    wanted = list(classes) if saliency == "all" else [saliency] if isinstance(saliency, str) else list(saliency or ())
+    unknown = [name for name in wanted if name not in classes]
+    if unknown:
+        raise InputError(f"saliency names {unknown[0]!r}, which is no class: give all, or some of {', '.join(classes)}")
+    return wanted
+
+
 class ReadableLoader:
     """Batches of one from a data set, passing over items that cannot be read; a progress bar shows how far it is.
 
     Args:
         dataset: whose items have a ``name``.
         num_workers: processes that read ahead.
+        description: what the progress bar calls this.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
     """
 
-    def __init__(self, dataset: Dataset, num_workers: int = 0) -> None:
+    def __init__(self, dataset: Dataset, num_workers: int = 0, description: str | None = None) -> None:
         self.dataset = dataset
         self.num_workers = num_workers
+        self.description = description
         self.failures: list[tuple[str, str]] = []
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
         loader = DataLoader(_Attempts(self.dataset), self.num_workers, collate_fn=itemgetter(0))
-        for item, name, reason in tqdm(loader, unit="scan", total=len(self.dataset)):
+        for item, name, reason in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
             if reason is None:
                 yield list_data_collate([item])
             else:

@@ -32,8 +32,8 @@ from custom_components.text import ReportCollate, encode_sentences
 from custom_components.vit import init_weights, patchify
 
 
-def untrained(embedder: VolumeEmbedder) -> VolumeEmbedder:
-    """A copy of encoder and projections with random weights: what architecture and text encoder do alone."""
+def untrained(embedder: Any) -> Any:
+    """A copy of a network around an ``encoder`` with random weights: what the architecture does alone."""
     embedder = copy.deepcopy(embedder)
     for module in embedder.modules():
         if hasattr(module, "reset_parameters"):
@@ -282,7 +282,7 @@ class PretrainEvaluation:
 
 def hu_histogram(image: Tensor) -> np.ndarray:
     """Share of voxels in each of 64 equal bins over [-1, 1], float64."""
-    values = image.as_tensor().float()
+    values = torch.as_tensor(image).float()
     return torch.histc(values, 64, -1.0, 1.0).double().numpy() / values.numel()
 
 
@@ -290,9 +290,13 @@ def histogram_auc(baseline: Mapping[str, Any], column: int, histograms: np.ndarr
     """AUROC of a logistic regression on HU histograms; None where the training items' labels do not allow one."""
     if baseline["labels"] is None or len(set(baseline["labels"][:, column])) < 2:
         return None
+    return roc_auc_score(truth, histogram_scores(baseline["histograms"], baseline["labels"][:, column], histograms))
+
+
+def histogram_scores(train: np.ndarray, labels: np.ndarray, histograms: np.ndarray) -> np.ndarray:
+    """Scores ``[N]`` of a logistic regression that learned binary ``labels [T]`` from histograms ``train [T, B]``."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    model.fit(baseline["histograms"], baseline["labels"][:, column])
-    return roc_auc_score(truth, model.decision_function(histograms))
+    return model.fit(train, labels).decision_function(histograms)
 
 
 def grounding(places: Sequence[Mapping[str, Any]], most_similar: Tensor) -> dict[str, Any]:

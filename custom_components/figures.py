@@ -1,4 +1,4 @@
-"""The pictures: training curves, reconstructions, and sentence heat maps over CT slices.
+"""The pictures: training, ROC and precision-recall curves, box plots, heat maps and contours over CT slices.
 
 Slices are shown as radiologists see them: axial from below, so the patient's right is on the left of the picture.
 Volumes are in RAS axis order, as every preprocessing chain of this project leaves them.
@@ -11,34 +11,69 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ignite.engine import Engine, Events
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
+from sklearn.metrics import (
+    ConfusionMatrixDisplay,
+    average_precision_score,
+    precision_recall_curve,
+    roc_auc_score,
+    roc_curve,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity, upsample_patches
 from custom_components.text import encode_sentences
+from custom_components.transforms import argmax_labels
 from custom_components.vit import patchify, unpatchify
 
 HEAT = {"cmap": "inferno", "alpha": 0.45}
+COLOURS = tuple(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])  # of classes 1, 2, ...
+PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
+
+
+def plane(volume: Tensor | np.ndarray, axis: int, index: int) -> np.ndarray:
+    """A slice of a RAS volume ``[X, Y, Z]`` as it is shown, rows from the bottom: ``axis`` 0 sagittal (anterior left),
+    1 coronal, 2 axial (anterior up); the patient's right on the left in both."""
+    return np.take(np.asarray(volume), index, axis)[::-1].T
+
+
+def show_plane(
+    axes: Axes, volume: Tensor | np.ndarray, axis: int, index: int, spacing: Sequence[float], **style: Any
+) -> None:
+    """Draw a :func:`plane` of a RAS volume ``[X, Y, Z]`` in the proportions of the patient."""
+    across, up = (size for i, size in enumerate(spacing) if i != axis)
+    axes.imshow(plane(volume, axis, index), origin="lower", aspect=up / across, **style)
+    axes.set_axis_off()
+
+
+def outline_plane(
+    axes: Axes, mask: Tensor | np.ndarray, axis: int, index: int, colour: str = "#00e5ff", **style: Any
+) -> None:
+    """Outline a RAS mask ``[X, Y, Z]``, to go over :func:`show_plane`."""
+    area = plane(mask, axis, index).astype(float)
+    if area.any():
+        axes.contour(area, levels=[0.5], colors=colour, **({"linewidths": 1.2} | style))
 
 
 def show_axial(axes: Axes, volume: Tensor | np.ndarray, z: int, spacing: Sequence[float], **style: Any) -> None:
     """Draw slice ``z`` of a RAS volume ``[X, Y, Z]``, anterior up, the patient's right on the left."""
-    axes.imshow(np.asarray(volume[:, :, z])[::-1].T, origin="lower", aspect=spacing[1] / spacing[0], **style)
-    axes.set_axis_off()
+    show_plane(axes, volume, 2, z, spacing, **style)
 
 
 def outline_axial(axes: Axes, mask: Tensor | np.ndarray, z: int, colour: str = "#00e5ff") -> None:
     """Outline a RAS mask ``[X, Y, Z]`` on slice ``z``, to go over :func:`show_axial`."""
-    area = np.asarray(mask[:, :, z], dtype=float)[::-1].T
-    if area.any():
-        axes.contour(area, levels=[0.5], colors=colour, linewidths=1.2)
+    outline_plane(axes, mask, 2, z, colour)
 
 
 def spacing_of(image: Tensor) -> tuple[float, float, float]:
@@ -139,9 +174,11 @@ class SentencePaneld(MapTransform):
 
     Args:
         keys: of the maps ``[S, X, Y, Z]``.
-        sentences: the S sentences.
+        sentences: the S sentences, or whatever else the maps are of.
         output_dir: folder of all scans' results.
         image_key, name_key: of the preprocessed CT ``[1, X, Y, Z]``, and of the scan's name.
+        quantity: what the maps hold.
+        allow_missing_keys: whether to pass over scans without maps.
     """
 
     def __init__(
@@ -151,9 +188,98 @@ class SentencePaneld(MapTransform):
         output_dir: str,
         image_key: str = "image",
         name_key: str = "name",
+        quantity: str = "cosine",
+        allow_missing_keys: bool = False,
+    ) -> None:
+        super().__init__(keys, allow_missing_keys)
+        self.sentences = list(sentences)
+        self.output_dir = Path(output_dir)
+        self.image_key = image_key
+        self.name_key = name_key
+        self.quantity = quantity
+
+    def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
+        data = dict(data)
+        image = data[self.image_key].cpu()
+        folder = self.output_dir / data[self.name_key]
+        for key in self.key_iterator(data):
+            folder.mkdir(parents=True, exist_ok=True)
+            figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
+            rows = figure.subplots(len(self.sentences), 2, squeeze=False)
+            for row, sentence, heat in zip(rows, self.sentences, data[key].cpu(), strict=True):
+                z = int(heat.amax((0, 1)).argmax())
+                low, high = float(heat.min()), float(heat.max())
+                for axes in row:
+                    show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+                show_axial(row[1], heat, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
+                row[0].set_title(sentence, fontsize=9, loc="left")
+                row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
+            figure.savefig(folder / "panel.png", dpi=120)
+        return data
+
+
+def most_classes(labels: np.ndarray, axis: int) -> int:
+    """The slice across ``axis`` that meets most classes of a label map ``[X, Y, Z]``, and of those most voxels."""
+    others = tuple(i for i in range(3) if i != axis)
+    present = sum(((labels == index).any(others).astype(int) for index in np.unique(labels) if index), start=0)
+    voxels = (labels > 0).sum(others)
+    return int(np.argmax(present + voxels / (1 + voxels.max())))
+
+
+def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figure:
+    """Organ contours over CT in three planes, one row a scan; solid is predicted, dotted white is the truth.
+
+    Args:
+        rows: ``image [X, Y, Z]`` in [-1, 1], ``pred [X, Y, Z]`` class indices, ``truth`` likewise or None, all in RAS
+            order on one grid; ``spacing`` in mm, ``title``.
+        classes: names of classes 1, 2, ...
+    """
+    figure = Figure(figsize=(11, 3.6 * len(rows) + 0.4), layout="constrained")
+    shown: set[int] = set()
+    for row, axes_row in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
+        pred, truth = np.asarray(row["pred"]), row.get("truth")
+        for axis, axes in zip(PLANES, axes_row, strict=True):
+            index = most_classes(pred if truth is None else np.asarray(truth), axis)
+            show_plane(axes, row["image"], axis, index, row["spacing"], cmap="gray", vmin=-1, vmax=0.4)
+            for c in range(1, len(classes) + 1):
+                outline_plane(axes, pred == c, axis, index, COLOURS[(c - 1) % len(COLOURS)])
+                shown |= {c} if (plane(pred, axis, index) == c).any() else set()
+                if truth is not None:
+                    outline_plane(
+                        axes, np.asarray(truth) == c, axis, index, "white", linewidths=0.9, linestyles="dotted"
+                    )
+            axes.text(0.5, -0.02, PLANES[axis], transform=axes.transAxes, ha="center", va="top", fontsize=9)
+        axes_row[0].set_title(row["title"], fontsize=10, loc="left")
+    lines = [Line2D([], [], color=COLOURS[(c - 1) % len(COLOURS)], label=classes[c - 1]) for c in sorted(shown)]
+    if any(row.get("truth") is not None for row in rows):
+        lines.append(Line2D([], [], color="grey", linestyle="dotted", label="truth"))
+    if lines:
+        figure.legend(handles=lines, loc="outside upper center", ncols=7, fontsize=9, frameon=False)
+    return figure
+
+
+class ContourPaneld(MapTransform):
+    """Draws the contours of what was segmented, and saves them as ``<output_dir>/<name>/panel.png``.
+
+    Works on the network's grid, so it stands before the logits are brought to the scan's.
+
+    Args:
+        keys: of the logits ``[C, X, Y, Z]``.
+        classes: names of classes 1, 2, ...
+        output_dir: folder of all scans' results.
+        image_key, name_key: of the preprocessed CT ``[1, X, Y, Z]``, and of the scan's name.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        classes: Sequence[str],
+        output_dir: str,
+        image_key: str = "image",
+        name_key: str = "name",
     ) -> None:
         super().__init__(keys)
-        self.sentences = list(sentences)
+        self.classes = list(classes)
         self.output_dir = Path(output_dir)
         self.image_key = image_key
         self.name_key = name_key
@@ -164,14 +290,117 @@ class SentencePaneld(MapTransform):
         folder = self.output_dir / data[self.name_key]
         folder.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):
-            figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
-            rows = figure.subplots(len(self.sentences), 2, squeeze=False)
-            for row, sentence, heat in zip(rows, self.sentences, data[key].cpu(), strict=True):
-                z = int(heat.amax((0, 1)).argmax())
-                for axes in row:
-                    show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
-                show_axial(row[1], heat, z, spacing_of(image), vmin=float(heat.min()), vmax=float(heat.max()), **HEAT)
-                row[0].set_title(sentence, fontsize=9, loc="left")
-                row[1].set_title(f"cosine {float(heat.min()):.2f} to {float(heat.max()):.2f}", fontsize=9, loc="right")
-            figure.savefig(folder / "panel.png", dpi=120)
+            pred = argmax_labels(data[key].cpu())
+            row = {"image": image[0], "pred": pred, "spacing": spacing_of(image), "title": data[self.name_key]}
+            contours([row], self.classes).savefig(folder / "panel.png", dpi=120)
         return data
+
+
+class ContourImages:
+    """Writes the contours of a validation's first scan to TensorBoard, prediction over truth.
+
+    Attach it to the evaluator, whose output holds ``image`` and the class indices ``pred`` and ``label``, on one grid.
+
+    Args:
+        log_dir: TensorBoard folder.
+        classes: names of classes 1, 2, ...
+    """
+
+    def __init__(self, log_dir: str, classes: Sequence[str]) -> None:
+        self.log_dir = log_dir
+        self.classes = list(classes)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
+
+    def write(self, engine: Engine) -> None:
+        if engine.state.iteration % engine.state.epoch_length != 1 % engine.state.epoch_length:
+            return
+        item = engine.state.output[0]
+        image, pred, truth = (item[key].cpu()[0] for key in ("image", "pred", "label"))
+        title = f"epoch {engine.state.epoch}"
+        row = {"image": image, "pred": pred, "truth": truth, "spacing": spacing_of(item["image"]), "title": title}
+        with SummaryWriter(self.log_dir) as writer:
+            writer.add_figure("validation/contours", contours([row], self.classes), engine.state.epoch)
+
+
+def box_plots(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
+    """One panel per metric with a box and the single scans per class; what is not defined is left out.
+
+    Args:
+        scores: title of the panel -> class -> one value per scan, NaN where it is not defined.
+    """
+    classes = max(len(values) for values in scores.values())
+    figure = Figure(figsize=(len(scores) * (2.2 + 0.35 * classes), 3.8), layout="constrained")
+    for axes, (title, values) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True):
+        defined = [np.asarray(v, dtype=float)[np.isfinite(v)] for v in values.values()]
+        axes.boxplot(defined, tick_labels=list(values), showfliers=False, medianprops={"color": "#08519c"})
+        for i, v in enumerate(defined, 1):
+            axes.plot(i + np.linspace(-0.12, 0.12, len(v)), v, "o", markersize=3, alpha=0.5, color="#6baed6")
+        axes.set_title(title, fontsize=10)
+        axes.tick_params(axis="x", labelrotation=30 if classes < 6 else 75, labelsize=8)
+        axes.grid(axis="y", alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, path: str | Path) -> None:
+    """Groups of bars with intervals.
+
+    Args:
+        values: group -> bar -> ``mean``, ``low``, ``high``.
+    """
+    figure = Figure(figsize=(2.2 + 1.7 * len(values), 3.6), layout="constrained")
+    axes = figure.subplots()
+    names = list(next(iter(values.values())))
+    for i, name in enumerate(names):
+        entries = [group[name] for group in values.values()]
+        means = np.array([entry["mean"] for entry in entries])
+        reach = [means - [e["low"] for e in entries], [e["high"] for e in entries] - means]
+        x = np.arange(len(values)) + (i - (len(names) - 1) / 2) * 0.36
+        axes.bar(x, means, 0.34, yerr=reach, capsize=3, label=name, color=COLOURS[i])
+    axes.set_xticks(range(len(values)), list(values))
+    axes.set_ylabel(ylabel)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
+    """ROC and precision-recall curve of every class that has both label values.
+
+    Args:
+        truth: ``[N, C]`` zeros and ones.
+        score: ``[N, C]``.
+        classes: C names.
+    """
+    figure = Figure(figsize=(11.0, 5.0), layout="constrained")
+    roc, pr = figure.subplots(1, 2)
+    colours = [f"C{i}" for i in range(10)]
+    for c, name in enumerate(classes):
+        if len(np.unique(truth[:, c])) < 2:
+            continue
+        style = {"color": colours[c % 10], "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}
+        false_positive, true_positive, _ = roc_curve(truth[:, c], score[:, c])
+        precision, recall, _ = precision_recall_curve(truth[:, c], score[:, c])
+        roc.plot(false_positive, true_positive, label=f"{name}: {roc_auc_score(truth[:, c], score[:, c]):.3f}", **style)
+        precision_of_class = average_precision_score(truth[:, c], score[:, c])
+        label = f"{name}: {precision_of_class:.3f} (share {truth[:, c].mean():.3f})"
+        pr.step(recall, precision, where="post", label=label, **style)
+    roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
+    for axes, title, x, y in (
+        (roc, "ROC, with AUROC", "1 - specificity", "sensitivity"),
+        (pr, "precision-recall, with average precision", "sensitivity", "precision"),
+    ):
+        axes.set(title=title, xlabel=x, ylabel=y, xlim=(0, 1), ylim=(0, 1.01))
+        axes.legend(fontsize=6)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: str | Path) -> None:
+    """Counts of true class (rows) against the class of highest probability."""
+    figure = Figure(figsize=(1.5 + 1.2 * len(classes), 1.2 + 1.0 * len(classes)), layout="constrained")
+    axes = figure.subplots()
+    display = ConfusionMatrixDisplay(np.asarray(matrix), display_labels=list(classes))
+    display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=30)
+    figure.savefig(path, dpi=120)

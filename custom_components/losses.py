@@ -225,3 +225,24 @@ class SimCroPLoss(nn.Module):
         total = sum(self.weights[name] * value for name, value in parts.items())
         self.parts = {"total": total.detach()} | {name: value.detach() for name, value in parts.items()}
         return total
+
+
+class RecordedLoss(nn.Module):
+    """Any loss of prediction and target, in fp32, with its last value kept where the progress bar looks for it.
+
+    Args:
+        loss: called with ``pred`` in fp32, and ``target``.
+
+    Attributes:
+        parts: ``total``, detached.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+        self.parts: dict[str, Tensor] = {}
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        value = self.loss(pred.float(), target)
+        self.parts = {"total": value.detach()}
+        return value

@@ -960,6 +960,42 @@ def cohort(
     return str(dataset_dir)
 
 
+def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> str:
+    """Write ``organs.json`` beside a cohort's volumes, a list as LUNA16's, and return its path.
+
+    `training` are the cohort's training patients, `validation` the first `num_validation` of its others, and `testing`
+    the rest; labels are the organ masks.
+
+    Raises:
+        InputError: no patient is left for one of the lists.
+    """
+    root = Path(dataset_dir) / "dataset"
+    lists: dict[str, list[dict[str, str]]] = {}
+    for split, (folder, *_) in SPLITS.items():
+        volumes = sorted((root / folder).glob("*/*/*.nii.gz"), key=lambda file: int(file.name.split("_")[1]))
+        lists[split] = [
+            {
+                "image": str(file.relative_to(dataset_dir)),
+                "label": str(
+                    Path("dataset", "masks", file.relative_to(root)).with_suffix("").with_suffix("") / "organs.nii.gz"
+                ),
+            }
+            for file in volumes
+        ]
+    train, other = lists.values()
+    content = {"training": train, "validation": other[:num_validation], "testing": other[num_validation:]}
+    if not all(content.values()):
+        raise InputError(
+            f"{dataset_dir}: num_validation {num_validation} of {len(other)} held-out patients leaves none to "
+            "validate or to test on: change num_valid or num_validation"
+        )
+    path = Path(dataset_dir).resolve() / "organs.json"
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write and read it at once
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+    return str(path)
+
+
 def _remove(folder: Path) -> None:
     """Delete a cohort; nothing that lacks a manifest is ever deleted."""
     if (folder / "phantom.json").is_file():

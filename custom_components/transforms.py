@@ -1,7 +1,9 @@
-"""Dictionary transforms that MONAI lacks: reading a CT so that each way of being bad ends in one line; saving maps."""
+"""Dictionary transforms that MONAI lacks: reading so that each way of being bad ends in one line; maps to the scan."""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
@@ -12,11 +14,15 @@ import pandas as pd
 import torch
 from monai.config import KeysCollection
 from monai.data import ITKReader, MetaTensor
+from monai.networks.layers import AffineTransform
 from monai.transforms import LoadImage, MapTransform
 from monai.utils import ensure_tuple
+from torch import Tensor
 
 from custom_components.datalists import CT_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES
 from custom_components.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 class LoadCTd(MapTransform):
@@ -26,7 +32,7 @@ class LoadCTd(MapTransform):
     [1, X, Y, Z] in the axis order of the file, whose affine maps voxel indices to RAS+ mm. A fourth axis of size 1 is
     dropped. Values have the slope and intercept of the file's own header applied. They are float32, but a NIfTI file
     that holds plain int16 stays so, and if it is not compressed it stays on disk: only voxels that are used are read.
-    For label maps use :class:`monai.transforms.LoadImaged`: one without any label would be refused here.
+    For label maps use :class:`LoadLabeld`: one without any label would be refused here.
 
     Args:
         keys: of the paths, which the volumes replace.
@@ -104,6 +110,91 @@ def _read_nifti(path: Path) -> MetaTensor:
     return MetaTensor(torch.from_numpy(channels), affine=torch.from_numpy(image.affine), meta=meta)
 
 
+class LoadLabeld(LoadCTd):
+    """Reads a scan's label map beside the scan itself, in any format of :class:`LoadCTd`, and checks it.
+
+    A path becomes a MetaTensor [1, X, Y, Z] of uint8 class indices on the scan's own grid. A map without any declared
+    class is told as a warning and kept: all of that scan is background.
+
+    Args:
+        keys: of the paths, which the label maps replace.
+        classes: names of classes 1, 2, ...; 0 is background.
+        label_values: what a value of the file means, as `{"3": 1, "6": 0}`; other values are class indices already.
+        image_key: of the scan, read before by :class:`LoadCTd`.
+
+    Raises:
+        InputError: as :class:`LoadCTd` for the file; values that are not of a class; another shape or place than the
+            scan's.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        classes: Sequence[str],
+        label_values: Mapping[str, int] | None = None,
+        image_key: str = "image",
+    ) -> None:
+        super().__init__(keys, check_hu=False)
+        self.classes = list(classes)
+        self.label_values = {int(value): int(index) for value, index in (label_values or {}).items()}
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            path, image = Path(data[key]).expanduser(), data[self.image_key]
+            label = self._read(path)
+            _check_same_grid(path, label, image)
+            data[key] = MetaTensor(self._classes(path, label.as_tensor()), meta=label.meta)
+        return data
+
+    def _classes(self, path: Path, label: Tensor) -> Tensor:
+        low, high = (float(value) for value in torch.aminmax(label))
+        if not (low >= 0 and high <= 255 and bool((label == label.byte()).all())):
+            raise InputError(f"{path} has values from {low:g} to {high:g}, some not whole: a label map holds 0 to 255")
+        label = label.byte()
+        present = label.flatten().bincount(minlength=1).nonzero().flatten().tolist()
+        unknown = [value for value in present if self.label_values.get(value, value) > len(self.classes)]
+        if unknown:
+            raise InputError(
+                f"{path} holds label values {unknown}, and classes end at {len(self.classes)} "
+                f"({self.classes[-1]}): declare them in classes, or give label_values, such as {{'{unknown[0]}': 0}} "
+                "to count them as background"
+            )
+        mapped = {value: self.label_values[value] for value in present if value in self.label_values}
+        if mapped:
+            label = _map_values(label, mapped)
+        if not label.any():
+            logger.warning(f"{path} holds none of the classes: the whole scan counts as background")
+        return label
+
+
+def _map_values(label: Tensor, mapped: Mapping[int, int]) -> Tensor:
+    """uint8 label map with some values replaced, all at once: a value's image may be another's source."""
+    table = torch.arange(256, dtype=torch.uint8)
+    for value, index in mapped.items():
+        table[value] = index
+    return torch.from_numpy(table.numpy()[label.numpy()])  # torch would want indices of eight bytes a voxel
+
+
+def _check_same_grid(path: Path, label: MetaTensor, image: MetaTensor) -> None:
+    """Raises InputError unless a label map has its scan's shape, and every corner of it within half a voxel."""
+    scan = image.meta.get("filename_or_obj", "its scan")
+    if label.shape != image.shape:
+        found, wanted = (" x ".join(str(size) for size in tensor.shape[1:]) for tensor in (label, image))
+        raise InputError(f"{path} has {found} voxels and {scan} has {wanted}: give a label map on the scan's own grid")
+    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [
+        *np.array(image.shape[1:]) - 1,
+        1,
+    ]
+    apart = np.linalg.norm(((label.affine - image.affine).numpy() @ corners.T)[:3], axis=0).max()
+    if apart > 0.5 * np.linalg.norm(image.affine.numpy()[:3, :3], axis=0).min():
+        raise InputError(
+            f"{path} lies {apart:.1f} mm off {scan} by their headers (affine): correct the one that is wrong, or label "
+            "the scan on its own grid"
+        )
+
+
 class DicomSeriesReader(ITKReader):
     """Reads a folder with one DICOM series. Where :class:`monai.data.ITKReader` would take the first of several, or
     stretch the slices over the place of a missing one, the volume would be wrong without an error: here it is one.
@@ -170,6 +261,22 @@ def _check(path: Path, image: MetaTensor, check_hu: bool) -> tuple[float, float]
     return low, high
 
 
+def save_nifti(array: np.ndarray, affine: np.ndarray, path: str | Path, scale: float = 1.0) -> None:
+    """Write an array [X, Y, Z] with exactly this affine (RAS+ mm), renamed into place; ``scale`` goes to the header.
+
+    MONAI's NibabelWriter fails on affines whose axes are permuted.
+    """
+    path = Path(path)
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_slope_inter(scale, 0)
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")
+    try:
+        nib.save(image, temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 class SaveSimilarityd(MapTransform):
     """Saves what was found in a scan to ``<output_dir>/<name>/``.
 
@@ -203,13 +310,211 @@ class SaveSimilarityd(MapTransform):
         folder.mkdir(parents=True, exist_ok=True)
         np.save(folder / "embedding.npy", data[self.embedding_key].float().cpu().numpy())
         for key in self.key_iterator(data):
-            maps, affine = data[key].cpu().numpy(), data[key].affine.numpy()
-            rows = []
-            for i, (sentence, similarity) in enumerate(zip(self.sentences, maps, strict=True), 1):
-                nib.save(nib.Nifti1Image(similarity.astype(np.float32), affine), folder / f"similarity_{i:02d}.nii.gz")
-                peak = np.unravel_index(similarity.argmax(), similarity.shape)
-                x, y, z = (affine @ [*peak, 1])[:3].round(1)
-                rows.append((f"similarity_{i:02d}.nii.gz", sentence, round(float(similarity.max()), 4), x, y, z))
-            table = pd.DataFrame(rows, columns=["file", "sentence", "max_cosine", "x_mm", "y_mm", "z_mm"])
+            table = save_maps(data[key], self.sentences, folder, "similarity")
+            table = table.rename(columns={"map": "sentence", "max": "max_cosine"})
             table.to_csv(folder / "sentences.csv", index=False)
+        return data
+
+
+class SaveSaliencyd(MapTransform):
+    """Saves the saliency map of each class to ``<output_dir>/<name>/``; does nothing where none was made.
+
+    ``saliency_01.nii.gz`` and so on: float32, what each place adds to the class' logit, in the geometry of the maps'
+    own affine. ``saliency.csv``: each class with its file, highest value and where that is (RAS+ mm).
+
+    Args:
+        keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
+        classes: names of the S maps.
+        output_dir: folder of all scans' results.
+        name_key: of the scan's name.
+    """
+
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.classes = list(classes)
+        self.output_dir = Path(output_dir)
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        folder = self.output_dir / data[self.name_key]
+        for key in self.key_iterator(data):
+            folder.mkdir(parents=True, exist_ok=True)
+            table = save_maps(data[key], self.classes, folder, "saliency").rename(columns={"map": "class"})
+            table.to_csv(folder / "saliency.csv", index=False)
+        return data
+
+
+def save_maps(maps: MetaTensor, names: Sequence[str], folder: Path, stem: str) -> pd.DataFrame:
+    """Write one map ``[X, Y, Z]`` per name as ``<stem>_01.nii.gz`` and so on, float32, with the maps' own affine.
+
+    Returns:
+        Columns ``file``, ``map`` (name), ``max``, and ``x_mm``, ``y_mm``, ``z_mm``, the place of the maximum in RAS+.
+    """
+    values, affine = maps.cpu().numpy(), maps.affine.numpy()
+    rows = []
+    for i, (name, volume) in enumerate(zip(names, values, strict=True), 1):
+        file = f"{stem}_{i:02d}.nii.gz"
+        save_nifti(volume.astype(np.float32), affine, folder / file)
+        peak = np.unravel_index(volume.argmax(), volume.shape)
+        x, y, z = (affine @ [*peak, 1])[:3].round(1)
+        rows.append((file, name, round(float(volume.max()), 4), x, y, z))
+    return pd.DataFrame(rows, columns=["file", "map", "max", "x_mm", "y_mm", "z_mm"])
+
+
+class AppendProbabilitiesd(MapTransform):
+    """Appends one row per scan to ``<output_dir>/predictions.csv``: name, image, and a probability per class.
+
+    The file is begun anew with the first scan of a run. Rows are written as scans are done, so a kill loses none.
+
+    Args:
+        keys: of the probabilities [C].
+        classes: their C names, the columns.
+        output_dir: folder of all scans' results.
+        name_key, image_key: of the scan's name, and of the MetaTensor that knows its path.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        classes: Sequence[str],
+        output_dir: str,
+        name_key: str = "name",
+        image_key: str = "image",
+    ) -> None:
+        super().__init__(keys)
+        self.classes = list(classes)
+        self.path = Path(output_dir) / "predictions.csv"
+        self.name_key = name_key
+        self.image_key = image_key
+        self.started = False
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for key in self.key_iterator(data):
+            values = data[key].float().cpu().tolist()
+            path = data[self.image_key].meta.get("filename_or_obj", "")
+            row = {"name": data[self.name_key], "image": path, **dict(zip(self.classes, values, strict=True))}
+            frame = pd.DataFrame([row])
+            frame.to_csv(self.path, mode="a" if self.started else "w", header=not self.started, index=False)
+            self.started = True
+        return dict(data)
+
+
+def argmax_labels(logits: Tensor) -> Tensor:
+    """``[C, X, Y, Z]`` -> uint8 ``[X, Y, Z]``, by slabs: argmax itself answers in eight bytes a voxel."""
+    return torch.cat([slab.argmax(0).byte() for slab in logits.split(16, dim=1)])
+
+
+def labels_in_scan(
+    logits: Tensor,
+    affine: Tensor,
+    scan_affine: Tensor,
+    scan_shape: Sequence[int],
+    probabilities: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Bring logits to the scan's grid and take the largest, 16 slices at a time.
+
+    Logits are interpolated linearly, so that a boundary is as smooth as the scan's voxels allow; but those of a whole
+    scan of 512 x 512 x 1000 voxels would need 4 bytes x 262 million x classes, hence the slabs.
+
+    Args:
+        logits: ``[C, x, y, z]`` on the network's grid.
+        affine, scan_affine: ``[4, 4]`` from voxel indices to mm, of the network's grid and of the scan's.
+        scan_shape: X, Y, Z.
+        probabilities: whether to return those as well.
+
+    Returns:
+        labels uint8 ``[X, Y, Z]``; and probabilities of classes 1, 2, ... in 1/255, uint8 ``[C - 1, X, Y, Z]``, or
+        None.
+    """
+    x, y, z = (int(size) for size in scan_shape)
+    device = logits.device
+    labels = torch.empty((x, y, z), dtype=torch.uint8)
+    chances = torch.empty((len(logits) - 1, x, y, z), dtype=torch.uint8) if probabilities else None
+    to_network = torch.linalg.solve(affine.double().cpu(), scan_affine.double().cpu())
+    sizes = torch.tensor(logits.shape[1:])
+    corners = torch.cartesian_prod(*(torch.tensor([0.0, size - 1.0], dtype=torch.float64) for size in (x, y, 16)))
+    for start in range(0, z, 16):
+        stop = min(start + 16, z)
+        to_slab = to_network.clone()
+        to_slab[:3, 3] += start * to_network[:3, 2]
+        # only the logits around the slab, since all of them would be converted and copied for each
+        places = corners @ to_slab[:3, :3].T + to_slab[:3, 3]
+        low = torch.minimum((places.amin(0).floor().long() - 1).clamp(min=0), sizes - 2).clamp(min=0)
+        high = torch.maximum(torch.minimum(places.amax(0).ceil().long() + 2, sizes), low + 1)
+        (x0, y0, z0), (x1, y1, z1) = low.tolist(), high.tolist()
+        to_slab[:3, 3] -= low
+        resample = AffineTransform((x, y, stop - start), mode="bilinear", padding_mode="border", align_corners=True)
+        slab = resample(logits[None, :, x0:x1, y0:y1, z0:z1].float(), to_slab.float().to(device)[None])[0]
+        labels[..., start:stop] = slab.argmax(0).byte().cpu()
+        if chances is not None:
+            chances[..., start:stop] = (slab.softmax(0)[1:] * 255).round().byte().cpu()
+    return labels, chances
+
+
+class LabelsInScand(MapTransform):
+    """Turns logits on the network's grid into a label map on the scan's, see :func:`labels_in_scan`.
+
+    The logits of a key become a MetaTensor uint8 ``[1, X, Y, Z]`` whose shape and affine are the scan's. With
+    ``probabilities`` the item also gets ``probability``, uint8 ``[C - 1, X, Y, Z]``.
+
+    Args:
+        keys: of the logits ``[C, x, y, z]``.
+        probabilities: whether to keep those.
+        image_key: of the preprocessed scan, which knows its grid and the scan's.
+    """
+
+    def __init__(self, keys: KeysCollection, probabilities: bool = False, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.probabilities = probabilities
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        image = data[self.image_key]
+        scan_affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
+        scan_shape = np.asarray(image.meta["spatial_shape"]).tolist()
+        for key in self.key_iterator(data):
+            logits = data[key].as_tensor() if isinstance(data[key], MetaTensor) else data[key]
+            labels, chances = labels_in_scan(logits, image.affine, scan_affine, scan_shape, self.probabilities)
+            data[key] = MetaTensor(labels[None], affine=scan_affine)
+            if chances is not None:
+                data["probability"] = chances
+        return data
+
+
+class SaveLabelsd(MapTransform):
+    """Saves what was segmented in a scan to ``<output_dir>/<name>/``.
+
+    ``labels.nii.gz``: class indices, uint8, in the scan's own geometry. ``volumes.csv``: voxels and millilitres of each
+    class. Where the item has ``probability``: ``probability_<class>.nii.gz``, stored in steps of 1/255.
+
+    Args:
+        keys: of the label maps, see :class:`LabelsInScand`.
+        classes: names of classes 1, 2, ...
+        output_dir: folder of all scans' results.
+        name_key: of the scan's name.
+    """
+
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name") -> None:
+        super().__init__(keys)
+        self.classes = list(classes)
+        self.output_dir = Path(output_dir)
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        folder = self.output_dir / data[self.name_key]
+        folder.mkdir(parents=True, exist_ok=True)
+        for key in self.key_iterator(data):
+            labels, affine = data[key][0].cpu().numpy(), data[key].affine.numpy()
+            save_nifti(labels, affine, folder / "labels.nii.gz")
+            counts = [int((labels == index).sum()) for index in range(1, len(self.classes) + 1)]
+            millilitres = [round(count * abs(np.linalg.det(affine[:3, :3])) / 1000, 2) for count in counts]
+            table = pd.DataFrame({"class": self.classes, "voxels": counts, "ml": millilitres})
+            table.to_csv(folder / "volumes.csv", index=False)
+            for name, chance in zip(self.classes, data.get("probability", ())):
+                file = f"probability_{name.replace(' ', '_')}.nii.gz"
+                save_nifti(chance.cpu().numpy(), affine, folder / file, scale=1 / 255)
         return data

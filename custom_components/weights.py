@@ -7,14 +7,16 @@ import glob
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from custom_components.errors import InputError
+from custom_components.vit import POSITIONS, patch_grid
 
 logger = logging.getLogger(__name__)
 
@@ -154,6 +156,25 @@ def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
     return module
 
 
+def load_pretrained(encoder: nn.Module, pretrained: str | Path | None) -> nn.Module:
+    """Fill all of a :class:`custom_components.vit.SimCroPEncoder` from ``models/encoder.pt`` of pre-training.
+
+    With None the encoder stays random, and the log says so.
+
+    Raises:
+        InputError: as :func:`load_weights`.
+    """
+    if pretrained is None:
+        logger.warning("pretrained is null: the encoder starts from RANDOM weights")
+        return encoder
+    if not Path(pretrained).is_file():
+        raise InputError(
+            f"pretrained {pretrained}: no such file; give the path of the encoder.pt that pre-training wrote, "
+            "or set pretrained to null to start from random weights"
+        )
+    return load_weights(encoder, pretrained)
+
+
 def load_mae(encoder: nn.Module, checkpoint: str | Path | None) -> nn.Module:
     """Initialise a :class:`custom_components.vit.SimCroPEncoder` from a 2D MAE ViT checkpoint, as the authors do.
 
@@ -170,4 +191,69 @@ def load_mae(encoder: nn.Module, checkpoint: str | Path | None) -> nn.Module:
                 "(facebookresearch/mae) to there, or set mae_checkpoint to null to start from random weights"
             )
         _fill(encoder, checkpoint, lambda name: name.startswith(("blocks.", "norm.")))
+    return encoder
+
+
+def load_for_region(
+    encoder: nn.Module,
+    checkpoint: str | Path | None,
+    pos_embed: str = "sincos3d",
+    positions: str = "rebuilt",
+    pretrained_img_size: Sequence[int] | None = None,
+) -> nn.Module:
+    """Start a segmentation encoder from the pretrain bundle's ``models/encoder.pt``, whose grid may be another.
+
+    Patch embedding and blocks are taken. The class token has no counterpart, and the final norm starts fresh, as the
+    authors fine-tune it. With None the encoder stays random, which is said as a warning.
+
+    Args:
+        encoder: a :class:`custom_components.vit.SimCroPEncoder` without class token.
+        checkpoint: the file, or None.
+        pos_embed: formula of the encoder's positions; must be the checkpoint's.
+        positions: ``rebuilt`` keeps the formula's table for the region's own grid, as published; ``interpolated``
+            stretches the checkpoint's table over it.
+        pretrained_img_size: of pre-training; only ``interpolated`` asks for it.
+
+    Raises:
+        InputError: as :func:`load_weights`; the checkpoint's positions are of another formula, or not of
+            ``pretrained_img_size``; ``positions`` is unknown.
+    """
+    if positions not in ("rebuilt", "interpolated"):
+        raise InputError(f"positions {positions!r} is unknown: choose rebuilt or interpolated")
+    if checkpoint is None:
+        logger.warning("pretrained is null: NOTHING is loaded, the encoder starts from random weights")
+        return encoder
+    if not Path(checkpoint).is_file():
+        raise InputError(
+            f"pretrained {checkpoint}: no such file; train one with the pretrain bundle (models/encoder.pt), "
+            "or set pretrained to null to start from random weights"
+        )
+    _fill(encoder, checkpoint, lambda name: name.startswith(("patch_embed.", "blocks.")))
+    found = state_dict_of(load_file(checkpoint))
+    if "pos_embed" not in found:
+        raise InputError(f"pretrained {checkpoint}: has no pos_embed; give a whole encoder.pt")
+    table = found["pos_embed"][0, int("cls_token" in found) :]
+    # the first two rows are those of patches (0, 0, 0) and (0, 0, 1), whatever the grid
+    formulas = [
+        name
+        for name, formula in POSITIONS.items()
+        if torch.allclose(table[:2], formula((1, 1, 2), table.shape[1]), atol=1e-4)
+    ]
+    if pos_embed not in formulas:
+        raise InputError(
+            f"pretrained {checkpoint}: its positions are not those of pos_embed {pos_embed}: "
+            f"set pos_embed to {' or '.join(formulas) or 'the formula it was trained with'}"
+        )
+    if positions == "interpolated":
+        if pretrained_img_size is None:
+            raise InputError("positions is interpolated: give pretrained_img_size, the img_size of pre-training")
+        x, y, z = patch_grid(pretrained_img_size, encoder.patch_size)
+        if x * y * z != len(table):
+            raise InputError(
+                f"pretrained {checkpoint}: has positions for {len(table)} patches, not {x * y * z}; "
+                f"set pretrained_img_size ({list(pretrained_img_size)}) to the img_size of pre-training"
+            )
+        volume = table.T.reshape(1, -1, x, y, z)
+        volume = F.interpolate(volume, size=encoder.grid, mode="trilinear", align_corners=True)
+        encoder.pos_embed.copy_(volume.flatten(2).transpose(1, 2))
     return encoder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import platform
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -68,7 +69,7 @@ def median_seconds(step: Callable[[], Any], repeats: int, warmup: int = 1) -> fl
         wait()
         if i >= warmup:
             times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2]
+    return statistics.median(times)
 
 
 def device() -> torch.device:

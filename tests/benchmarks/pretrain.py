@@ -294,9 +294,10 @@ def loading(text_encoder: str, folder: str, which: str, workers: int, items: int
         transform = parser.get_parsed_content("train#preprocessing")
     item = {"image": f"{folder}/{PIPELINES[which]}", "findings": FINDINGS, "impression": IMPRESSION}
     seconds = median_seconds(lambda: transform(dict(item)), items, warmup=2)
-    loader = DataLoader(Dataset([item] * 2 * items, transform), batch_size=1, num_workers=workers)
+    data = Dataset([item] * 4 * items, transform)
+    loader = DataLoader(data, batch_size=1, num_workers=workers, multiprocessing_context="fork")  # as training has it
     total = median_seconds(lambda: [None for _ in loader], 1, warmup=0)
-    return {"seconds_per_item": seconds, "loader_seconds_per_item": total / (2 * items)}
+    return {"seconds_per_item": seconds, "loader_seconds_per_item": total / len(data)}
 
 
 def main() -> None:

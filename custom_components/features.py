@@ -1,0 +1,340 @@
+"""Features of a frozen encoder, kept on disk: no volume is encoded twice."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from monai.data import ImageReader
+from monai.transforms import Compose, Transform
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from custom_components.datalists import CT_SUFFIXES
+from custom_components.distributed import rank, world_size
+from custom_components.engines import ReadableLoader
+from custom_components.errors import InputError
+from custom_components.loading import SeededDataLoader, mixed_seed
+from custom_components.probe import LinearProbe
+
+CACHE_VERSION = 1  # raise it when the same keys would give other features
+
+
+def describe(thing: Any) -> Any:
+    """What was configured, as JSON can hold it: of a transform its class and the arguments that it was made with.
+
+    What a transform draws or fills in while it works is no argument, so a used transform is described as a fresh one.
+    """
+    if thing is None or isinstance(thing, (bool, int, float, str)):
+        return thing
+    if isinstance(thing, Enum):
+        return str(thing.value)
+    if isinstance(thing, (Tensor, np.ndarray, np.generic)):
+        return thing.tolist()
+    if isinstance(thing, Mapping):
+        return {str(key): describe(value) for key, value in thing.items()}
+    if isinstance(thing, (Sequence, set, frozenset)):
+        return [describe(value) for value in thing]
+    if isinstance(thing, (Transform, ImageReader)):
+        arguments = {*inspect.signature(type(thing).__init__).parameters, "kwargs"}
+        parts = {
+            name: describe(value)
+            for name, value in sorted(vars(thing).items())
+            if not name.startswith("_") and (name in arguments or isinstance(value, (Transform, ImageReader)))
+        }
+        return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **parts}
+    if inspect.isfunction(thing):
+        return [thing.__module__, thing.__qualname__, thing.__code__.co_code.hex(), str(thing.__code__.co_consts)]
+    return str(thing) if isinstance(thing, (type, torch.dtype, np.dtype)) else type(thing).__qualname__
+
+
+def describe_network(network: nn.Module) -> str:
+    """SHA-256 of a network's weights and of the plain attributes (patch size, heads, eps) of all its modules."""
+    digest = hashlib.sha256()
+    for name, module in network.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple)) and k != "training"}
+        digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}\n".encode())
+    for name, tensor in network.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def file_stamp(path: str) -> str:
+    """Path, size and time of change of a scan's file, and of those that belong to it: a header's voxels, a series."""
+    path = os.path.realpath(path)
+    files = [path]
+    if os.path.isdir(path):
+        files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
+    elif path.lower().endswith((".mhd", ".nhdr")):
+        stem = Path(path).stem
+        files = sorted(str(f) for f in Path(path).parent.glob(f"{stem}.*") if not f.name.endswith(CT_SUFFIXES[:2]))
+    stamps = []
+    for file in files:
+        status = os.stat(file)
+        stamps.append((file, status.st_size, status.st_mtime_ns))
+    return _hash(stamps)
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class FeatureDataset(Dataset):
+    """Encoded volumes: an item is ``image [C]`` float32, the volume's first view, and ``label``.
+
+    Attributes:
+        features: ``[N, V, C]``, N volumes in V views.
+        labels: ``[N, ...]``.
+        data: the volumes' items.
+        failures: ``(name, reason)`` of volumes that could not be read.
+    """
+
+    def __init__(
+        self, features: Tensor, data: Sequence[Mapping[str, Any]], failures: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        self.features = features
+        self.data = list(data)
+        self.failures = list(failures)
+        self.labels = torch.stack([torch.as_tensor(item["label"]) for item in self.data])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"image": self.features[index, 0], "label": self.labels[index]}
+
+
+class FeatureLoader(SeededDataLoader):
+    """Batches of a :class:`FeatureDataset`, each volume in one of its views, drawn anew in every epoch.
+
+    Order and views follow from seed, epoch and batch, as in the parent; a batch is one indexing of a tensor.
+    """
+
+    dataset: Any
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        start, self.start = self.start, 0
+        self.sampler.start = start * self.batch_size
+        content: FeatureDataset = self.dataset.items
+        order = torch.tensor([index for _, index in self.sampler], dtype=torch.long)
+        for i, rows in enumerate(order.split(self.batch_size), start):
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.sampler.epoch, i, self.sampler.rank))
+            views = torch.randint(content.features.shape[1], rows.shape, generator=generator)
+            yield {"image": content.features[rows, views], "label": content.labels[rows]}
+
+
+def training_loader(dataset: Dataset, batch_size: int, seed: int, num_workers: int = 0) -> SeededDataLoader:
+    """Shuffled, repeatable batches of features or of volumes."""
+    if isinstance(dataset, FeatureDataset):
+        return FeatureLoader(dataset, batch_size, seed)
+    return SeededDataLoader(dataset, batch_size, seed, num_workers)
+
+
+class FeatureCache:
+    """Encodes volumes once per view, and keeps each view's feature in a file of its own.
+
+    View 0 is the volume as in evaluation, centre crop and padding; views 1, 2, ... are augmented, each with random
+    numbers that depend on ``seed``, the volume's name and the view alone. So evaluation shares view 0 with training, a
+    larger ``num_views`` encodes only what is new, and so does a larger fraction of the data.
+
+    Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``. The key hashes the encoder's
+    weights and architecture, the deterministic transforms, and ``amp``; the augmentation's hashes its transforms and
+    the seed. Names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
+
+    Args:
+        network: its ``features`` are kept.
+        read: deterministic transforms that both kinds of view start with.
+        plain, augment: transforms that follow for view 0, and for the others.
+        cache_dir: where the files lie.
+        device: where to encode; the network is there already.
+        amp: encode in bfloat16.
+        seed: of the augmentation.
+        num_workers: processes that read ahead.
+        batch_size: views per forward pass.
+        features: how the bundle feeds its probe, checked here: ``cached`` or ``online``.
+    """
+
+    def __init__(
+        self,
+        network: LinearProbe,
+        read: Sequence[Callable],
+        plain: Sequence[Callable],
+        augment: Sequence[Callable],
+        cache_dir: str,
+        device: torch.device | str = "cpu",
+        amp: bool = True,
+        seed: int = 42,
+        num_workers: int = 0,
+        batch_size: int = 8,
+        features: str = "cached",
+    ) -> None:
+        if features not in ("cached", "online"):
+            raise InputError(f"features is {features!r}: give cached (encode once) or online (in every epoch)")
+        self.network = network
+        self.read = Compose(read)
+        self.plain = Compose(plain)
+        self.augment = Compose(augment)
+        self.cache_dir = Path(cache_dir)
+        self.device = torch.device(device)
+        self.amp = amp
+        self.seed = seed
+        self.num_workers = num_workers
+        self.batch_size = batch_size
+        self.failures: dict[str, str] = {}
+        self.encoded = 0  # views that had to be encoded so far
+
+    def encoder_key(self) -> str:
+        """Hash of the encoder's weights and architecture, as they are now."""
+        return describe_network(self.network.encoder)
+
+    def folders(self) -> tuple[Path, Path]:
+        """Folder of plain and of augmented views, for the network's weights as they are now."""
+        what = {
+            "version": CACHE_VERSION,
+            "encoder": self.encoder_key(),
+            "transforms": [describe(self.read), describe(self.plain)],
+            "amp": self.amp,
+        }
+        how = {"augment": describe(self.augment), "seed": self.seed}
+        folder = self.cache_dir / _hash(what)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in (("key.json", what), (f"{_hash(how)}.json", how)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+        return folder / "plain", folder / _hash(how)
+
+    def encode(self, data: Sequence[Mapping[str, Any]], num_views: int = 1, description: str = "") -> FeatureDataset:
+        """Features of items with ``image`` and ``name``; volumes that cannot be read are told, and left out.
+
+        Raises:
+            InputError: the encoder is not frozen, ``num_views`` is not positive, or no volume at all can be read.
+        """
+        if not self.network.frozen:
+            raise InputError("features is cached, but frozen is false: an encoder that learns needs features online")
+        if num_views < 1:
+            raise InputError(f"num_views is {num_views}: give the number of views per volume, 1 or more")
+        plain, augmented = self.folders()
+        files: list[list[Path] | None] = []
+        failures: dict[str, str] = {}
+        for item in data:
+            try:
+                stem = f"{Path(item['name']).name}-{file_stamp(item['image'])}"
+            except OSError as error:
+                failures[item["name"]] = f"{item['image']} cannot be read ({error.strerror}): restore it"
+                files.append(None)
+                continue
+            files.append([(augmented if view else plain) / f"{stem}-{view}.npy" for view in range(num_views)])
+        self._encode_missing(data, files, failures, description)
+        if world_size() > 1:
+            dist.barrier()
+
+        kept, features = [], []
+        for item, views in zip(data, files, strict=True):
+            loaded = [_load(file) for file in views or ()]
+            if loaded and all(feature is not None for feature in loaded):
+                kept.append(item)
+                features.append(torch.from_numpy(np.stack(loaded)))
+            else:
+                failures.setdefault(item["name"], f"{item['image']} was skipped by another process")
+        self.failures |= failures
+        if not kept:
+            first = next(iter(failures.values()))
+            raise InputError(f"none of {len(data)} volumes could be read, the first for this reason: {first}")
+        return FeatureDataset(torch.stack(features), kept, list(failures.items()))
+
+    def report(self) -> None:
+        """Raise an :class:`InputError` that lists the volumes left out, so that the run ends with exit code 1."""
+        if self.failures:
+            raise InputError(
+                f"{len(self.failures)} volumes could not be read and were left out ({', '.join(self.failures)}); all "
+                "else is done, the reasons stand above: repair them, or list their names in a file given as exclude"
+            )
+
+    def _encode_missing(
+        self,
+        data: Sequence[Mapping[str, Any]],
+        files: Sequence[Sequence[Path] | None],
+        failures: dict[str, str],
+        description: str,
+    ) -> None:
+        missing = []
+        for item, views in zip(data, files, strict=True):
+            absent = [view for view, file in enumerate(views or ()) if _load(file) is None]
+            if absent:
+                missing.append({**item, "views": absent, "files": [views[view] for view in absent]})
+        missing = missing[rank() :: world_size()]
+        if not missing:
+            return
+        loader = ReadableLoader(
+            _Views(missing, self.read, self.plain, self.augment, self.seed), self.num_workers, description
+        )
+        was_training = self.network.training
+        self.network.eval()
+        for batch in loader:
+            for volumes, index in zip(batch["image"], batch["index"].tolist()):
+                views = volumes.to(self.device).split(self.batch_size)
+                with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                    features = torch.cat([self.network.features(chunk) for chunk in views]).float().cpu().numpy()
+                for file, feature in zip(missing[index]["files"], features, strict=True):
+                    _save(file, feature)
+                self.encoded += len(features)
+        self.network.train(was_training)
+        failures |= dict(loader.failures)
+
+
+class _Views(Dataset):
+    """Volumes in those views that are wanted: ``image [V, 1, X, Y, Z]`` and ``index``."""
+
+    def __init__(
+        self, data: Sequence[Mapping[str, Any]], read: Compose, plain: Compose, augment: Compose, seed: int
+    ) -> None:
+        self.data = list(data)
+        self.read = read
+        self.plain = plain
+        self.augment = augment
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        item = self.data[index]
+        volume = self.read({"image": item["image"], "name": item["name"]})
+        views = []
+        for view in item["views"]:
+            transform = self.augment if view else self.plain
+            if view:
+                digest = hashlib.sha256(f"{self.seed} {item['name']} {view}".encode()).digest()
+                transform.set_random_state(seed=int.from_bytes(digest[:4], "little"))
+            image = transform({**volume, "image": volume["image"].clone()})["image"]
+            views.append(torch.as_tensor(image).as_subclass(Tensor))
+        return {"image": torch.stack(views), "index": index}
+
+
+def _load(file: Path) -> np.ndarray | None:
+    try:
+        return np.load(file, allow_pickle=False)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, EOFError):  # a disk that was full, or bytes that were lost
+        return None
+
+
+def _save(file: Path, feature: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            np.save(stream, feature)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,295 @@
+"""Classification metrics with bootstrap intervals.
+
+Values come from scikit-learn. Intervals need each metric a thousand times, so the resamples are computed at once, as
+weights: a patient drawn twice counts twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    confusion_matrix,
+    f1_score,
+    precision_recall_curve,
+    recall_score,
+    roc_auc_score,
+)
+from torch import Tensor
+
+from custom_components.errors import InputError
+
+CHUNK = 50  # resamples per pass over all volumes and classes: bounds memory
+
+
+def mean_auroc(logits: Tensor, labels: Tensor) -> float:
+    """Mean AUROC over the classes that have both label values; what a probe is selected by.
+
+    Args:
+        logits: ``[N, C]`` or, of one class, ``[N]``.
+        labels: zeros and ones of the same shape.
+
+    Raises:
+        InputError: no class has both values.
+    """
+    scores, truth = (part.float().reshape(len(part), -1).numpy() for part in (logits, labels))
+    both = [c for c in range(truth.shape[1]) if len(np.unique(truth[:, c])) == 2]
+    if not both:
+        raise InputError(
+            f"no class has both label values among the {len(truth)} validation volumes, so none has an AUROC: "
+            "give a longer validation list, or raise validation_share"
+        )
+    return float(np.mean([roc_auc_score(truth[:, c], scores[:, c]) for c in both]))
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """Share of volumes whose largest logit (``[N, C]``) is that of their class (``[N]``)."""
+    return (logits.argmax(-1) == labels).float().mean().item()
+
+
+def selection_metric(name: str) -> Callable[[Tensor, Tensor], float]:
+    """What the key ``select_by`` names: ``auroc``, or ``accuracy`` for classes that exclude each other."""
+    metrics = {"auroc": mean_auroc, "accuracy": accuracy}
+    if name not in metrics:
+        raise InputError(f"select_by is {name!r}: give auroc, or accuracy where exclusive is true")
+    return metrics[name]
+
+
+def best_f1_thresholds(truth: np.ndarray, probability: np.ndarray) -> np.ndarray:
+    """Per class the threshold of highest F1, ``[C]``; 0.5 where a class has one label value only.
+
+    Args:
+        truth, probability: ``[N, C]`` of validation volumes. A volume counts as positive from the threshold up.
+    """
+    thresholds = np.full(truth.shape[1], 0.5)
+    for c in range(truth.shape[1]):
+        if len(np.unique(truth[:, c])) == 2:
+            precision, recall, values = precision_recall_curve(truth[:, c], probability[:, c])
+            f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+            thresholds[c] = values[f1[:-1].argmax()]
+    return thresholds
+
+
+def resample_patients(patients: Sequence[str], num_resamples: int, seed: int) -> np.ndarray:
+    """How often each volume counts in each bootstrap resample of the patients, ``[R, N]`` float64."""
+    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+    draws = np.random.RandomState(seed).randint(len(names), size=(num_resamples, len(names)))
+    counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in draws])
+    return counts[:, owner].astype(np.float64)
+
+
+def weighted_auroc(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """AUROC of ``score [N]`` for ``truth [N]`` by each row of ``weights [R, N]``; NaN where a label has no weight."""
+    positive, negative = _by_score(truth, score, weights)
+    below = negative.cumsum(1) - negative
+    with np.errstate(invalid="ignore"):
+        return (positive * (below + negative / 2)).sum(1) / (positive.sum(1) * negative.sum(1))
+
+
+def weighted_average_precision(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average precision, as :func:`weighted_auroc`; NaN where no positive has weight."""
+    positive, negative = (part[:, ::-1] for part in _by_score(truth, score, weights))
+    found, wrong = positive.cumsum(1), negative.cumsum(1)
+    with np.errstate(invalid="ignore"):
+        precision = np.where(found + wrong > 0, found / (found + wrong), 0.0)
+        return (positive * precision).sum(1) / positive.sum(1)
+
+
+def _by_score(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Weight of positives and of negatives at each distinct score, ascending, ``[R, D]`` both."""
+    order = np.argsort(score, kind="stable")
+    starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
+    sorted_weights, positive = weights[:, order], truth[order] > 0
+    return (
+        np.add.reduceat(sorted_weights * positive, starts, axis=1),
+        np.add.reduceat(sorted_weights * ~positive, starts, axis=1),
+    )
+
+
+def weighted_rates(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """F1, sensitivity and specificity per class under each row of ``weights [R, N]``, ``[R, C]`` each.
+
+    ``truth`` and ``predicted`` are ``[N, C]`` of zeros and ones. NaN where nothing could have been counted.
+    """
+    truth, predicted = truth.astype(np.float64), predicted.astype(np.float64)
+    hit = weights @ (truth * predicted)
+    positive, called, total = weights @ truth, weights @ predicted, weights.sum(1, keepdims=True)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "f1": 2 * hit / (positive + called),
+            "sensitivity": hit / positive,
+            "specificity": (total - positive - called + hit) / (total - positive),
+        }
+
+
+def interval(values: np.ndarray) -> dict[str, float | None]:
+    """95 % percentile interval of bootstrap values; None where no resample gives one."""
+    values = values[np.isfinite(values)]
+    low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (None, None)
+    return {"low": None if low is None else float(low), "high": None if high is None else float(high)}
+
+
+def auroc_table(
+    truth: np.ndarray, score: np.ndarray, classes: Sequence[str], weights: np.ndarray
+) -> tuple[dict[str, Any], np.ndarray]:
+    """Mean AUROC with its interval and the same per class; and the mean's bootstrap values.
+
+    Args:
+        truth, score: ``[N, C]``.
+        classes: C names.
+        weights: of :func:`resample_patients`.
+
+    Returns:
+        ``mean``, ``low``, ``high``, ``per_class`` (class -> ``value``, ``low``, ``high``), ``left_out`` (classes with a
+        single label value). A resample's mean is over the classes that have both label values in it.
+    """
+    per_class, resampled = {}, []
+    for c, name in enumerate(classes):
+        if len(np.unique(truth[:, c])) == 2:
+            values = weighted_auroc(truth[:, c], score[:, c], weights)
+            per_class[name] = {"value": float(roc_auc_score(truth[:, c], score[:, c])), **interval(values)}
+            resampled.append(values)
+    left_out = [name for name in classes if name not in per_class]
+    if not per_class:
+        return {"mean": None, "low": None, "high": None, "per_class": {}, "left_out": left_out}, np.array([])
+    means = _nanmean(np.stack(resampled, 1))
+    mean = float(np.mean([entry["value"] for entry in per_class.values()]))
+    return {"mean": mean, **interval(means), "per_class": per_class, "left_out": left_out}, means
+
+
+def _nanmean(values: np.ndarray) -> np.ndarray:
+    """Mean along the last axis without NaN; NaN where there is nothing else."""
+    count = np.isfinite(values).sum(-1)
+    with np.errstate(invalid="ignore"):
+        return np.nansum(values, -1) / count
+
+
+def classification_metrics(
+    truth: np.ndarray,
+    probability: np.ndarray,
+    classes: Sequence[str],
+    patients: Sequence[str],
+    thresholds: np.ndarray | None = None,
+    exclusive: bool = False,
+    num_resamples: int = 1000,
+    seed: int = 42,
+) -> dict[str, Any]:
+    """All metrics of one list of volumes; every value as ``{"value", "low", "high"}``, a 95 % bootstrap interval.
+
+    Args:
+        truth: ``[N, C]`` zeros and ones (one-hot where classes exclude each other).
+        probability: ``[N, C]``.
+        classes: C names.
+        patients: N names; resamples draw patients, so that volumes of one stay together.
+        thresholds: ``[C]``, chosen on validation, for F1, sensitivity and specificity beside those at 0.5.
+        exclusive: whether exactly one class is true; "at 0.5" is then the class of highest probability, and
+            ``accuracy`` and ``confusion_matrix`` (rows: truth) are added.
+        num_resamples: bootstrap resamples.
+        seed: of the bootstrap.
+
+    Returns:
+        ``per_class`` (class -> metric -> value and interval, and ``positive``), ``macro`` (mean over classes),
+        ``micro`` (all class decisions pooled), ``left_out``: classes with a single label value, which have neither
+        AUROC nor average precision, and enter no mean.
+    """
+    weights = resample_patients(patients, num_resamples, seed)
+    left_out = [name for c, name in enumerate(classes) if len(np.unique(truth[:, c])) < 2]
+    if len(left_out) == len(classes):
+        raise InputError(
+            f"no class has both label values among {len(truth)} volumes ({', '.join(left_out)}): give a longer list"
+        )
+    kept = [c for c, name in enumerate(classes) if name not in left_out]
+    names = [classes[c] for c in kept]
+    if exclusive:
+        at_half = np.eye(len(classes))[probability.argmax(1)][:, kept]
+    else:
+        at_half = (probability[:, kept] >= 0.5).astype(float)
+    all_truth, truth, probability_of = truth, truth[:, kept], probability[:, kept]
+    decisions = {"": at_half}
+    if thresholds is not None:
+        decisions["_at_threshold"] = (probability_of >= np.asarray(thresholds)[kept]).astype(float)
+
+    # name -> values [C] and their bootstrap [R, C]; then the same pooled over classes, [1] and [R, 1]
+    table: dict[str, tuple[list[float], np.ndarray]] = {}
+    pooled: dict[str, tuple[float, np.ndarray]] = {}
+    flat_truth, flat_score = truth.reshape(-1), probability_of.reshape(-1)
+    for name, value_of, weighted in (
+        ("auroc", roc_auc_score, weighted_auroc),
+        ("average_precision", average_precision_score, weighted_average_precision),
+    ):
+        columns = range(len(kept))
+        values = [float(value_of(truth[:, c], probability_of[:, c])) for c in columns]
+        table[name] = (values, np.stack([weighted(truth[:, c], probability_of[:, c], weights) for c in columns], 1))
+        pooled[name] = (
+            float(value_of(flat_truth, flat_score)),
+            _in_chunks(lambda w, f=weighted: f(flat_truth, flat_score, np.repeat(w, len(kept), axis=1)), weights),
+        )
+    for suffix, predicted in decisions.items():
+        rates = weighted_rates(truth, predicted, weights)
+        flat = predicted.reshape(-1)
+        pooled_rates = weighted_pooled_rates(truth, predicted, weights)
+        for name, options in (
+            ("f1", {}),
+            ("sensitivity", {}),
+            ("specificity", {"pos_label": 0}),
+        ):
+            value_of = f1_score if name == "f1" else recall_score
+            options = {"zero_division": 0, **options}
+            values = [float(value_of(truth[:, c], predicted[:, c], **options)) for c in range(len(kept))]
+            table[name + suffix] = (values, rates[name])
+            pooled[name + suffix] = (float(value_of(flat_truth, flat, **options)), pooled_rates[name])
+
+    metrics: dict[str, Any] = {"volumes": len(truth), "patients": len(set(patients)), "left_out": left_out}
+    metrics["macro"] = {
+        name: {"value": float(np.mean(values)), **interval(_nanmean(resampled))}
+        for name, (values, resampled) in table.items()
+    }
+    metrics["micro"] = {name: {"value": value, **interval(resampled)} for name, (value, resampled) in pooled.items()}
+    metrics["per_class"] = {}
+    for i, c in enumerate(kept):
+        entry: dict[str, Any] = {"positive": int(truth[:, i].sum())}
+        entry |= {n: {"value": values[i], **interval(resampled[:, i])} for n, (values, resampled) in table.items()}
+        if thresholds is not None:
+            entry["threshold"] = float(thresholds[c])
+        metrics["per_class"][names[i]] = entry
+    if exclusive:
+        codes, predicted = all_truth.argmax(1), probability.argmax(1)
+        right = weights @ (codes == predicted) / weights.sum(1)
+        metrics["accuracy"] = {"value": float(accuracy_score(codes, predicted)), **interval(right)}
+        metrics["confusion_matrix"] = confusion_matrix(codes, predicted, labels=range(len(classes))).tolist()
+    return metrics
+
+
+def weighted_pooled_rates(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """As :func:`weighted_rates`, with the decisions on all classes pooled: ``[R]`` each."""
+    hit = weights @ (truth * predicted).sum(1)
+    positive, called = weights @ truth.sum(1), weights @ predicted.sum(1)
+    total = weights.sum(1) * truth.shape[1]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "f1": 2 * hit / (positive + called),
+            "sensitivity": hit / positive,
+            "specificity": (total - positive - called + hit) / (total - positive),
+        }
+
+
+def _in_chunks(weighted: Callable[[np.ndarray], np.ndarray], weights: np.ndarray) -> np.ndarray:
+    return np.concatenate([weighted(weights[i : i + CHUNK]) for i in range(0, len(weights), CHUNK)])
+
+
+def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
+    """The metrics as rows: class (or macro, micro, all), metric, value, low, high."""
+    rows = []
+    for name, entry in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
+        for metric, value in entry.items():
+            if isinstance(value, Mapping):
+                rows.append((name, metric, value["value"], value["low"], value["high"]))
+            else:
+                rows.append((name, metric, value, None, None))
+    if "accuracy" in metrics:
+        rows.append(("all", "accuracy", *metrics["accuracy"].values()))
+    return rows

@@ -1,0 +1,107 @@
+"""UNETR on the SimCroP encoder: non-cubic patches, any region whose size divides by the patch.
+
+The published network (ToniChopp/SimCroP, downstream segmentation) made of MONAI's UNETR blocks. From a region
+``96 x 96 x 48`` with patches ``16 x 16 x 8``: grid ``6 x 6 x 6``, three x2 stages to ``48 x 48 x 48``, then a trilinear
+one to the full region, since no further x2 would lead there.
+"""
+
+from __future__ import annotations
+
+import torch
+from monai.networks.blocks import UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
+from monai.networks.blocks.dynunet_block import UnetOutBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from custom_components.errors import InputError
+from custom_components.vit import SimCroPEncoder
+
+
+def instance_norm(channels: int) -> tuple[str, dict[str, int | bool]]:
+    """Instance norm without affine for MONAI's blocks, as a group norm with one channel a group: the same numbers, but
+    torch has a channels-last kernel of it, and MONAI's own would copy every map to another layout and back."""
+    return "group", {"num_groups": channels, "affine": False}
+
+
+class TrilinearUpBlock(nn.Module):
+    """Trilinear upsampling to the size of ``skip``, a biased 3 x 3 x 3 convolution, and a residual unit on both."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv_block = UnetResBlock(3, 2 * out_channels, out_channels, 3, 1, norm_name=instance_norm(out_channels))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        x = F.interpolate(x, size=skip.shape[2:], mode="trilinear", align_corners=False)
+        return self.conv_block(torch.cat([self.conv(x), skip], dim=1))
+
+
+class SimCroPUNETR(nn.Module):
+    """UNETR (Hatamizadeh et al., WACV 2022) whose encoder is SimCroP's, as the authors fine-tune it.
+
+    Skips are the raw outputs of three blocks, a third of the depth apart (4, 7 and 10 of 12, counting from 1); the
+    bottleneck is the normed output of the last. Residual units, instance norm without affine, LeakyReLU 0.01.
+
+    Args:
+        encoder: without class token, so that every parameter gets a gradient; its ``img_size`` is the region.
+        out_channels: classes, background included.
+        feature_size: channels at full resolution; doubles with each stage down.
+
+    Raises:
+        InputError: the encoder has a class token, which no stage of the UNETR would read.
+    """
+
+    def __init__(self, encoder: SimCroPEncoder, out_channels: int, feature_size: int = 16) -> None:
+        super().__init__()
+        if encoder.num_prefix_tokens:
+            raise InputError("the UNETR's encoder has a class token that nothing reads: give class_token false")
+        self.encoder = encoder
+        self.grid = encoder.grid
+        depth = len(encoder.blocks)
+        self.skips = (depth // 4, depth // 2, 3 * depth // 4)  # indices of hidden states: block 4 of 12 is index 3
+
+        hidden, size = encoder.hidden_size, feature_size
+        in_channels = encoder.patch_embed.proj.in_channels
+        self.encoder1 = UnetrBasicBlock(3, in_channels, size, 3, 1, instance_norm(size), res_block=True)
+        self.encoder2 = self._project(hidden, 2 * size, 2)
+        self.encoder3 = self._project(hidden, 4 * size, 1)
+        self.encoder4 = self._project(hidden, 8 * size, 0)
+        self.decoder5 = UnetrUpBlock(3, hidden, 8 * size, 3, 2, instance_norm(8 * size), res_block=True)
+        self.decoder4 = UnetrUpBlock(3, 8 * size, 4 * size, 3, 2, instance_norm(4 * size), res_block=True)
+        self.decoder3 = UnetrUpBlock(3, 4 * size, 2 * size, 3, 2, instance_norm(2 * size), res_block=True)
+        self.decoder2 = TrilinearUpBlock(2 * size, size)
+        self.out = UnetOutBlock(3, size, out_channels)
+        self.to(memory_format=torch.channels_last_3d)  # the layout in which 3D convolutions are fastest
+
+    @staticmethod
+    def _project(hidden_size: int, channels: int, num_layer: int) -> UnetrPrUpBlock:
+        """A skip from the token grid, brought up by ``1 + num_layer`` stages of x2."""
+        norm = instance_norm(channels)
+        return UnetrPrUpBlock(3, hidden_size, channels, num_layer, 3, 1, 2, norm, conv_block=True, res_block=True)
+
+    def feature_map(self, tokens: Tensor) -> Tensor:
+        """Tokens ``[B, N, C]``, last axis of the grid fastest -> ``[B, C, gx, gy, gz]``."""
+        gx, gy, gz = self.grid
+        # tokens already lie channels last: no copy
+        return tokens.reshape(tokens.shape[0], gx, gy, gz, tokens.shape[2]).permute(0, 4, 1, 2, 3)
+
+    def decode(self, volume: Tensor, tokens: Tensor, hidden_states: list[Tensor]) -> Tensor:
+        """Logits from what the encoder returns."""
+        shallow, middle, deep = self.skips
+        x = self.decoder5(self.feature_map(tokens), self.encoder4(self.feature_map(hidden_states[deep])))
+        x = self.decoder4(x, self.encoder3(self.feature_map(hidden_states[middle])))
+        x = self.decoder3(x, self.encoder2(self.feature_map(hidden_states[shallow])))
+        return self.out(self.decoder2(x, self.encoder1(volume)))
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """``[B, in_channels, X, Y, Z]`` of the encoder's ``img_size``, HU scaled to [-1, 1] -> logits
+        ``[B, out_channels, X, Y, Z]``.
+
+        On a CPU the convolutions run in fp32 under autocast too: in bfloat16 they take about twice as long there.
+        """
+        tokens, hidden_states = self.encoder(volume)
+        if not torch.jit.is_scripting():
+            if volume.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+                with torch.autocast("cpu", enabled=False):
+                    return self.decode(volume.float(), tokens.float(), [state.float() for state in hidden_states])
+        return self.decode(volume, tokens, hidden_states)

@@ -1,0 +1,150 @@
+"""How long a UNETR takes here: ours beside MONAI's stock UNETR, and the memory of one large scan.
+
+    OMP_NUM_THREADS=2 python -m tests.benchmarks.segment --out FILE.json
+
+Every contender runs in a process of its own. Work: a training step on 4 regions of 96 x 96 x 48, and a sliding window
+over 256 x 256 x 96 (75 windows, overlap 0.5, Gaussian). Ours has patches of 16 x 16 x 8; MONAI's stock UNETR knows only
+16 x 16 x 16, hence half the tokens. Times are to be read against the stock UNETR's and the machine's own matrix product
+of the same run: the published ones (``PUBLISHED``) are of another machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import sliding_window_inference
+from monai.networks.nets import UNETR
+from torch import nn
+
+from custom_components.engines import WindowInferer, decay_groups
+from custom_components.unetr import SimCroPUNETR
+from custom_components.vit import SimCroPEncoder
+from tests.benchmarks.measure import alone, device, environment, matmul_rate, median_seconds, print_table, write_json
+
+REGION, VOLUME = (96, 96, 48), (256, 256, 96)
+INFERENCE = Path(__file__).parents[2] / "bundles" / "segment" / "configs" / "inference.json"
+# seconds on two cores with AMX, the authors' code patched for CPU
+PUBLISHED = {"step": {"fp32": 20.5, "bf16": 13.3}, "window": {"fp32": 70.0, "bf16": 38.0}}
+PUBLISHED_MATMUL = {"fp32": 0.31e12, "bf16": 1.9e12}
+
+
+def make(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    if name == "simcrop":
+        network: nn.Module = SimCroPUNETR(SimCroPEncoder(img_size=REGION, class_token=False), 4)
+    else:
+        network = UNETR(1, 4, REGION, feature_size=16, norm_name="instance", res_block=True, conv_block=True)
+    return network.to(device())
+
+
+def step(name: str, precision: str, repeats: int) -> dict[str, Any]:
+    """A training step: forward, DiceCE, backward, AdamW."""
+    content = ConfigParser(config=ConfigParser.load_config_file(INFERENCE.with_name("train.json")))
+    loss = content.get_parsed_content("loss")
+    network = make(name).train()
+    optimizer = torch.optim.AdamW(decay_groups(network, 1e-5), lr=1e-4)
+    volume = torch.randn(4, 1, *REGION, device=device())
+    label = torch.randint(0, 4, (4, 1, *REGION), device=device())
+
+    def run() -> None:
+        optimizer.zero_grad()
+        with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
+            logits = network(volume)
+        loss(logits, label).backward()
+        optimizer.step()
+
+    return {"seconds": median_seconds(run, repeats)}
+
+
+def window(name: str, precision: str, repeats: int) -> dict[str, Any]:
+    """A sliding window over one volume: ours by its own inferer, MONAI's by ``sliding_window_inference``."""
+    network = make(name).eval()
+    volume = torch.randn(1, 1, *VOLUME, device=device())
+    inferer = WindowInferer(REGION, sw_batch_size=4, amp=precision == "bf16")
+
+    @torch.inference_mode()
+    def run() -> None:
+        if name == "simcrop":
+            inferer(volume, network)
+        else:
+            with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
+                sliding_window_inference(volume, REGION, 4, network, 0.5, mode="gaussian")
+
+    return {"seconds": median_seconds(run, repeats, warmup=0)}
+
+
+def large_scan(shape: tuple[int, int, int], pixdim: tuple[float, float, float], classes: int) -> dict[str, Any]:
+    """inference.json on a synthetic scan of this shape (0.8 x 0.8 x 0.6 mm) with a tiny network: its memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "scan.nii"
+        rng = np.random.default_rng(0)
+        body = np.full(shape, -1000, np.int16)
+        x, y = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape[:2]), indexing="ij")
+        body[x**2 + 2 * y**2 < 0.7] = 40
+        body[..., ::7] += rng.integers(-30, 30, body[..., ::7].shape, dtype=np.int16)
+        nib.save(nib.Nifti1Image(body, np.diag([0.8, 0.8, 0.6, 1.0])), path)
+        del body, x, y
+        names = [f"class {i}" for i in range(1, classes)]
+        keys = {"hidden_size": 24, "mlp_dim": 24, "num_layers": 1, "num_heads": 2, "feature_size": 1}
+        config = ConfigParser(config=ConfigParser.load_config_file(INFERENCE))
+        config.update(keys | {"dataset_dir": str(path), "output_dir": folder, "pixdim": list(pixdim), "classes": names})
+        config.update({"network": "@network_def", "overlap": 0.0})
+        evaluator = config.get_parsed_content("evaluator")
+        evaluator.run()
+        labels = nib.load(Path(folder) / "scan" / "labels.nii.gz")
+        assert labels.shape == shape
+    return {"seconds": evaluator.state.times["COMPLETED"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--large-scan", action="store_true", help="measure the memory of 512 x 512 x 1000 voxels instead"
+    )
+    arguments = parser.parse_args()
+    results: dict[str, Any] = {"environment": environment()}
+    if arguments.large_scan:
+        for name, pixdim, classes in (("LUNA16", (1.0, 1.0, 1.0), 4), ("BTCV", (1.5, 1.5, 3.0), 14)):
+            results[name] = alone(large_scan, (512, 512, 1000), pixdim, classes)
+            print(name, results[name], flush=True)
+        write_json(arguments.out, results)
+        return
+    results["matmul"] = {p: alone(matmul_rate, p) for p in PUBLISHED_MATMUL}
+    rows = []
+    for work, function in (("step", step), ("window", window)):
+        results[work] = {}
+        for precision in ("fp32", "bf16"):
+            found = {n: alone(function, n, precision, arguments.repeats) for n in ("simcrop", "monai")}
+            results[work][precision] = found
+            ours, stock = found["simcrop"], found["monai"]
+            # what the published time would be if it went by the matrix product alone
+            scaled = PUBLISHED[work][precision] * PUBLISHED_MATMUL[precision] / results["matmul"][precision]["flops"]
+            row = (work, precision, ours["seconds"], ours["peak_gib"], stock["seconds"], stock["peak_gib"])
+            rows.append((*row, ours["seconds"] / stock["seconds"], PUBLISHED[work][precision], scaled))
+            print(rows[-1], flush=True)
+    header = (
+        "work",
+        "precision",
+        "ours s",
+        "ours GiB",
+        "MONAI s",
+        "MONAI GiB",
+        "ours / MONAI",
+        "published s",
+        "scaled s",
+    )
+    print_table("4 regions of 96 x 96 x 48; 75 windows over 256 x 256 x 96", header, rows)
+    write_json(arguments.out, results)
+
+
+if __name__ == "__main__":
+    main()

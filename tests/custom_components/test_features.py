@@ -1,0 +1,227 @@
+"""The feature cache: right features under keys that change with whatever would change them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai import transforms as mt
+
+from custom_components.errors import InputError
+from custom_components.features import FeatureCache, FeatureLoader, describe, describe_network, file_stamp
+from custom_components.probe import LinearProbe
+from custom_components.transforms import LoadCTd
+from custom_components.vit import SimCroPEncoder
+
+
+def network(seed: int = 0, num_heads: int = 3, frozen: bool = True) -> LinearProbe:
+    torch.manual_seed(seed)
+    encoder = SimCroPEncoder(
+        img_size=(16, 8, 8), patch_size=(4, 4, 2), hidden_size=24, mlp_dim=32, num_layers=1, num_heads=num_heads
+    )
+    return LinearProbe(encoder, 2, frozen)
+
+
+def chains(**changes: object) -> tuple[list, list, list]:
+    keys = {"a_min": -1000, "pixdim": (2.0, 2.0, 2.0), "scale": 0.8, "offsets": 0.1, "std": 0.1, "prob": 0.5} | changes
+    size = keys.get("size", (16, 8, 8))
+    pad = mt.SpatialPadd("image", size, mode="reflect", reflect_type=keys.get("reflect_type", "even"))
+    read = [
+        LoadCTd("image"),
+        mt.ScaleIntensityRanged("image", keys["a_min"], 1000, -1, 1, clip=True),
+        mt.Orientationd("image", axcodes="RAS", labels=None),
+        mt.Spacingd("image", keys["pixdim"], mode="bilinear", dtype="float32"),
+    ]
+    plain = [mt.CenterSpatialCropd("image", size), pad]
+    augment = [
+        mt.RandScaleCropd("image", keys["scale"], max_roi_scale=1.0),
+        mt.RandSpatialCropd("image", size, random_size=False),
+        pad,
+        mt.RandFlipd("image", prob=keys["prob"], spatial_axis=0),
+        mt.RandShiftIntensityd("image", offsets=keys["offsets"], prob=keys["prob"]),
+        mt.RandGaussianNoised("image", std=keys["std"], prob=keys["prob"]),
+    ]
+    return read, plain, augment
+
+
+@pytest.fixture
+def items(tmp_path: Path) -> list[dict]:
+    random = np.random.RandomState(0)
+    found = []
+    for i in range(3):
+        volume = random.randint(-1000, 400, (20, 12, 10)).astype(np.int16)
+        nib.save(nib.Nifti1Image(volume, np.diag([2.0, 2.0, 2.0, 1.0])), tmp_path / f"scan{i}.nii.gz")
+        label = np.array([i % 2, 1], np.float32)
+        found.append({"image": str(tmp_path / f"scan{i}.nii.gz"), "name": f"scan{i}", "label": label})
+    return found
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Callable[..., FeatureCache]:
+    def make(probe: LinearProbe | None = None, **options: object) -> FeatureCache:
+        changes = options.pop("changes", {})
+        read, plain, augment = chains(**changes)
+        return FeatureCache(probe or network(), read, plain, augment, str(tmp_path / "cache"), amp=False, **options)
+
+    return make
+
+
+def test_features_are_the_networks(cache: Callable, items: list[dict]) -> None:
+    dataset = cache().encode(items)
+    read, plain, _ = chains()
+    for i, item in enumerate(items):
+        volume = mt.Compose(read + plain)(dict(item))["image"].as_tensor()[None]
+        with torch.inference_mode():
+            torch.testing.assert_close(dataset.features[i, 0], network().eval().features(volume)[0])
+    assert dataset.labels.tolist() == [[0, 1], [1, 1], [0, 1]]
+
+
+def test_nothing_is_encoded_twice(cache: Callable, items: list[dict]) -> None:
+    first = cache()
+    views = first.encode(items, num_views=3).features
+    assert first.encoded == 9
+    assert not torch.equal(views[:, 1], views[:, 2])  # views differ
+    again = cache()
+    torch.testing.assert_close(again.encode(items, num_views=3).features, views)
+    assert again.encoded == 0
+    more = cache()
+    torch.testing.assert_close(more.encode(items[:2], num_views=4).features[:, :3], views[:2])
+    assert more.encoded == 2  # the fourth view of two volumes
+
+
+def test_views_follow_from_seed_name_and_number_alone(cache: Callable, items: list[dict], tmp_path: Path) -> None:
+    views = cache().encode(items, num_views=3).features
+    for file in tmp_path.glob("cache/*/*/scan1-*.npy"):
+        file.unlink()
+    again = cache(num_workers=1)
+    torch.testing.assert_close(again.encode(items[1:2], num_views=3).features, views[1:2])
+    assert again.encoded == 3
+    other = cache(seed=7).encode(items, num_views=2).features
+    torch.testing.assert_close(other[:, 0], views[:, 0])
+    assert not torch.allclose(other[:, 1], views[:, 1])
+
+
+@pytest.mark.parametrize(
+    "changes", [{"a_min": -900}, {"pixdim": (2.0, 2.0, 2.1)}, {"size": (16, 8, 12)}, {"reflect_type": "odd"}]
+)
+def test_a_deterministic_transforms_argument_changes_both_keys(cache: Callable, changes: dict) -> None:
+    assert {f.parent for f in cache().folders()} != {f.parent for f in cache(changes=changes).folders()}
+
+
+@pytest.mark.parametrize("changes", [{"scale": 0.7}, {"offsets": 0.2}, {"std": 0.2}, {"prob": 0.6}])
+def test_an_augmentations_argument_changes_the_augmented_key_alone(cache: Callable, changes: dict) -> None:
+    before, after = cache().folders(), cache(changes=changes).folders()
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_the_encoder_is_part_of_the_key(cache: Callable) -> None:
+    assert cache().folders() == cache().folders()
+    assert cache().folders() != cache(network(seed=1)).folders()
+    assert describe_network(network().encoder) != describe_network(network(num_heads=4).encoder)
+    assert cache().folders() != FeatureCache(network(), *chains(), cache().cache_dir, amp=True).folders()
+
+
+def test_a_used_transform_is_described_as_a_fresh_one(items: list[dict]) -> None:
+    read, plain, augment = chains()
+    used = mt.Compose(read + augment + plain)
+    before = json.dumps(describe(used))
+    used.set_random_state(3)
+    for item in items:
+        used(dict(item))
+    assert json.dumps(describe(used)) == before
+
+
+def test_a_changed_file_is_encoded_anew(cache: Callable, items: list[dict]) -> None:
+    before = cache().encode(items).features
+    image = nib.load(items[0]["image"])
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1] + 100, image.affine), items[0]["image"])
+    again = cache()
+    after = again.encode(items).features
+    assert again.encoded == 1
+    assert not torch.allclose(before[0], after[0]) and torch.equal(before[1:], after[1:])
+
+
+def test_stamp_of_a_header_sees_its_voxels(tmp_path: Path) -> None:
+    (tmp_path / "a.mhd").write_text("header")
+    (tmp_path / "a.raw").write_bytes(b"1234")
+    before = file_stamp(str(tmp_path / "a.mhd"))
+    assert file_stamp(str(tmp_path / "a.mhd")) == before
+    (tmp_path / "a.raw").write_bytes(b"12345")
+    assert file_stamp(str(tmp_path / "a.mhd")) != before
+
+
+def test_a_bad_volume_is_left_out_and_told_at_the_end(
+    cache: Callable, items: list[dict], capsys: pytest.CaptureFixture
+) -> None:
+    Path(items[1]["image"]).write_bytes(b"not a volume")
+    os.unlink(items[2]["image"])
+    reader = cache()
+    dataset = reader.encode(items)
+    assert [item["name"] for item in dataset.data] == ["scan0"] and len(dataset) == 1
+    assert "skipped: " in capsys.readouterr().err
+    with pytest.raises(InputError, match="2 volumes.*scan"):
+        reader.report()
+    with pytest.raises(InputError, match="none of 1 volumes"):
+        cache().encode(items[1:2])
+
+
+def test_a_cut_off_feature_is_made_again(cache: Callable, items: list[dict], tmp_path: Path) -> None:
+    before = cache().encode(items).features
+    file = next(tmp_path.glob("cache/*/plain/scan0-*.npy"))
+    file.write_bytes(file.read_bytes()[:100])
+    again = cache()
+    torch.testing.assert_close(again.encode(items).features, before)
+    assert again.encoded == 1
+
+
+def test_a_kill_loses_the_volume_in_work_alone(cache: Callable, items: list[dict]) -> None:
+    killed = cache()
+    real, calls = killed.network.features, []
+
+    def features(volume: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(volume)
+
+    killed.network.features = features
+    with pytest.raises(KeyboardInterrupt):
+        killed.encode(items)
+    again = cache()
+    again.encode(items)
+    assert again.encoded == 1
+
+
+def test_bad_keys_are_told(cache: Callable, items: list[dict]) -> None:
+    with pytest.raises(InputError, match="frozen"):
+        cache(network(frozen=False)).encode(items)
+    with pytest.raises(InputError, match="num_views"):
+        cache().encode(items, 0)
+    with pytest.raises(InputError, match="features is 'disk'"):
+        cache(features="disk")
+
+
+def test_batches_follow_from_seed_and_epoch(cache: Callable, items: list[dict]) -> None:
+    dataset = cache().encode(items, num_views=3)
+
+    def epochs(loader: FeatureLoader, *numbers: int) -> list[torch.Tensor]:
+        found = []
+        for number in numbers:
+            loader.sampler.set_epoch(number)
+            found.append(torch.cat([batch["image"] for batch in loader]))
+        return found
+
+    one, two = epochs(FeatureLoader(dataset, 2, seed=5), 1, 2)
+    assert not torch.equal(one, two)
+    assert torch.equal(epochs(FeatureLoader(dataset, 2, seed=5), 2)[0], two)
+    resumed = FeatureLoader(dataset, 2, seed=5)
+    resumed.start = 1
+    assert torch.equal(epochs(resumed, 2)[0], two[2:])
+    every = {tuple(view.tolist()) for volume in dataset.features for view in volume}
+    assert {tuple(row.tolist()) for row in one} <= every

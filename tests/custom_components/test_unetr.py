@@ -1,0 +1,178 @@
+"""The UNETR: its wiring against MONAI's blocks called by hand, its contract, what it takes from pre-training."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from custom_components.errors import InputError
+from custom_components.unetr import SimCroPUNETR, instance_norm
+from custom_components.vit import SimCroPEncoder, simcrop_positions, sincos3d_positions
+from custom_components.weights import load_for_region
+
+SIZES = {"hidden_size": 24, "mlp_dim": 32, "num_layers": 4, "num_heads": 2}
+
+
+def make(img_size=(32, 48, 16), patch_size=(16, 16, 8), out_channels=3, **keys) -> SimCroPUNETR:
+    torch.manual_seed(0)
+    encoder = SimCroPEncoder(img_size=img_size, patch_size=patch_size, class_token=False, **SIZES | keys)
+    return SimCroPUNETR(encoder, out_channels, feature_size=4)
+
+
+@pytest.mark.parametrize(
+    ("img_size", "patch_size"),
+    [((32, 48, 16), (16, 16, 8)), ((32, 16, 24), (8, 8, 8)), ((16, 32, 8), (16, 16, 8)), ((36, 24, 20), (12, 8, 4))],
+)
+def test_any_region_that_divides_by_the_patch(img_size: tuple, patch_size: tuple) -> None:
+    """Also token grids that are no cube, and patches whose stages of x2 do not end at the region's size."""
+    network = make(img_size, patch_size)
+    assert network(torch.randn(2, 1, *img_size)).shape == (2, 3, *img_size)
+
+
+def test_skips_of_the_published_depth() -> None:
+    network = SimCroPUNETR(SimCroPEncoder(img_size=(96, 96, 48), class_token=False, hidden_size=24, mlp_dim=8), 4)
+    assert network.skips == (3, 6, 9)  # outputs of blocks 4, 7 and 10, counting from 1
+    assert network.grid == (6, 6, 6)
+
+
+def test_wiring_against_the_blocks_by_hand() -> None:
+    """Raw outputs of three blocks as skips, the normed last as bottleneck, trilinear before the biased convolution."""
+    network = make().eval()
+    volume = torch.randn(1, 1, 32, 48, 16)
+    tokens, states = network.encoder.embed(volume), []
+    for block in network.encoder.blocks:
+        tokens = block(tokens)
+        states.append(tokens)
+
+    def grid(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(1, 24, 2, 3, 2)
+        for n in range(12):
+            out[:, :, n // 6, n // 2 % 3, n % 2] = x[:, n]
+        return out
+
+    x = network.decoder5(grid(network.encoder.norm(states[3])), network.encoder4(grid(states[3])))
+    x = network.decoder4(x, network.encoder3(grid(states[2])))
+    x = network.decoder3(x, network.encoder2(grid(states[1])))
+    assert x.shape[2:] == (16, 24, 16)
+    up = F.interpolate(x, (32, 48, 16), mode="trilinear", align_corners=False)
+    assert network.decoder2.conv.bias is not None and network.decoder2.conv.kernel_size == (3, 3, 3)
+    up = F.conv3d(up, network.decoder2.conv.weight, network.decoder2.conv.bias, padding=1)
+    x = network.decoder2.conv_block(torch.cat([up, network.encoder1(volume)], 1))
+    torch.testing.assert_close(network(volume), network.out(x), rtol=1e-4, atol=1e-4)
+
+
+def test_norm_is_instance_norm_without_affine() -> None:
+    kind, options = instance_norm(6)
+    assert kind == "group"
+    norm = nn.GroupNorm(num_channels=6, **options)
+    x = torch.randn(2, 6, 4, 5, 3) * 3 + 1
+    torch.testing.assert_close(norm(x), F.instance_norm(x), rtol=1e-4, atol=1e-5)
+    network = make()
+    norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
+    assert norms and all(m.num_groups == m.num_channels and m.weight is None for m in norms)
+    slopes = {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)}
+    assert slopes == {0.01}
+
+
+def test_every_parameter_gets_a_gradient() -> None:
+    """An unused one would stop DistributedDataParallel."""
+    network = make(hu_bins=4)
+    network(torch.randn(1, 1, 32, 48, 16)).square().mean().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+def test_a_class_token_is_refused() -> None:
+    with pytest.raises(InputError, match="class_token"):
+        SimCroPUNETR(SimCroPEncoder(img_size=(32, 32, 16), **SIZES), 3)
+
+
+def test_torchscript_gives_the_same() -> None:
+    network = make().eval()
+    volume = torch.randn(1, 1, 32, 48, 16)
+    torch.testing.assert_close(torch.jit.script(network)(volume), network(volume), rtol=1e-4, atol=1e-4)
+
+
+def test_autocast_changes_little() -> None:
+    network = make().eval()
+    volume = torch.randn(1, 1, 32, 48, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(volume)
+    assert found.dtype == torch.float32  # convolutions stay in fp32 on a CPU
+    expected = network(volume)
+    assert 0 < (found - expected).abs().mean() < 0.05 * expected.abs().mean() + 0.02
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> tuple[Path, dict]:
+    """encoder.pt of a pre-training with class token and another grid."""
+    torch.manual_seed(1)
+    state = SimCroPEncoder(img_size=(64, 64, 32), patch_size=(16, 16, 8), **SIZES).state_dict()
+    torch.save(state, tmp_path / "encoder.pt")
+    return tmp_path / "encoder.pt", state
+
+
+def test_patch_embedding_and_blocks_are_taken(pretrained: tuple, caplog: pytest.LogCaptureFixture) -> None:
+    path, state = pretrained
+    encoder = make().encoder
+    with caplog.at_level(logging.INFO):
+        load_for_region(encoder, path)
+    filled = {k: v for k, v in encoder.state_dict().items() if k.startswith(("patch_embed.", "blocks."))}
+    assert all(torch.equal(v, state[k]) for k, v in filled.items())
+    assert f"filled {len(filled)} of {len(encoder.state_dict())}" in caplog.text
+    assert torch.equal(encoder.norm.weight, torch.ones(24)) and torch.equal(encoder.norm.bias, torch.zeros(24))
+    assert torch.equal(encoder.pos_embed[0], sincos3d_positions((2, 3, 2), 24))
+
+
+def test_positions_can_be_interpolated(pretrained: tuple) -> None:
+    """The ends of the region get the ends of the pre-trained grid; a grid of the same size gets it unchanged."""
+    path, state = pretrained
+    encoder = load_for_region(make().encoder, path, positions="interpolated", pretrained_img_size=(64, 64, 32))
+    table = state["pos_embed"][0, 1:].reshape(4, 4, 4, 24)
+    found = encoder.pos_embed[0].reshape(2, 3, 2, 24)
+    torch.testing.assert_close(found[0, 0, 0], table[0, 0, 0])
+    torch.testing.assert_close(found[-1, -1, -1], table[-1, -1, -1])
+    torch.testing.assert_close(found[0, 1, 0], (table[0, 1, 0] + table[0, 2, 0]) / 2)
+    same = make((64, 64, 32)).encoder
+    load_for_region(same, path, positions="interpolated", pretrained_img_size=(64, 64, 32))
+    torch.testing.assert_close(same.pos_embed, state["pos_embed"][:, 1:])
+
+
+def test_starting_from_scratch_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    encoder = make().encoder
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    load_for_region(encoder, None)
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+    assert "random weights" in caplog.text and caplog.records[0].levelno == logging.WARNING
+
+
+def test_a_file_that_does_not_fit_is_told(pretrained: tuple, tmp_path: Path) -> None:
+    path, state = pretrained
+    with pytest.raises(InputError, match="absent.pt"):
+        load_for_region(make().encoder, tmp_path / "absent.pt")
+    with pytest.raises(InputError, match="pretrained_img_size"):
+        load_for_region(make().encoder, path, positions="interpolated", pretrained_img_size=(64, 64, 64))
+    with pytest.raises(InputError, match="positions 'learned'"):
+        load_for_region(make().encoder, path, positions="learned")
+    with pytest.raises(InputError, match="blocks"):
+        load_for_region(make(num_layers=5).encoder, path)
+    with pytest.raises(InputError, match="is .*, not"):
+        load_for_region(make(hidden_size=36).encoder, path)
+    torch.save({"weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(InputError, match="fits nothing"):
+        load_for_region(make().encoder, tmp_path / "other.pt")
+
+
+def test_positions_of_another_formula_are_told(pretrained: tuple, tmp_path: Path) -> None:
+    """An imported checkpoint brings the authors' table: the region's must be made by the same formula."""
+    path, state = pretrained
+    state["pos_embed"][0, 1:] = simcrop_positions((4, 4, 4), 24)
+    torch.save(state, path)
+    with pytest.raises(InputError, match="set pos_embed to simcrop"):
+        load_for_region(make().encoder, path)
+    encoder = load_for_region(make(pos_embed="simcrop").encoder, path, pos_embed="simcrop")
+    assert torch.equal(encoder.pos_embed[0], simcrop_positions((2, 3, 2), 24))
