@@ -229,12 +229,12 @@ def msd(
             raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
         if not entry.get("image"):
             raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
-        image = dataset_dir / entry["image"]
-        if not image.exists() and (dataset_dir / "imagesTs" / entry["image"]).exists():
-            image = dataset_dir / "imagesTs" / entry["image"]
+        image = Path(prepared(dataset_dir / entry["image"]))
+        if not image.exists() and os.path.exists(test := prepared(dataset_dir / "imagesTs" / entry["image"])):
+            image = Path(test)
         item = {"image": str(image), "name": _stem(image)}
         if entry.get("label"):
-            item["label"] = str(dataset_dir / entry["label"])
+            item["label"] = prepared(dataset_dir / entry["label"])
         items.append(item)
     if data_fraction < 1:
         count = math.ceil(data_fraction * len(items) - 1e-9)  # see ct_rate for the small number
@@ -403,6 +403,13 @@ def labelled_volumes(
     return rows
 
 
+def prepared(path: str | os.PathLike) -> str:
+    """`path` of a published list, or, where only that is on disk, the uncompressed .nii that stands for its .nii.gz."""
+    path = os.fspath(path)
+    plain = path.removesuffix(".gz")
+    return plain if path.endswith(".nii.gz") and not os.path.exists(path) and os.path.exists(plain) else path
+
+
 def mask_file_name(finding: str) -> str:
     """``Lung nodule`` -> ``lung_nodule.nii.gz``: a finding's mask in a volume's folder under ``masks``."""
     return finding.lower().replace(" ", "_") + ".nii.gz"
@@ -479,7 +486,7 @@ def _ct_rate_reports(root: Path, split: str) -> list[dict]:
             raise InputError(f"{reports_csv}: VolumeName {name!r} is not split_patient_scan_reconstruction: correct it")
         patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
         item = {
-            "image": os.path.join(volumes_dir, patient, scan, f"{name}.nii.gz"),
+            "image": prepared(os.path.join(volumes_dir, patient, scan, f"{name}.nii.gz")),
             "name": name,
             "patient": patient,
             "findings": findings,
@@ -590,7 +597,7 @@ def _patient_of(name: str) -> str:
 def _find_image(dataset_dir: Path, layout: LabelledSet, name: str) -> str | None:
     parts = [*name.split("_"), "", "", ""]
     words = {"split": parts[0], "patient": "_".join(parts[:2]), "scan": "_".join(parts[:3]), "letter": parts[2]}
-    paths = (os.path.join(dataset_dir, place.format(name=name, **words)) for place in layout.images)
+    paths = (prepared(os.path.join(dataset_dir, place.format(name=name, **words))) for place in layout.images)
     return next((path for path in paths if os.path.exists(path)), None)
 
 
