@@ -1,0 +1,460 @@
+"""Preparing data sets: one phantom, written in every layout with its quirks, must come out as the same volume."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import itk
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from scipy.ndimage import map_coordinates
+
+from custom_components.datalists import prepared
+from custom_components.errors import InputError
+from custom_components.phantom import ORGANS, patient
+from custom_components.prepare import Recipe, prepare, prepare_scan, read_manifest
+from custom_components.sources import BTCV, CCCCII, LUNA16, CTRate, RadChestCT, Raw, Scan, Source, Unfit, read_nifti
+
+SHAPE, SPACING = (80, 72, 40), (4.0, 4.5, 8.0)
+PIXDIM = (5.0, 5.0, 10.0)
+RECIPE = {"pixdim": PIXDIM, "antialias": False}
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass
+class Truth:
+    """A phantom in RAS order, and its linear interpolation at any place."""
+
+    volume: np.ndarray
+    organs: np.ndarray
+    affine: np.ndarray
+
+    def at(self, shape: tuple[int, ...], affine: np.ndarray, labels: bool = False) -> np.ndarray:
+        index = np.linalg.inv(self.affine) @ affine
+        grid = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"))
+        places = np.tensordot(index[:3, :3], grid, 1) + index[:3, 3][:, None, None, None]
+        values = self.organs if labels else self.volume.clip(-1000, 1000).astype(float)
+        return map_coordinates(values, places, order=0 if labels else 1, mode="nearest")
+
+
+@pytest.fixture(scope="module")
+def truth() -> Truth:
+    p = patient(np.random.default_rng(3), SHAPE, SPACING, {"Lung nodule": 1.0})
+    return Truth(p.volume, p.organs, p.affine)
+
+
+def save(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(array, affine), path)
+
+
+def save_mhd(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image = itk.image_from_array(np.ascontiguousarray(array.T))
+    lps = LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    image.SetSpacing(spacing.tolist())
+    image.SetOrigin(lps[:3, 3].tolist())
+    image.SetDirection(itk.matrix_from_array(lps[:3, :3] / spacing))
+    itk.imwrite(image, str(path))
+
+
+def turned(truth: Truth, codes: str) -> tuple[np.ndarray, np.ndarray]:
+    """The phantom with its axes in another order and direction, and the affine of that."""
+    to = nib.orientations.axcodes2ornt(codes)
+    ornt = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("RAS"), to)
+    array = nib.orientations.apply_orientation(truth.volume, ornt)
+    return array, truth.affine @ nib.orientations.inv_ornt_aff(ornt, truth.volume.shape)
+
+
+def load(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """A prepared file as any tool reads it, in RAS order."""
+    image = nib.load(path)
+    assert nib.aff2axcodes(image.affine) == ("S", "A", "R")
+    image = nib.as_closest_canonical(image)
+    array = np.asanyarray(image.dataobj)
+    np.testing.assert_allclose(image.header.get_zooms(), PIXDIM, rtol=1e-5)
+    return array, image.affine
+
+
+def only(source: Source) -> Scan:
+    (scan,) = source.scans()
+    return scan
+
+
+def prepared_like(truth: Truth, source: Source, folder: Path, tolerance: float = 1.0, **keys: object) -> dict:
+    """Prepare the only scan of a source and compare it with the truth at every voxel."""
+    scan = only(source)
+    row = prepare_scan(source, scan, Recipe(**RECIPE | keys), folder)
+    array, affine = load(folder / scan.output)
+    assert array.dtype == np.int16 and array.min() >= -1000
+    error = np.abs(array - truth.at(array.shape, affine))
+    assert error.max() <= tolerance, error.max()
+    assert array.size * np.prod(PIXDIM) == pytest.approx(truth.volume.size * np.prod(SPACING), rel=0.1)
+    assert not list(folder.rglob("*.part"))
+    return row
+
+
+def centred(truth: Truth) -> Truth:
+    """The same phantom around 0 mm, for layouts that lose the position."""
+    affine = truth.affine.copy()
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(SHAPE) - 1) / 2)
+    return Truth(truth.volume, truth.organs, affine)
+
+
+def write_metadata(root: Path, **changes: str) -> None:
+    row = {
+        "VolumeName": "train_1_a_1.nii.gz",
+        "RescaleSlope": "2",
+        "RescaleIntercept": "-1024",
+        "XYSpacing": "[4.0, 4.5]",
+        "ZSpacing": "8.0",
+    } | changes
+    (root / "dataset" / "metadata").mkdir(parents=True, exist_ok=True)
+    pd.DataFrame([row]).to_csv(root / "dataset" / "metadata" / "train_metadata.csv", index=False)
+
+
+V1 = "dataset/train/train_1/train_1_a/train_1_a_1.nii.gz"
+V2 = "dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz"
+
+
+@pytest.mark.parametrize("placed", [True, False])
+def test_ct_rate_v1_takes_what_its_header_lacks_from_the_table(truth: Truth, tmp_path: Path, placed: bool) -> None:
+    array, affine = turned(truth, "LPS")
+    position = str((LPS @ affine)[:3, 3].tolist())
+    placing = {"ImageOrientationPatient": "[1, 0, 0, 0, 1, 0]", "ImagePositionPatient": position} if placed else {}
+    write_metadata(tmp_path, **placing)
+    raw = (array.clip(-1024, 3071) + 1024) // 2  # slope 2
+    save(tmp_path / V1, raw.astype(np.int16), np.eye(4))
+    row = prepared_like(truth if placed else centred(truth), CTRate(tmp_path), tmp_path / "out", tolerance=2)
+    assert row["version"] == "v1"
+
+
+def test_a_blank_header_over_right_hu_is_not_rescaled(truth: Truth, tmp_path: Path) -> None:
+    array, _ = turned(truth, "LPS")
+    write_metadata(tmp_path, RescaleSlope="1")
+    save(tmp_path / V1, array, np.eye(4))
+    row = prepared_like(centred(truth), CTRate(tmp_path), tmp_path / "out")
+    assert row["version"] == "v1 header, HU right"
+
+
+@pytest.mark.parametrize("codes", ["LPS", "RAS", "SAR", "PIL", "ARI"])
+def test_ct_rate_v2_of_any_axis_order_is_never_rescaled(truth: Truth, tmp_path: Path, codes: str) -> None:
+    array, affine = turned(truth, codes)
+    array = array.copy()
+    edge = np.zeros(array.shape, bool)
+    edge[0, :3, :3] = True
+    array[edge & (array < -900)] = -3024  # outside the field of view: clipped before it is interpolated
+    write_metadata(tmp_path)
+    save(tmp_path / V2, array, affine)
+    row = prepared_like(truth, CTRate(tmp_path), tmp_path / "out")
+    assert row["version"] == "v2" and row["orientation"] == codes and sorted(row["spacing"].split()) == ["4", "4.5", "8"]
+
+
+def test_v2_header_without_rescaling_is_rescaled_once(truth: Truth, tmp_path: Path) -> None:
+    write_metadata(tmp_path, RescaleSlope="1")
+    save(tmp_path / V2, truth.volume + np.int16(1024), truth.affine)
+    assert "was missing" in prepared_like(truth, CTRate(tmp_path), tmp_path / "out")["version"]
+
+
+def test_rescaled_twice_is_refused(truth: Truth, tmp_path: Path) -> None:
+    write_metadata(tmp_path, RescaleSlope="1")
+    save(tmp_path / V2, truth.volume - np.int16(1024), truth.affine)
+    with pytest.raises(Unfit, match="not HU") as refused:
+        prepare_scan(source := CTRate(tmp_path), only(source), Recipe(**RECIPE), tmp_path / "out")
+    assert refused.value.reason == "not_hu"
+
+
+def test_ct_clips_layout_without_affine(truth: Truth, tmp_path: Path) -> None:
+    array, _ = turned(truth, "SLP")
+    path = tmp_path / "train_preprocessed" / "train_1" / "train_1a" / "train_1_a_1.npz"
+    path.parent.mkdir(parents=True)
+    np.savez(path, (array.clip(-1000, 1000) / 1000).astype(np.float32))
+    source = CTRate(tmp_path, preprocessed_spacing=SPACING)
+    assert only(source).output == V2.removesuffix(".gz")
+    row = prepared_like(centred(truth), source, tmp_path / "out")
+    assert "times 1000" in row["version"]
+    path.unlink()
+    save(path.with_suffix(".nii.gz"), turned(truth, "LPS")[0], np.eye(4))
+    prepared_like(centred(truth), CTRate(tmp_path, preprocessed_spacing=SPACING), tmp_path / "out")
+
+
+def test_oblique_axes_are_kept_and_a_tilted_gantrys_straightened(truth: Truth, tmp_path: Path) -> None:
+    for name, angle, shear in (("oblique", 0.3, 0.0), ("tilted", 0.0, 0.25)):
+        move = np.eye(4)
+        move[1:3, 1:3] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        move[1, 2] += shear  # y moves with z
+        source = tmp_path / name
+        write_metadata(source, XYSpacing="[4.0, 4.5]", ZSpacing=str(8 * np.hypot(1, shear)))
+        save(source / V2, truth.volume, move @ truth.affine)
+        moved = Truth(truth.volume, truth.organs, move @ truth.affine)
+        if shear:
+            prepare_scan(read := CTRate(source), only(read), Recipe(**RECIPE), source / "out")
+            array, affine = load(source / "out" / only(read).output)
+            expected = moved.at(array.shape, affine)
+            inside = array > -1000  # where the scan does not reach, the lowest HU stands
+            # interpolated twice, so smoother than the noise of the truth
+            assert np.corrcoef(array[inside], expected[inside])[0, 1] > 0.97
+            assert abs((array[inside] - expected[inside]).mean()) < 10
+            axes = affine[:3, :3] / PIXDIM
+            np.testing.assert_allclose(axes.T @ axes, np.eye(3), atol=1e-5)
+        else:
+            prepared_like(moved, CTRate(source), source / "out")
+
+
+def test_rad_chest_ct(truth: Truth, tmp_path: Path) -> None:
+    array, _ = turned(truth, "IPL")
+    np.savez_compressed(tmp_path / "trn00001.npz", ct=array)
+    row = prepared_like(centred(truth), RadChestCT(tmp_path, spacing=(8.0, 4.5, 4.0)), tmp_path / "out")
+    assert "IPL and 8 x 4.5 x 4 mm assumed" in row["version"]
+
+
+def test_cc_ccii_slices_out_of_order_and_of_mixed_sizes(truth: Truth, tmp_path: Path) -> None:
+    array, _ = turned(truth, "IPL")
+    grey = np.rint((array.clip(-1000, 1000) + 1000) / 2000 * 255).astype(np.uint8)
+    folder = tmp_path / "NCP" / "12" / "3699"
+    folder.mkdir(parents=True)
+    for i, picture in enumerate(grey):  # "10.png" sorts before "2.png"
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    odd = Image.open(folder / "5.png")
+    odd.resize((odd.width * 2, odd.height * 2), Image.Resampling.NEAREST).save(folder / "5.png")
+    source = CCCCII(tmp_path, spacing=(8.0, 4.5, 4.0))
+    assert only(source).output == "images_resized/3699.nii"
+    quantised = centred(truth)
+    quantised.volume = np.rint(np.transpose(grey, (2, 1, 0))[::-1, ::-1, ::-1] / 255 * 2000 - 1000)
+    scan = only(source)
+    row = prepare_scan(source, scan, Recipe(**RECIPE, check_hu=False, min_lung_share=0), tmp_path / "out")
+    array, affine = load(tmp_path / "out" / scan.output)
+    error = np.abs(array - quantised.at(array.shape, affine))
+    assert np.percentile(error, 95) <= 1  # all but what lies beside the resized slice
+    assert "window [-1000, 1000]" in row["version"] and "1 of 40 slices resized to 80 x 72" in row["version"]
+
+
+def test_luna16_with_its_lung_mask(truth: Truth, tmp_path: Path) -> None:
+    array, affine = turned(truth, "LPS")
+    save_mhd(tmp_path / "subset3" / "1.2.3.mhd", array, affine)
+    mask = np.select([truth.organs == ORGANS["left lung"], truth.organs == ORGANS["right lung"]], [3, 4], 0)
+    mask[truth.organs == ORGANS["trachea"]] = 5
+    labels = Truth(truth.volume, mask.astype(np.uint8), truth.affine)
+    save_mhd(tmp_path / "seg-lungs-LUNA16" / "1.2.3.mhd", mask.astype(np.uint8)[::-1, ::-1], affine)
+    prepared_like(truth, LUNA16(tmp_path), tmp_path / "out")
+    found, place = load(tmp_path / "out" / "masks_processed" / "1.2.3.nii")
+    image, _ = load(tmp_path / "out" / "images" / "1.2.3.nii")
+    assert found.dtype == np.uint8 and found.shape == image.shape and set(np.unique(found)) == {0, 1, 2, 3}
+    expected = labels.at(found.shape, place, labels=True)
+    expected = np.where(expected >= 3, expected - 2, 0)
+    assert (found == expected).mean() > 0.995  # nearest is ambiguous half way between voxels
+    assert prepared(tmp_path / "out" / "images" / "1.2.3.nii.gz").endswith("1.2.3.nii")
+
+
+def test_btcv_and_a_label_that_lies_elsewhere(truth: Truth, tmp_path: Path) -> None:
+    save(tmp_path / "imagesTr" / "img0001.nii.gz", truth.volume, truth.affine)
+    save(tmp_path / "labelsTr" / "label0001.nii.gz", truth.organs, truth.affine)
+    prepared_like(truth, BTCV(tmp_path), tmp_path / "out")
+    found, place = load(tmp_path / "out" / "labelsTr" / "label0001.nii")
+    assert (found == truth.at(found.shape, place, labels=True)).mean() > 0.995
+    moved = truth.affine.copy()
+    moved[0, 3] += 40
+    save(tmp_path / "labelsTr" / "label0001.nii.gz", truth.organs, moved)
+    with pytest.raises(Unfit, match="lies elsewhere"):
+        prepare_scan(source := BTCV(tmp_path), only(source), Recipe(**RECIPE), tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.nii"))  # nothing stale is left of a scan that fails now
+
+
+def test_antialiasing_is_nearer_to_a_phantom_made_at_that_size(tmp_path: Path) -> None:
+    """The same patient, sampled fine and coarse: 2.0 x 2.0 x 2.5 mm with noise against 5 x 5 x 10 mm without."""
+    rng = np.random.default_rng
+    fine, coarse = (patient(rng(5), s, d, {}) for s, d in (((150, 150, 128), (2, 2, 2.5)), ((60, 60, 32), (5, 5, 10))))
+    target = Truth(coarse.volume, coarse.organs, coarse.affine)
+    errors = {}
+    for antialias in (True, False):
+        save(tmp_path / V2, fine.volume, fine.affine)
+        prepare_scan(source := CTRate(tmp_path), only(source), Recipe(PIXDIM, antialias=antialias), tmp_path / "out")
+        array, affine = load(tmp_path / "out" / only(source).output)
+        errors[antialias] = np.sqrt(((array - target.at(array.shape, affine)) ** 2).mean())
+    assert errors[True] < 0.95 * errors[False], errors
+
+
+@pytest.mark.parametrize(
+    "reason, change",
+    [
+        ("wrong_dimensions", lambda v, a: (np.stack([v, v], -1), a)),
+        ("few_slices", lambda v, a: (v[:, :, :2], a)),
+        ("spacing", lambda v, a: (v, a @ np.diag([0.001, 0.001, 0.001, 1]))),
+        ("spacing", lambda v, a: (v, np.diag([0.0, 1, 1, 1]) @ a)),
+        ("non_finite", lambda v, a: (np.where(v == v.max(), np.nan, v).astype(np.float32), a)),
+        ("empty", lambda v, a: (np.full_like(v, -1000), a)),
+        ("not_hu", lambda v, a: (v // 20, a)),
+        ("little_lung", lambda v, a: (np.where((v < -300) & (v > -960), 40, v).astype(np.int16), a)),
+    ],
+)
+def test_reasons(truth: Truth, tmp_path: Path, reason: str, change: Callable) -> None:
+    array, affine = change(truth.volume, truth.affine)
+    path = tmp_path / "imagesTr" / "img0001.nii"
+    path.parent.mkdir()
+    header = nib.Nifti1Header()
+    image = nib.Nifti1Image(array, affine, header)
+    image.set_qform(None, 0)
+    nib.save(image, path)
+    with pytest.raises(Unfit) as refused:
+        prepare_scan(source := BTCV(tmp_path), only(source), Recipe(**RECIPE), tmp_path / "out")
+    assert refused.value.reason == reason and str(path) in str(refused.value)
+    assert not list((tmp_path / "out").rglob("*.nii"))
+
+
+# ------------------------------------------------------------------------------------------------- many processes
+
+
+class Hostile(BTCV):
+    """A source whose reading kills its process, or hangs, by the name of the file."""
+
+    def read(self, scan: Scan) -> Raw:
+        if "kill" in scan.name:
+            os.kill(os.getpid(), 9)
+        if "hang" in scan.name:
+            time.sleep(600)
+        return read_nifti(scan.image)
+
+
+def test_a_crash_or_a_hang_costs_its_volume_alone_and_a_restart_skips_the_rest(truth: Truth, tmp_path: Path) -> None:
+    for name in ("a", "b_kill", "c", "d_hang", "e", "f"):
+        save(tmp_path / "raw" / "imagesTr" / f"{name}.nii.gz", truth.volume, truth.affine)
+    (tmp_path / "raw" / "imagesTr" / "f.nii.gz").write_bytes(b"no gzip")
+    out = tmp_path / "out"
+
+    def run(source: Source, **keys: object) -> None:
+        prepare(source, out, **RECIPE, num_workers=2, timeout_minutes=0.1, **keys)
+
+    with pytest.raises(InputError, match="3 of 6 volumes failed"):
+        run(Hostile(tmp_path / "raw"))
+    table = pd.read_csv(out / "manifest.csv").set_index("name")
+    assert table["reason"].dropna().to_dict() == {
+        "imagesTr/b_kill": "crashed",
+        "imagesTr/d_hang": "timeout",
+        "imagesTr/f": "unreadable",
+    }
+    assert table.loc["imagesTr/c", "checks"] == "duplicate of imagesTr/a"
+    assert "| timeout | 1 |" in (out / "summary.md").read_text() and (out / "contact_sheet.png").stat().st_size > 10_000
+    assert not list(out.rglob("*.part")) and len(list(out.rglob("*.nii"))) == 3
+
+    # what is done is kept; what has changed, is damaged or has failed is done again
+    times = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.nii")}
+    for name in ("b_kill", "d_hang"):
+        (tmp_path / "raw" / "imagesTr" / f"{name}.nii.gz").unlink()
+    save(tmp_path / "raw" / "imagesTr" / "f.nii.gz", truth.volume, truth.affine)
+    (out / "imagesTr" / "c.nii").write_bytes(b"cut")
+    with open(out / "manifest" / "shard_1_of_1.csv", "a") as manifest:
+        manifest.write("imagesTr/e,failed,cut o")  # a kill in the midst of a line
+    run(Hostile(tmp_path / "raw"))
+    after = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.nii")}
+    assert sorted(after) == ["a.nii", "c.nii", "e.nii", "f.nii"]
+    assert {name for name in times if after[name] == times[name]} == {"a.nii", "e.nii"}
+
+
+def test_shards_share_the_work_and_the_manifest(truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(3):
+        save(tmp_path / "raw" / "imagesTr" / f"{i}.nii.gz", truth.volume, truth.affine)
+    out = tmp_path / "out"
+    prepare(BTCV(tmp_path / "raw"), out, **RECIPE, num_workers=1, shard="2/2", compress=True)
+    assert set(read_manifest(out)) == {"imagesTr/1"}
+    prepare(BTCV(tmp_path / "raw"), out, **RECIPE, num_workers=1, shard="1/2", compress=True)
+    assert len(pd.read_csv(out / "manifest.csv")) == 3 and len(list(out.rglob("*.nii.gz"))) == 3
+    assert nib.load(out / "imagesTr" / "1.nii.gz").shape[0] == 32
+    with pytest.raises(InputError, match="shard is '3/2'"):
+        prepare(BTCV(tmp_path / "raw"), out, **RECIPE, shard="3/2")
+
+
+# ------------------------------------------------------------------------------------------------------------ fuzz
+
+
+def damaged(content: bytes, rng: random.Random) -> bytes:
+    """Cut off, or with bytes changed, or with a part taken out."""
+    kind = rng.randrange(3)
+    at = rng.randrange(len(content))
+    if kind == 0:
+        return content[:at]
+    if kind == 1:
+        changed = bytearray(content)
+        for _ in range(rng.randrange(1, 9)):
+            changed[rng.randrange(len(changed))] ^= rng.randrange(1, 256)
+        return bytes(changed)
+    return content[:at] + content[at + rng.randrange(1, 200) :]
+
+
+FUZZED = {
+    "nii.gz": lambda root: (BTCV(root), root / "imagesTr" / "a.nii.gz"),
+    "npz": lambda root: (RadChestCT(root, spacing=(8.0, 4.5, 4.0)), root / "a.npz"),
+    "png": lambda root: (CCCCII(root, spacing=(8.0, 4.5, 4.0)), root / "1" / "3" / "7.png"),
+    "mhd": lambda root: (LUNA16(root), root / "subset0" / "a.mhd"),
+}
+
+
+def fuzz(truth: Truth, root: Path, kind: str, cases: int) -> int:
+    """Number of damaged files, of `cases`, of which a volume was made that is not the sound file's."""
+    small = truth.volume[::2, ::2, ::2]
+    array = small[::-1, ::-1, ::-1].transpose(2, 1, 0)
+    affine = truth.affine @ np.diag([2.0, 2.0, 2.0, 1.0])
+    save(root / "imagesTr" / "a.nii.gz", small, affine)
+    np.savez_compressed(root / "a.npz", ct=array)
+    (root / "1" / "3").mkdir(parents=True)
+    for i, picture in enumerate(((array.clip(-1000, 1000) + 1000) / 2000 * 255).astype(np.uint8)):
+        Image.fromarray(picture).save(root / "1" / "3" / f"{i}.png")
+    save_mhd(root / "subset0" / "a.mhd", small, affine)
+    source, path = FUZZED[kind](root)
+    scan = only(source)
+    sound = path.read_bytes()
+    recipe = Recipe(**RECIPE, check_hu=kind != "png", min_lung_share=0)
+    out = root / "out"
+    expected = prepare_scan(source, scan, recipe, out)["voxels_hash"]
+    wrong = 0
+    for case in range(cases):
+        broken = damaged(sound, random.Random(case))
+        if broken == sound:
+            continue
+        path.write_bytes(broken)
+        try:
+            wrong += prepare_scan(source, scan, recipe, out)["voxels_hash"] != expected
+        except Unfit as refused:
+            assert refused.reason and "\n" not in str(refused)
+            assert not (out / scan.output).exists()
+        assert not list(out.rglob("*.part"))
+    return wrong
+
+
+@pytest.mark.parametrize("kind", ["nii.gz", "npz", "png"])
+def test_no_damaged_file_makes_a_volume(truth: Truth, tmp_path: Path, kind: str) -> None:
+    assert fuzz(truth, tmp_path, kind, 80) == 0
+
+
+def test_a_damaged_mhd_header_crashes_nothing(truth: Truth, tmp_path: Path) -> None:
+    fuzz(truth, tmp_path, "mhd", 80)  # its numbers have no checksum: another spacing is a sound file
+
+
+def test_a_raw_that_is_cut_off_makes_no_volume(truth: Truth, tmp_path: Path) -> None:
+    save_mhd(tmp_path / "subset0" / "a.mhd", truth.volume, truth.affine)
+    raw = tmp_path / "subset0" / "a.raw"
+    raw.write_bytes(raw.read_bytes()[:-2])
+    with pytest.raises(Unfit, match="a.raw has") as refused:
+        prepare_scan(source := LUNA16(tmp_path), only(source), Recipe(**RECIPE), tmp_path / "out")
+    assert refused.value.reason == "unreadable"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["nii.gz", "npz", "png"])
+def test_no_damaged_file_makes_a_volume_of_many(truth: Truth, tmp_path: Path, kind: str) -> None:
+    assert fuzz(truth, tmp_path, kind, 2000) == 0
+
+
+def test_gzip_of_several_members_is_read_whole(truth: Truth, tmp_path: Path) -> None:
+    content = nib.Nifti1Image(truth.volume, truth.affine).to_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(gzip.compress(content[:5000]) + gzip.compress(content[5000:]))
+    np.testing.assert_array_equal(read_nifti(tmp_path / "a.nii.gz").voxels, truth.volume)
