@@ -193,7 +193,9 @@ def _check_voxels(scan: Scan, raw: Raw, recipe: Recipe) -> np.ndarray:
         count = int((~np.isfinite(raw.voxels)).sum())
         raise Unfit("non_finite", f"{scan.image} holds NaN or infinity in {count} voxels: download it again")
     if not np.isfinite([raw.slope, raw.intercept]).all() or raw.slope == 0:
-        raise Unfit("not_hu", f"{scan.image} has a rescaling of {raw.slope:g} x + {raw.intercept:g}: correct its header")
+        raise Unfit(
+            "not_hu", f"{scan.image} has a rescaling of {raw.slope:g} x + {raw.intercept:g}: correct its header"
+        )
     low, middle, high = np.percentile(raw.sample(), (0.5, 50, 99.5))
     if low == high:
         raise Unfit("empty", f"{scan.image} holds {low:g} everywhere: download it again")
@@ -410,7 +412,9 @@ def _run_pool(
                         answer = {"status": "failed", "reason": "crashed", "message": message}
                 elif time.monotonic() > worker.deadline:
                     worker.end()
-                    message = f"{worker.scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes"
+                    message = (
+                        f"{worker.scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes"
+                    )
                     answer = {"status": "failed", "reason": "timeout", "message": message}
                 else:
                     continue
@@ -563,7 +567,9 @@ def prepare(
     every_scan = source.scans()
     mine = every_scan[part::parts]
     rows = read_manifest(folder)
-    waiting = [s for s in tqdm(mine, "verifying", delay=5) if not _is_done(s, rows.get(s.name), recipe_hash, recipe, folder)]
+    waiting = [
+        s for s in tqdm(mine, "verifying", delay=5) if not _is_done(s, rows.get(s.name), recipe_hash, recipe, folder)
+    ]
     try:
         manifest = _Manifest(folder / "manifest" / f"shard_{part + 1}_of_{parts}.csv")
         if part == 0:

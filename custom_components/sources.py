@@ -132,7 +132,9 @@ def _check_mhd(path: Path) -> None:
     if header["ElementDataFile"] in ("LOCAL", "LIST") or not data.is_file():
         raise FileNotFoundError(f"its voxels, {data.name}, are not beside it")
     sizes = {"MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_FLOAT": 4}
-    expected = sizes.get(header["ElementType"], 8) * int(np.prod([int(n) for n in header["DimSize"].split()], dtype=object))
+    expected = sizes.get(header["ElementType"], 8) * int(
+        np.prod([int(n) for n in header["DimSize"].split()], dtype=object)
+    )
     if header.get("CompressedData", "False").lower() != "true" and data.stat().st_size != expected:
         raise EOFError(f"{data.name} has {data.stat().st_size} bytes, and the header tells of {expected}")
 
@@ -153,16 +155,16 @@ def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Se
     return Raw(voxels, affine_from(axcodes, spacing, voxels.shape), version=f"npz, {_assumed(axcodes, spacing)}")
 
 
-def read_slices(
-    folder: str | os.PathLike, window: Sequence[float], axcodes: str, spacing: Sequence[float]
-) -> Raw:
+def read_slices(folder: str | os.PathLike, window: Sequence[float], axcodes: str, spacing: Sequence[float]) -> Raw:
     """8-bit pictures, one a slice, in natural order ("2.png" before "10.png"); grey 0 and 255 are the window's ends.
 
     Slices of another size than most are resampled to that of most.
     """
     paths = _slices(Path(folder))
     if len(paths) < 3:
-        raise Unfit("few_slices", f"{folder} holds {len(paths)} slices, and a volume has three or more: download it again")
+        raise Unfit(
+            "few_slices", f"{folder} holds {len(paths)} slices, and a volume has three or more: download it again"
+        )
     pictures = []
     for path in paths:
         try:
@@ -232,7 +234,9 @@ class Source:
     def __init__(self, dataset_dir: str | os.PathLike) -> None:
         self.dataset_dir = str(Path(dataset_dir).expanduser())
         if not os.path.isdir(self.dataset_dir):
-            raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that the data set was downloaded to")
+            raise InputError(
+                f"dataset_dir {dataset_dir} is no folder: give the one that the data set was downloaded to"
+            )
 
     def scans(self) -> list[Scan]:
         """All scans, sorted by name, each name once."""
