@@ -2,7 +2,7 @@
 
 A prepared volume is a NIfTI file of int16 HU, clipped, at `pixdim` mm, whose axes lie within 45 degrees of R, A, S. On
 disk z is its fastest axis (axis codes SAR), so that a memory map of an uncompressed file, turned to RAS, is a
-C-contiguous array of which a random crop reads only what it needs. The affine tells all that: any viewer shows it right.
+C-contiguous array of which a random crop reads only what it needs. The affine tells it: any viewer is right.
 """
 
 from __future__ import annotations
@@ -663,7 +663,7 @@ def _replace_text(path: Path, text: str) -> None:
 
 
 def summarize(folder: Path, rows: Sequence[Mapping[str, str]], expected: int) -> dict[str, Mapping[str, str]]:
-    """Write ``manifest.csv``, ``failed.csv`` and ``summary.md`` of all shards so far; returns the failed rows by name."""
+    """Write ``manifest.csv``, ``failed.csv`` and ``summary.md`` of all shards so far -> the failed rows by name."""
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     ok = table[table["status"] == "ok"].copy()
     same = {key: list(names) for key, names in ok.groupby("voxels_hash")["name"] if len(names) > 1}

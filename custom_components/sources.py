@@ -169,6 +169,8 @@ def read_slices(folder: str | os.PathLike, window: Sequence[float], axcodes: str
     for path in paths:
         try:
             with Image.open(path) as picture:
+                picture.verify()  # a PNG's checksums, which reading passes over; a JPEG has none
+            with Image.open(path) as picture:
                 pictures.append(picture.convert("L"))
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and struct.error for damaged files
             raise ValueError(f"{path.name}: {_first_line(error)}") from error
@@ -225,7 +227,7 @@ class Source:
 
     Attributes:
         tables: files and folders of lists, labels and reports, which are copied beside the prepared volumes.
-        label_values: value in a published label map -> value in the prepared one, all others 0; empty: kept as they are.
+        label_values: value in a published label map -> value in the prepared one, all others 0; empty: kept.
     """
 
     tables: tuple[str, ...] = ()
@@ -349,17 +351,14 @@ class CTRate(Source):
                 )
         rescaled = Raw(raw.voxels, raw.affine, raw.slope * slope, raw.intercept * slope + intercept)
         # Where a header is blank, the rescaling most likely is missing too; where it is right, it most likely is done.
-        candidates = [(rescaled, True), (raw, False)] if blank else [(raw, False), (rescaled, True)]
-        for candidate, applied in candidates:
-            if is_hu(candidate.sample()):
-                break
+        candidates = [rescaled, raw] if blank else [raw, rescaled]
+        # where neither is HU, the checks refuse the first
+        chosen = next((candidate for candidate in candidates if is_hu(candidate.sample())), candidates[0])
+        if chosen is rescaled:
+            chosen.version = "v1" if blank else "v2 header, rescaling was missing"
         else:
-            candidate, applied = candidates[0]  # which the checks will refuse
-        version = {(True, True): "v1", (False, False): "v2"}
-        candidate.version = version.get(
-            (blank, applied), "v1 header, HU right" if blank else "v2 header, rescaling was missing"
-        )
-        return candidate
+            chosen.version = "v1 header, HU right" if blank else "v2"
+        return chosen
 
     def _read_preprocessed(self, scan: Scan) -> Raw:
         suffix = ".npz" if scan.image.endswith(".npz") else ".nii.gz"
