@@ -527,7 +527,12 @@ class LastStep:
         self.max_steps = max_steps
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
+
+    def epoch_started(self, engine: Engine) -> None:
+        if engine.state.iteration >= self.max_steps:  # gone on from the checkpoint of a finished training
+            engine.terminate()
 
     def iteration_completed(self, engine: Engine) -> None:
         if engine.state.iteration >= self.max_steps:
@@ -577,6 +582,11 @@ class KeepBest:
     def attach(self, engine: Engine) -> None:
         """``engine``: the trainer."""
         self.evaluator.add_event_handler(Events.COMPLETED, self.compare, engine)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
+
+    def epoch_started(self, engine: Engine) -> None:
+        if self.exhausted:  # gone on from the checkpoint of a training that had ended so
+            engine.terminate()
 
     def compare(self, evaluator: Engine, trainer: Engine) -> None:
         metrics = evaluator.state.metrics
@@ -599,7 +609,7 @@ class KeepBest:
 
     @property
     def exhausted(self) -> bool:
-        """Whether patience is at its end: a training that is gone on from its checkpoint has nothing left to do."""
+        """Whether patience is at its end."""
         return self.patience is not None and self.waited >= self.patience
 
     def restore(self) -> None:

@@ -106,7 +106,9 @@ def _read_nifti(path: Path) -> MetaTensor:
     if voxels.dtype != np.int16:
         voxels = voxels.astype(np.float32)
     channels = voxels[None] if voxels.ndim < 4 else np.moveaxis(voxels, -1, 0)
-    meta = {"filename_or_obj": str(path)}
+    # as LoadImage has them: what a map made of the scan needs to come back to its grid
+    grid = {"original_affine": image.affine, "spatial_shape": np.array(channels.shape[1:])}
+    meta = {"filename_or_obj": str(path)} | grid
     return MetaTensor(torch.from_numpy(channels), affine=torch.from_numpy(image.affine), meta=meta)
 
 
