@@ -388,7 +388,7 @@ SLICER = {"classes": ["left lung", "right lung"], "pixdim": [3.05, 3.05, 10.0]}
 
 def test_learns_lungs_of_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
     """A few seconds of training on the scan that is tested, with real labels: both lungs, on their own sides."""
-    keys = {"max_epochs": 25, "val_interval": 25, "num_samples": 2, "learning_rate": 0.01}
+    keys = {"max_epochs": 40, "val_interval": 40, "num_samples": 2, "learning_rate": 0.01}
     assert overfit(run_here, real_lungs(tmp_path), **keys | SLICER)["mean"] > 0.2
 
 
