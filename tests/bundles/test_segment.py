@@ -143,7 +143,7 @@ def test_training_resumes_and_draws(run_here: Callable, cohort: dict, tmp_path: 
     run_here("training", TRAIN, **cohort | {"max_epochs": 1, "evaluate_after_training": False})
     run_here("training", TRAIN, **cohort)
     checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["trainer"]["iteration"] == 8 and checkpoint["selection"]["best"] > 0
+    assert checkpoint["trainer"]["iteration"] == 8 and checkpoint["selection"]["epoch"] >= 1
     events = EventAccumulator(str(tmp_path / "eval" / "tensorboard"), size_guidance={"images": 0}).Reload()
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 9))
     assert [event.step for event in events.Images("validation/contours")] == [1, 2]
@@ -388,7 +388,7 @@ SLICER = {"classes": ["left lung", "right lung"], "pixdim": [3.05, 3.05, 10.0]}
 
 def test_learns_lungs_of_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
     """A few seconds of training on the scan that is tested, with real labels: both lungs, on their own sides."""
-    keys = {"max_epochs": 40, "val_interval": 40, "num_samples": 2, "learning_rate": 0.01}
+    keys = {"max_epochs": 100, "val_interval": 100, "num_samples": 2, "learning_rate": 0.01}
     assert overfit(run_here, real_lungs(tmp_path), **keys | SLICER)["mean"] > 0.2
 
 
