@@ -441,7 +441,7 @@ class Checkpointer:
             except (RuntimeError, ValueError, KeyError) as error:
                 raise InputError(
                     f"{path}: its {name} does not fit the config; resume with the keys it was trained with, or "
-                    "start anew with --resume None or another --models_dir"
+                    "start anew with --resume null or another --models_dir"
                 ) from error
         self._restore_position(path, engine, content["trainer"])
         self.resumed = True
@@ -455,7 +455,7 @@ class Checkpointer:
                 content = load_file(path)
             except InputError as error:
                 if path == found[-1]:
-                    raise InputError(f"{error}; no other is kept: start anew with --resume None") from error
+                    raise InputError(f"{error}; no other is kept: start anew with --resume null") from error
                 logger.warning(f"{error}; going on from the one before it")
                 continue
             return path, content
@@ -469,7 +469,7 @@ class Checkpointer:
         if self.resume == "auto":
             raise InputError(
                 f"{path}: was trained by another recipe ({told}). Give the old values to go on, --models_dir another "
-                f"folder or --resume None to start anew, or --resume {path} to go on by the new recipe"
+                f"folder or --resume null to start anew, or --resume {path} to go on by the new recipe"
             )
         logger.warning(f"{path}: going on by another recipe ({told})")
 
@@ -488,7 +488,7 @@ class Checkpointer:
         if state.epoch >= state.max_epochs:
             logger.info(
                 f"{path}: training has had {state.epoch} of {state.max_epochs} epochs and is finished; raise "
-                "max_epochs to train on, or train anew with --resume None"
+                "max_epochs to train on, or train anew with --resume null"
             )
         else:
             logger.info(

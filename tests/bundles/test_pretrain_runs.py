@@ -202,7 +202,7 @@ def test_a_finished_run_refuses_another_recipe_until_told(unbroken: Path, start:
     keys = {"evaluate_after_training": False, "models_dir": unbroken / "m", "negatives": "report"}
     job = start(**keys)
     assert job.wait() == 1
-    one_error(job.stderr, "negatives was both and is report", "--resume None")
+    one_error(job.stderr, "negatives was both and is report", "--resume null")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")

@@ -365,7 +365,7 @@ def test_a_truncated_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, 
     assert_same(path, expected)
     previous.write_bytes(content[:50])
     path.write_bytes(content[:50])
-    with pytest.raises(InputError, match="checkpoint_previous.pt: not a readable .* start anew with --resume None"):
+    with pytest.raises(InputError, match="checkpoint_previous.pt: not a readable .* start anew with --resume null"):
         restored(tmp_path)
 
 
