@@ -32,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 
 from custom_components.distributed import from_rank_zero, rank, world_size
 from custom_components.errors import InputError
+from custom_components.files import remove_temporary
 from custom_components.loading import SeededDataLoader
 from custom_components.probe import LinearProbe
 from custom_components.simcrop import VolumeEmbedder, similarity, upsample_patches
@@ -41,7 +42,6 @@ from custom_components.weights import (
     fingerprint,
     frozen_parameters,
     load_file,
-    remove_temporary,
     save_atomically,
 )
 

@@ -23,6 +23,7 @@ from custom_components.datalists import CT_SUFFIXES
 from custom_components.distributed import rank, world_size
 from custom_components.engines import ReadableLoader
 from custom_components.errors import InputError
+from custom_components.files import replacing
 from custom_components.loading import SeededDataLoader, mixed_seed
 from custom_components.probe import LinearProbe
 
@@ -285,7 +286,8 @@ class FeatureCache:
                 with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                     features = torch.cat([self.network.features(chunk) for chunk in views]).float().cpu().numpy()
                 for file, feature in zip(missing[index]["files"], features, strict=True):
-                    _save(file, feature)
+                    with replacing(file) as temporary, open(temporary, "wb") as stream:
+                        np.save(stream, feature)
                 self.encoded += len(features)
         self.network.train(was_training)
         failures |= dict(loader.failures)
@@ -327,14 +329,3 @@ def _load(file: Path) -> np.ndarray | None:
         return None
     except (OSError, ValueError, EOFError):  # a disk that was full, or bytes that were lost
         return None
-
-
-def _save(file: Path, feature: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            np.save(stream, feature)
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)

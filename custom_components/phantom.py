@@ -56,6 +56,7 @@ from tqdm import tqdm
 
 from custom_components.datalists import CT_RATE_CLASSES, mask_file_name
 from custom_components.errors import InputError
+from custom_components.files import replacing
 
 GENERATOR_VERSION = 1  # raise it with every change of the bytes written, so that old cohorts are rebuilt
 
@@ -990,9 +991,8 @@ def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> 
             "validate or to test on: change num_valid or num_validation"
         )
     path = Path(dataset_dir).resolve() / "organs.json"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")  # several processes may write and read it at once
-    temporary.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, path)
+    with replacing(path) as temporary:  # several processes may write and read it at once
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
     return str(path)
 
 

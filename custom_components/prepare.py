@@ -31,6 +31,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from custom_components.errors import InputError
+from custom_components.files import remove_temporary, replacing
 from custom_components.sources import Raw, Scan, Source, Unfit
 
 FORMAT_VERSION = 1  # raise it with every change of the voxels written, so that a restart prepares volumes anew
@@ -271,16 +272,12 @@ def _write(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     header["magic"], header["vox_offset"] = b"n+1", 352
     header["scl_slope"], header["scl_inter"] = 1, 0
     content = [header.binaryblock, b"\0" * 4, np.ascontiguousarray(array).data]
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with igzip.open(part, "wb", compresslevel=2) if path.suffix == ".gz" else open(part, "wb") as file:
-            file.writelines(content)
-        os.replace(part, path)
+        with replacing(path) as part:
+            with igzip.open(part, "wb", compresslevel=2) if path.suffix == ".gz" else open(part, "wb") as file:
+                file.writelines(content)
     except OSError as error:
         raise CannotWrite(f"{path} cannot be written ({error.strerror}): free space, or change prepared_dir") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _outputs(scan: Scan, recipe: Recipe) -> list[str]:
@@ -602,8 +599,7 @@ def prepare(
                 else:
                     failures += 1
                     for place in outputs:  # a worker that was killed could not tidy up
-                        for rest in (folder / place).parent.glob(f".{Path(place).name}.*.part"):
-                            rest.unlink(missing_ok=True)
+                        remove_temporary(folder / place)
                 bar.set_postfix(failed=failures, refresh=False)
                 bar.update()
         finally:
@@ -657,9 +653,8 @@ def _copy_tables(source: Source, folder: Path) -> None:
 
 
 def _replace_text(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text)
-    os.replace(part, path)
+    with replacing(path) as part:
+        part.write_text(text)
 
 
 def summarize(folder: Path, rows: Sequence[Mapping[str, str]], expected: int) -> dict[str, Mapping[str, str]]:
@@ -735,6 +730,5 @@ def contact_sheet(volumes: Sequence[tuple[str, Path]], path: Path, hu_range: Seq
         row[3].hist(volume[::2, ::2, ::2].ravel(), bins=100, range=tuple(hu_range), color="#08519c", log=True)
         row[3].set_title("HU", fontsize=9)
         row[3].tick_params(labelsize=7, left=False, labelleft=False)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    figure.savefig(part, dpi=80, format="png")
-    os.replace(part, path)
+    with replacing(path) as part:
+        figure.savefig(part, dpi=80)

@@ -13,11 +13,19 @@ from custom_components.errors import InputError
 from custom_components.vit import SimCroPEncoder
 
 
+def probe_head(hidden_size: int, num_classes: int) -> nn.Linear:
+    """The probe's linear layer as published at its start: truncated normal weights of 2e-5, zero bias."""
+    head = nn.Linear(hidden_size, num_classes)
+    nn.init.trunc_normal_(head.weight, std=2e-5)
+    nn.init.zeros_(head.bias)
+    return head
+
+
 class LinearProbe(nn.Module):
     """Mean patch token of the last block, LayerNorm without affine, one linear layer: SimCroP's published probe.
 
     The encoder's own final norm is removed: the published probe pools before it, and an unused parameter breaks
-    distributed training. The linear layer starts at truncated normal weights of 2e-5 and zero bias, as published.
+    distributed training.
 
     Args:
         encoder: already filled with its weights, since its final norm is among them.
@@ -32,9 +40,7 @@ class LinearProbe(nn.Module):
         self.encoder.norm = nn.Identity()
         self.encoder.requires_grad_(not frozen)
         self.norm = nn.LayerNorm(encoder.hidden_size, eps=1e-6, elementwise_affine=False)
-        self.head = nn.Linear(encoder.hidden_size, num_classes)
-        nn.init.trunc_normal_(self.head.weight, std=2e-5)
-        nn.init.zeros_(self.head.bias)
+        self.head = probe_head(encoder.hidden_size, num_classes)
 
     def train(self, mode: bool = True) -> LinearProbe:
         super().train(mode)

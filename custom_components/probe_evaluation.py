@@ -34,7 +34,7 @@ from custom_components.metrics import (
     metric_rows,
     resample_patients,
 )
-from custom_components.probe import ClassificationLoss, LinearProbe
+from custom_components.probe import ClassificationLoss, LinearProbe, probe_head
 from custom_components.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -251,10 +251,7 @@ def fit_head(
 ) -> nn.Linear:
     """The linear layer of a probe, trained on features by the recipe of the bundle's ``train.json``; the best one."""
     torch.manual_seed(seed)
-    size = train.features.shape[-1]
-    head = nn.Linear(size, num_classes)
-    nn.init.trunc_normal_(head.weight, std=2e-5)
-    nn.init.zeros_(head.bias)
+    head = probe_head(train.features.shape[-1], num_classes)
     optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
     scheduler = WarmupCosineSchedule(optimizer, warmup_steps, max_steps)
     device = torch.device("cpu")

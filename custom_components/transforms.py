@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 
@@ -15,12 +14,13 @@ import torch
 from monai.config import KeysCollection
 from monai.data import ITKReader, MetaTensor
 from monai.networks.layers import AffineTransform
-from monai.transforms import LoadImage, MapTransform
+from monai.transforms import LoadImage, MapLabelValue, MapTransform
 from monai.utils import ensure_tuple
 from torch import Tensor
 
 from custom_components.datalists import CT_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES
 from custom_components.errors import InputError
+from custom_components.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -165,18 +165,10 @@ class LoadLabeld(LoadCTd):
             )
         mapped = {value: self.label_values[value] for value in present if value in self.label_values}
         if mapped:
-            label = _map_values(label, mapped)
+            label = MapLabelValue(list(mapped), list(mapped.values()), np.uint8)(label)
         if not label.any():
             logger.warning(f"{path} holds none of the classes: the whole scan counts as background")
         return label
-
-
-def _map_values(label: Tensor, mapped: Mapping[int, int]) -> Tensor:
-    """uint8 label map with some values replaced, all at once: a value's image may be another's source."""
-    table = torch.arange(256, dtype=torch.uint8)
-    for value, index in mapped.items():
-        table[value] = index
-    return torch.from_numpy(table.numpy()[label.numpy()])  # torch would want indices of eight bytes a voxel
 
 
 def _check_same_grid(path: Path, label: MetaTensor, image: MetaTensor) -> None:
@@ -268,15 +260,10 @@ def save_nifti(array: np.ndarray, affine: np.ndarray, path: str | Path, scale: f
 
     MONAI's NibabelWriter fails on affines whose axes are permuted.
     """
-    path = Path(path)
     image = nib.Nifti1Image(array, affine)
     image.header.set_slope_inter(scale, 0)
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
+    with replacing(path) as temporary:
         nib.save(image, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class SaveSimilarityd(MapTransform):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import hashlib
 import logging
 import os
@@ -16,9 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from custom_components.errors import InputError
+from custom_components.files import replacing
 from custom_components.vit import POSITIONS, patch_grid
 
 logger = logging.getLogger(__name__)
+
+ENCODER_SOURCE = "give the path of the encoder.pt that the pretrain bundle wrote to its models folder"
 
 
 def save_atomically(content: Any, path: str | Path, previous: str | Path | None = None) -> None:
@@ -31,30 +33,19 @@ def save_atomically(content: Any, path: str | Path, previous: str | Path | None 
         InputError: the disk is full, or the folder cannot be written; the old file is still there.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())  # else the rename may reach the disk before the content
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        with replacing(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())  # else the rename may reach the disk before the content
+            if previous is not None and path.exists():
+                os.replace(path, previous)
     except (OSError, RuntimeError) as error:  # torch turns a failed write into a RuntimeError
         cause = str(error).strip().splitlines()[0]
         raise InputError(
             f"{path}: could not be written ({cause}); free space there and start again, what was there before is kept"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_temporary(path: str | Path) -> None:
-    """Delete what killed runs left of :func:`save_atomically` to ``path``. Only while no other run writes there."""
-    path = Path(path)
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        temporary.unlink(missing_ok=True)
 
 
 def frozen_parameters(module: nn.Module) -> set[str]:
@@ -139,6 +130,14 @@ def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool], co
     )
 
 
+def _require(key: str, checkpoint: str | Path, source: str) -> None:
+    """Raise an InputError that names the key, unless its file is there."""
+    if not Path(checkpoint).is_file():
+        raise InputError(
+            f"{key} {checkpoint}: no such file; {source}, or set {key} to null to start from random weights"
+        )
+
+
 def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
     """Fill all weights of a module from a checkpoint of the same layout, and return the module.
 
@@ -167,11 +166,7 @@ def load_pretrained(encoder: nn.Module, pretrained: str | Path | None) -> nn.Mod
     if pretrained is None:
         logger.warning("pretrained is null: the encoder starts from RANDOM weights")
         return encoder
-    if not Path(pretrained).is_file():
-        raise InputError(
-            f"pretrained {pretrained}: no such file; give the path of the encoder.pt that pre-training wrote, "
-            "or set pretrained to null to start from random weights"
-        )
+    _require("pretrained", pretrained, ENCODER_SOURCE)
     return load_weights(encoder, pretrained)
 
 
@@ -185,11 +180,8 @@ def load_mae(encoder: nn.Module, checkpoint: str | Path | None) -> nn.Module:
         InputError: as :func:`load_weights`.
     """
     if checkpoint is not None:
-        if not Path(checkpoint).is_file():
-            raise InputError(
-                f"mae_checkpoint {checkpoint}: no such file; download MAE's mae_pretrain_vit_base.pth "
-                "(facebookresearch/mae) to there, or set mae_checkpoint to null to start from random weights"
-            )
+        source = "download MAE's mae_pretrain_vit_base.pth (facebookresearch/mae) to there"
+        _require("mae_checkpoint", checkpoint, source)
         _fill(encoder, checkpoint, lambda name: name.startswith(("blocks.", "norm.")))
     return encoder
 
@@ -223,13 +215,10 @@ def load_for_region(
     if checkpoint is None:
         logger.warning("pretrained is null: NOTHING is loaded, the encoder starts from random weights")
         return encoder
-    if not Path(checkpoint).is_file():
-        raise InputError(
-            f"pretrained {checkpoint}: no such file; train one with the pretrain bundle (models/encoder.pt), "
-            "or set pretrained to null to start from random weights"
-        )
-    _fill(encoder, checkpoint, lambda name: name.startswith(("patch_embed.", "blocks.")))
-    found = state_dict_of(load_file(checkpoint))
+    _require("pretrained", checkpoint, ENCODER_SOURCE)
+    content = load_file(checkpoint)
+    _fill(encoder, checkpoint, lambda name: name.startswith(("patch_embed.", "blocks.")), content)
+    found = state_dict_of(content)
     if "pos_embed" not in found:
         raise InputError(f"pretrained {checkpoint}: has no pos_embed; give a whole encoder.pt")
     table = found["pos_embed"][0, int("cls_token" in found) :]

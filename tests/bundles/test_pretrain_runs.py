@@ -176,14 +176,14 @@ def test_a_run_killed_three_times_ends_with_the_weights_of_an_unbroken_one(
     assert first["iteration"] % 5 != 0, "in the midst of an epoch"
 
     job = start(**keys)
-    job.kill_when(lambda: any(models.glob(".checkpoint.pt.*.tmp")))
+    job.kill_when(lambda: any(models.glob(".*.tmp.checkpoint.pt")))
     assert "going on in epoch" in job.stdout and f"after iteration {first['iteration']}" in job.stdout
-    assert any(models.glob(".checkpoint.pt.*.tmp"))
+    assert any(models.glob(".*.tmp.checkpoint.pt"))
     assert torch.load(models / "checkpoint.pt", weights_only=True)["trainer"]["iteration"] >= first["iteration"]
 
     job = start(**keys)
     job.kill_when(lambda: "held-out volumes" in job.stderr)
-    assert not any(models.glob(".*.tmp")), "what the killed run had left"
+    assert not any(models.glob(".*.tmp.*")), "what the killed run had left"
     assert not (tmp_path / "e" / "metrics.json").exists()
 
     job = start(**keys)

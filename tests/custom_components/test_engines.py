@@ -329,8 +329,8 @@ def test_from_each_checkpoint_a_training_goes_on_exactly(tmp_path, num_workers):
 
 def test_a_checkpoint_holds_what_changes_and_the_weights_of_others_stand_beside_it(tmp_path):
     trainer = make_trainer(tmp_path, recipe={"negatives": "both"})
-    (tmp_path / ".checkpoint.pt.123.tmp").touch()  # of a run that was killed as it wrote
-    (tmp_path / ".encoder.pt.123.tmp").touch()
+    (tmp_path / ".123.tmp.checkpoint.pt").touch()  # of a run that was killed as it wrote
+    (tmp_path / ".123.tmp.encoder.pt").touch()
     trainer = make_trainer(tmp_path, recipe={"negatives": "both"})
     trainer.run()
     names = ["checkpoint.pt", "checkpoint_previous.pt", "encoder.pt"]
@@ -481,7 +481,7 @@ def test_a_full_disk_ends_the_training_and_keeps_the_checkpoint(tmp_path):
 
     @trainer.on(Events.ITERATION_COMPLETED(once=7))
     def fill(engine):
-        (tmp_path / f".checkpoint.pt.{os.getpid()}.tmp").symlink_to("/dev/full")
+        (tmp_path / f".{os.getpid()}.tmp.checkpoint.pt").symlink_to("/dev/full")
 
     with pytest.raises(InputError, match="checkpoint.pt: could not be written .*space"):
         trainer.run()

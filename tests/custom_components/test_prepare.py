@@ -100,7 +100,7 @@ def prepared_like(truth: Truth, source: Source, folder: Path, tolerance: float =
     error = np.abs(array - truth.at(array.shape, affine))
     assert error.max() <= tolerance, error.max()
     assert array.size * np.prod(PIXDIM) == pytest.approx(truth.volume.size * np.prod(SPACING), rel=0.1)
-    assert not list(folder.rglob("*.part"))
+    assert not list(folder.rglob(".*.tmp.*"))
     return row
 
 
@@ -348,7 +348,7 @@ def test_a_crash_or_a_hang_costs_its_volume_alone_and_a_restart_skips_the_rest(t
     }
     assert table.loc["imagesTr/c", "checks"] == "duplicate of imagesTr/a"
     assert "| timeout | 1 |" in (out / "summary.md").read_text() and (out / "contact_sheet.png").stat().st_size > 10_000
-    assert not list(out.rglob("*.part")) and len(list(out.rglob("*.nii"))) == 3
+    assert not list(out.rglob(".*.tmp.*")) and len(list(out.rglob("*.nii"))) == 3
 
     # what is done is kept; what has changed, is damaged or has failed is done again
     times = {path.name: path.stat().st_mtime_ns for path in out.rglob("*.nii")}
@@ -430,7 +430,7 @@ def fuzz(truth: Truth, root: Path, kind: str, cases: int) -> int:
         except Unfit as refused:
             assert refused.reason and "\n" not in str(refused)
             assert not (out / scan.output).exists()
-        assert not list(out.rglob("*.part"))
+        assert not list(out.rglob(".*.tmp.*"))
     return wrong
 
 

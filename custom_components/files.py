@@ -1,0 +1,33 @@
+"""Files that are whole under their name at any moment, whenever a run is killed."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: str | Path) -> Iterator[Path]:
+    """A temporary path beside ``path``, in a folder that is made if need be, for the block to write.
+
+    Renamed to ``path`` when the block ends well, deleted when it raises. It ends like ``path``, since some libraries
+    tell formats by that, and holds the process's number, so that several may write at once.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}.tmp.{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(path: str | Path) -> None:
+    """Delete what killed processes left of :func:`replacing` ``path``. Only while none writes there."""
+    path = Path(path)
+    for temporary in path.parent.glob(f".*.tmp.{glob.escape(path.name)}"):
+        temporary.unlink(missing_ok=True)
