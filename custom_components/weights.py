@@ -23,7 +23,7 @@ from custom_components.vit import POSITIONS, SimCroPEncoder, patch_grid
 
 logger = logging.getLogger(__name__)
 
-ENCODER_SOURCE = "give the path of the encoder.pt that the pretrain bundle wrote to its models folder"
+ENCODER_SOURCE = "give the encoder.pt that the pretrain bundle or configs/import_weights.json wrote to a models folder"
 
 
 def save_atomically(content: Any, path: str | Path, previous: str | Path | None = None) -> None:
@@ -93,8 +93,16 @@ def load_file(path: str | Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors of many types
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"{path}: not a readable checkpoint of weights only; write it again ({cause[0]})") from error
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        if named:  # torch's own words would advise to load it all the same
+            raise InputError(
+                f"{path}: not a readable checkpoint of weights only: it names {named[1]}, which might run code; get a "
+                "file of tensors alone from where it came, and do not open this one in another way"
+            ) from error
+        cause = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{path}: not a readable checkpoint of weights only; fetch or write it again ({cause[0]})"
+        ) from error
 
 
 def state_dict_of(content: Any) -> dict[str, Tensor]:
