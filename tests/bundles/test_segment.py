@@ -222,7 +222,7 @@ BAD_KEYS = {
     "depth": ({"num_layers": 5}, ["encoder.pt", "blocks.3"]),
     "no encoder": ({"pretrained": "absent.pt"}, ["pretrained", "absent.pt", "null"]),
     "positions": ({"positions": "learned"}, ["positions", "learned", "rebuilt"]),
-    "formula": ({"pos_embed": "simcrop"}, ["encoder.pt", "pos_embed", "sincos3d"]),
+    "formula": ({"pos_embed": "learned"}, ["pos_embed", "learned", "sincos3d"]),
     "selection": ({"select_by": "iou"}, ["select_by", "iou", "dice"]),
     "list": ({"train_split": "trainig"}, ["trainig", "training", "organs.json"]),
     "classes": ({"label_values": {"4": 0, "5": 0}}, ["organs.nii.gz", "6", "label_values"]),
