@@ -90,6 +90,17 @@ def loaded_share(sizes: dict[str, Any]) -> float:
     return sum(torch.equal(found[key], weights[key]) for key in weights) / len(weights)
 
 
+def random_weights(network: dict[str, Any]) -> None:
+    """``models/random.pt``, whose label maps hold every class, unlike those of a minute's training; and its script."""
+    parser = ConfigParser()
+    parser.read_config(INFERENCE)
+    parser.update(network)
+    torch.manual_seed(0)
+    torch.save(parser.get_parsed_content("network_def").state_dict(), "models/random.pt")
+    files = {"ckpt_file": "models/random.pt", "meta_file": "configs/metadata.json", "config_file": INFERENCE}
+    ckpt_export("network_def", "models/random.ts", **files, **network)
+
+
 def inference(scan: str, keys: dict[str, Any]) -> list[str]:
     """Files that inference on a scan leaves, through ``create_workflow``."""
     keys = keys | {"dataset_dir": scan, "output_dir": "eval/inference"}
@@ -100,10 +111,32 @@ def inference(scan: str, keys: dict[str, Any]) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def deployed(scan: str, network: dict[str, Any], keys: dict[str, Any]) -> None:
+    """``deploy.json`` on a scan with the eager network in place of its script: what the script has to repeat."""
+    parser = ConfigParser()
+    parser.read_config(INFERENCE)
+    parser.update(network)
+    eager = parser.get_parsed_content("network_def").eval()
+    eager.load_state_dict(torch.load("models/random.pt", weights_only=True))
+    keys = keys | {"dataset_dir": scan, "output_dir": "eval/deployed", "network_def": eager}
+    create_workflow(config_file="configs/deploy.json", workflow_type="infer", **keys).run()
+
+
+def other_bundle(folder: str, network: str) -> str:
+    """Where a network's class comes from whose bundle is another export, opened in the same process."""
+    configs = [f"{folder}/{name}" for name in INFERENCE]
+    workflow = create_workflow(config_file=configs, workflow_type="infer", bundle_root=folder)
+    found = workflow.network_def
+    assert type(found).__name__ == network
+    return sys.modules[type(found).__module__].__file__
+
+
 def main() -> None:
     task = json.loads(sys.argv[1])
     shape, network = task["shape"], task["network"]
     check_metadata(task["schema"], shape, task["channels"], network)
+    if "checkpoint" in task["inference"]:
+        random_weights(network)
     result = {
         "components": str(Path(importlib.util.find_spec("custom_components").origin).parent),
         "missing": missing_properties(task["overlays"]),
@@ -113,9 +146,15 @@ def main() -> None:
         "outside": sorted(
             path
             for module in list(sys.modules.values())
-            if (path := getattr(module, "__file__", None)) and "custom_components" in path and str(Path.cwd()) not in path
+            if (path := getattr(module, "__file__", None))
+            and "custom_components" in path
+            and str(Path.cwd()) not in path
         ),
     }
+    if "deploy" in task:
+        deployed(task["scan"], network, task["deploy"])
+    if "other" in task:
+        result["other"] = other_bundle(*task["other"])
     print("\n" + json.dumps(result))
 
 

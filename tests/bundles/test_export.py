@@ -1,26 +1,30 @@
-"""Exported bundles where this repository cannot be imported: a bare environment that sees the installed packages only."""
+"""Exported bundles where this repository cannot be imported: a bare environment that sees installed packages only."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from custom_components.export import export
 from tests.bundles.test_classify import COHORT as CLASSIFY_COHORT
 from tests.bundles.test_classify import TINY as CLASSIFY_TINY
-from tests.bundles.test_pretrain import CT
+from tests.bundles.test_pretrain import CT, told
 from tests.bundles.test_pretrain import TINY as PRETRAIN_TINY
 from tests.bundles.test_segment import COHORT as SEGMENT_COHORT
 from tests.bundles.test_segment import TINY as SEGMENT_TINY
 
 REPOSITORY = Path(__file__).parents[2]
+IGNORED = shutil.ignore_patterns("models", "eval", "data")
 BUNDLES = ("pretrain", "classify", "segment")
 SCHEMA = REPOSITORY / "tests" / "data" / "meta_schema_20240725.json"
 DEMO = {
@@ -36,12 +40,12 @@ AS_CT_RATE = PHANTOM | {"data_set": "ct_rate", "lists_dir": None}  # the phantom
 SIZES = {"patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3, "num_heads": 3}
 
 
-def overlays(train: dict[str, dict], keys: dict) -> dict[str, tuple]:
+def overlays(train: dict[str, dict], keys: dict, network: dict) -> dict[str, tuple]:
     """Every overlay of a bundle on its demo, as a training workflow; and inference."""
     found = {name: (["train.json", "demo.json", f"{name}.json"], "train", keys | more) for name, more in train.items()}
     return found | {
         "train": (["train.json", "demo.json"], "train", keys),
-        "inference": (["inference.json", "demo.json"], "infer", {"dataset_dir": str(CT)}),
+        "inference": (["inference.json", "demo.json"], "infer", {"dataset_dir": str(CT), **network}),
     }
 
 
@@ -54,7 +58,7 @@ TASK = {
         | {"encoder#img_size": [64, 64, 32], "aligner#visual_size": 96, "aligner#text_size": 384}
         | {"aligner#projection_size": 128, "aligner#align_layer": 1},
         "inference": {"sentences": ["There is a pleural effusion."]},
-        "overlays": overlays({name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}, PHANTOM),
+        "overlays": overlays({name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}, PHANTOM, {}),
     },
     "classify": {
         "shape": [64, 64, 32],
@@ -68,6 +72,7 @@ TASK = {
             | {"external_radchestct": {"network_classes": "@classes", "merged_classes": {}}}
             | {"multi_gpu_train": {}, "multi_gpu_evaluate": {}},
             AS_CT_RATE | {"num_views": 1, "resume": None},
+            {},
         ),
     },
     "segment": {
@@ -75,11 +80,13 @@ TASK = {
         "channels": 4,
         "network": {"feature_size": 4},
         "load": {f"encoder#{k}": v for k, v in SIZES.items()} | {"encoder#img_size": [48, 48, 32], "feature_size": 4},
-        "inference": {"feature_size": 4},
+        "inference": {"feature_size": 4, "checkpoint": "models/random.pt"},
+        "deploy": {"pixdim": [5.0, 5.0, 10.0], "img_size": [48, 48, 32]},
         "overlays": overlays(
             {name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}
             | {name: {"label_values": {}, "cache_rate": 0.0, "test_split": "testing"} for name in ("luna16", "btcv")},
             ORGANS,
+            {"feature_size": 4},
         ),
     },
 }
@@ -123,22 +130,26 @@ def demo(bare: tuple, bundle: Path, cwd: Path) -> subprocess.CompletedProcess:
 
 @pytest.fixture(scope="session")
 def exported(bare: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
-    """Per bundle: its exported folder, what its two demos said, and what ``exported.py`` found.
+    """Per bundle: its exported folder, what its two demos said, and what ``exported.py`` found there.
 
     Classify lies alone; segment lies beside pretrain, whose demo has left an encoder.
     """
     out = tmp_path_factory.mktemp("exported")
     foreign = tmp_path_factory.mktemp("foreign")
 
+    folders = {
+        name: export(REPOSITORY / "bundles" / name, out / ("alone" if name == "classify" else "together"))[0]
+        for name in BUNDLES
+    }
+
     def work(name: str) -> dict[str, object]:
-        folder, _ = export(REPOSITORY / "bundles" / name, out / ("alone" if name == "classify" else "together"))
-        results: dict[str, object] = {"folder": folder}
-        results["foreign"] = demo(bare, folder, foreign)
-        return results
+        return {"folder": folders[name], "foreign": demo(bare, folders[name], foreign)}
 
     def check(name: str, results: dict[str, object]) -> None:
         results["own"] = demo(bare, results["folder"], results["folder"])
         task = TASK[name] | {"schema": str(SCHEMA), "scan": str(CT)}
+        if name == "classify":
+            task["other"] = (str(folders["segment"]), "SimCroPUNETR")
         script = Path(__file__).with_name("exported.py")
         results["checks"] = call(bare, script, json.dumps(task), cwd=results["folder"])
 
@@ -212,4 +223,56 @@ def test_monai_load_fills_the_network(exported: dict, name: str) -> None:
 @pytest.mark.parametrize("name", BUNDLES)
 def test_inference_on_a_real_ct(exported: dict, name: str) -> None:
     files = set(found(exported, name)["files"])
-    assert files == {f"CTChest4/{file}" for file in FILES[name]} | ({"predictions.csv"} if name == "classify" else set())
+    assert files == {f"CTChest4/{file}" for file in FILES[name]} | (
+        {"predictions.csv"} if name == "classify" else set()
+    )
+
+
+def test_two_exports_in_one_process(exported: dict) -> None:
+    """Classify's process opens segment, whose UNETR is not among the components that it has imported."""
+    folder = exported["segment"]["folder"]
+    assert found(exported, "classify")["other"] == str(folder / "custom_components" / "unetr.py")
+
+
+def test_two_exports_of_different_versions_are_told(exported: dict, bare: tuple, tmp_path: Path) -> None:
+    changed = Path(shutil.copytree(exported["segment"]["folder"], tmp_path / "segment", ignore=IGNORED))
+    module = changed / "custom_components" / "vit.py"
+    module.write_text(module.read_text() + "\n# another version\n")
+    script = (
+        "import sys; from monai.bundle import create_workflow\n"
+        "for root in sys.argv[1:]:\n"
+        "    configs = [f'{root}/configs/{name}.json' for name in ('inference', 'demo')]\n"
+        "    create_workflow(config_file=configs, workflow_type='infer', bundle_root=root)\n"
+        "    print('opened', root)\n"
+    )
+    first = exported["classify"]["folder"]
+    result = call(bare, "-c", script, first, changed, cwd=tmp_path)
+    assert result.returncode == 1 and f"opened {first}" in result.stdout and f"opened {changed}" not in result.stdout
+    told(result.stderr, "its vit.py is not that of", str(changed), str(first), "processes of their own")
+
+
+def test_deployment_needs_no_components(exported: dict, bare: tuple, tmp_path: Path) -> None:
+    """The script and ``deploy.json`` alone, by the command line, give the eager network's label map of a real CT."""
+    folder = exported["segment"]["folder"]
+    found(exported, "segment")
+    (tmp_path / "models").mkdir()
+    (tmp_path / "configs").mkdir()
+    shutil.copy(folder / "models" / "random.ts", tmp_path / "models" / "model.ts")
+    shutil.copy(folder / "configs" / "deploy.json", tmp_path / "configs")
+    keys = {"dataset_dir": CT} | TASK["segment"]["deploy"]
+    command = ["-m", "monai.bundle", "run", "--config_file", "configs/deploy.json", *options(keys)]
+    succeeded(call(bare, *command, cwd=tmp_path))
+    scripted, eager, inference = (
+        nib.load(path)
+        for path in (
+            tmp_path / "eval" / "CTChest4" / "CTChest4_labels.nii.gz",
+            folder / "eval" / "deployed" / "CTChest4" / "CTChest4_labels.nii.gz",
+            folder / "eval" / "inference" / "CTChest4" / "labels.nii.gz",
+        )
+    )
+    labels, same, ours = (np.asarray(image.dataobj) for image in (scripted, eager, inference))
+    assert len(np.unique(labels)) > 1 and labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, same)
+    # inference.json keeps logits in half precision, which decides a tie now and then
+    assert labels.shape == ours.shape and (labels != ours).mean() < 5e-4
+    np.testing.assert_allclose(scripted.affine, inference.affine, atol=1e-3)
