@@ -1,0 +1,236 @@
+"""What an export holds, what it leaves out, and what it refuses."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from monai.bundle import download_large_files
+from monai.bundle.scripts import _add_model_card_metadata
+from torch import nn
+
+from custom_components.export import LARGE, ExportError, components, content_hash, export, write_zip
+
+REPOSITORY = Path(__file__).parents[2]
+BUNDLES = ("pretrain", "classify", "segment")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A copy of the smallest bundle, in which a test may plant things."""
+    ignore = shutil.ignore_patterns("models", "eval", "data")
+    return Path(shutil.copytree(REPOSITORY / "bundles" / "segment", tmp_path / "segment", ignore=ignore))
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_holds_what_a_bundle_needs(name: str, tmp_path: Path) -> None:
+    source = REPOSITORY / "bundles" / name
+    folder, archive = export(source, tmp_path)
+    metadata = json.loads((source / "configs" / "metadata.json").read_text())
+    assert (folder.name, archive.name) == (name, f"{name}_v{metadata['version']}.zip")
+    held = files(folder)
+    for part in ("configs", "docs"):
+        for path in (source / part).iterdir():
+            assert held.pop(f"{part}/{path.name}") == path.read_bytes()  # configs unchanged
+    assert held.pop("LICENSE") == (REPOSITORY / "LICENSE").read_bytes()
+    pins = held.pop("requirements.txt").decode().split()
+    assert pins[:3] == [f"monai=={metadata['monai_version']}", "torch==2.13.0", "numpy==2.4.6"]
+    assert len(pins) == 3 + len(metadata["required_packages_version"]) and all("==" in pin for pin in pins)
+    assert held.pop("README.md") and held.pop("custom_components/stamp.json")
+    assert all(path.startswith("custom_components/") for path in held)
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_holds_the_components_it_needs_and_no_others(name: str) -> None:
+    """Each is named by a config, or imported by one that is; and nothing that they import is missing."""
+    configs = REPOSITORY / "bundles" / name / "configs"
+    text = "".join(path.read_text() for path in configs.glob("*.json"))
+    modules = {path.stem: path.read_text() for path in components(configs)}
+    for module, source in modules.items():
+        others = "".join(code for other, code in modules.items() if other != module)
+        named = f"custom_components.{module}"
+        assert module == "__init__" or named in text + others or f"from custom_components import {module}" in others
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("custom_components."):
+                assert node.module.split(".")[1] in modules
+    only = {"unetr": "segment", "segmentation": "segment", "features": "classify", "probe_evaluation": "classify"}
+    for module, owner in only.items():
+        assert (module in modules) == (name == owner)
+    assert "export" not in modules
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_zip_unpacks_into_the_folder(name: str, tmp_path: Path) -> None:
+    folder, archive = export(REPOSITORY / "bundles" / name, tmp_path / "out")
+    with zipfile.ZipFile(archive) as packed:
+        assert packed.testzip() is None
+        packed.extractall(tmp_path / "unpacked")
+    assert [path.name for path in (tmp_path / "unpacked").iterdir()] == [name]
+    assert files(tmp_path / "unpacked" / name) == files(folder)
+
+
+def test_equal_content_makes_equal_bytes(bundle: Path, tmp_path: Path) -> None:
+    (_, first), (_, second) = export(bundle, tmp_path / "1"), export(bundle, tmp_path / "2")
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_stamp_is_the_contents_hash(bundle: Path, tmp_path: Path) -> None:
+    folder, _ = export(bundle, tmp_path / "out")
+    stamp = json.loads((folder / "custom_components" / "stamp.json").read_text())
+    (folder / "custom_components" / "stamp.json").unlink()
+    lines = [f"{hashlib.sha256(content).hexdigest()}  {name}\n" for name, content in sorted(files(folder).items())]
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    sha256 = hashlib.sha256("".join(lines).encode()).hexdigest()
+    assert stamp == {"bundle": "segment", "version": metadata["version"], "sha256": sha256}
+    (folder / "LICENSE").write_text("changed")
+    assert content_hash(folder) != sha256
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_holds_no_path_of_this_machine(name: str, tmp_path: Path) -> None:
+    folder, _ = export(REPOSITORY / "bundles" / name, tmp_path)
+    content = b"".join(files(folder).values())
+    for place in (Path.home(), REPOSITORY, tmp_path, Path(sys.prefix), Path.cwd()):
+        assert place == Path(place.anchor) or f"{place}{os.sep}".encode() not in content
+
+
+def test_a_path_of_this_machine_is_refused(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "configs" / "mine.json").write_text(json.dumps({"dataset_dir": str(Path.home() / "ct" / "LUNA16")}))
+    with pytest.raises(ExportError, match=r"configs/mine.json holds .*LUNA16, a path of this machine"):
+        export(bundle, tmp_path / "out")
+    assert not (tmp_path / "out" / "segment").exists() and list((tmp_path / "out").iterdir()) == []
+
+
+def weights(bundle: Path, size: int = 1000) -> None:
+    (bundle / "models").mkdir()
+    for name in ("model.pt", "encoder.pt", "checkpoint.pt", "checkpoint_previous.pt", "mae_pretrain_vit_base.pth"):
+        (bundle / "models" / name).write_bytes(name.encode() + bytes(size))
+    (bundle / "models" / "scratch_1").mkdir()
+    (bundle / "models" / "scratch_1" / "model.pt").write_bytes(b"other")
+
+
+def test_weights_go_along_and_checkpoints_do_not(bundle: Path, tmp_path: Path) -> None:
+    weights(bundle)
+    folder, _ = export(bundle, tmp_path / "out", trained_on="phantoms, for 7 epochs")
+    assert sorted(files(folder / "models")) == ["encoder.pt", "model.pt"]
+    readme = (folder / "docs" / "README.md").read_text()
+    digest = hashlib.sha256((bundle / "models" / "model.pt").read_bytes()).hexdigest()
+    assert f"| `models/model.pt` | 1,008 | `{digest}` |" in readme and "Trained on: phantoms, for 7 epochs." in readme
+    before = (bundle / "docs" / "README.md").read_text()
+    assert "## Weights\nNone." in before and "## Weights\nNone." not in readme
+    after = readme.split("## Weights")[1].split("\n## Data", 1)[1]
+    assert before.split("\n## Data", 1)[1] == after  # nothing else has changed
+    assert not (folder / "large_files.yml").exists()
+
+
+def test_weights_of_unknown_origin_are_told_to_be(bundle: Path, tmp_path: Path) -> None:
+    weights(bundle)
+    folder, _ = export(bundle, tmp_path / "out")
+    assert "Trained on: not told by those who exported them." in (folder / "README.md").read_text()
+
+
+def test_large_weights_are_left_out_and_brought_back_by_monai(bundle: Path, tmp_path: Path) -> None:
+    weights(bundle, LARGE)
+    hosted = tmp_path / "hosted"
+    shutil.copytree(bundle / "models", hosted)
+    folder, archive = export(bundle, tmp_path / "out", weights_url=hosted.as_uri())
+    assert max(path.stat().st_size for path in folder.rglob("*")) < LARGE and archive.stat().st_size < LARGE
+    listed = yaml.safe_load((folder / "large_files.yml").read_text())["large_files"]
+    assert [entry["path"] for entry in listed] == ["models/model.pt", "models/encoder.pt"]
+    assert "| `models/model.pt` | 25,000,008 |" in (folder / "README.md").read_text()
+    download_large_files(bundle_path=str(folder))
+    assert (folder / "models" / "model.pt").read_bytes() == (bundle / "models" / "model.pt").read_bytes()
+
+
+def test_large_weights_stay_in_where_nothing_else_hosts_them(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    weights(bundle, LARGE)
+    folder, _ = export(bundle, tmp_path / "out")
+    assert (folder / "models" / "model.pt").is_file() and "over 25 MB" in caplog.text and "--weights_url" in caplog.text
+    download_large_files(bundle_path=str(folder))  # there already: MONAI checks their hash
+    with open(folder / "models" / "model.pt", "r+b") as file:
+        file.write(b"damaged")
+    with pytest.raises(Exception, match="hash check"):
+        download_large_files(bundle_path=str(folder))
+
+
+def test_torchscript_loses_paths_and_keeps_its_numbers(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "models").mkdir()
+    path = bundle / "models" / "model.ts"
+    network = torch.jit.script(nn.Sequential(nn.Conv3d(1, 2, 3), nn.InstanceNorm3d(2)))
+    torch.jit.save(network, path, _extra_files={"metadata.json": "{}"})
+    folder, _ = export(bundle, tmp_path / "out")
+    for script, told in ((path, True), (folder / "models" / "model.ts", False)):
+        with zipfile.ZipFile(script) as packed:
+            members = b"".join(packed.read(name) for name in packed.namelist())
+        assert (str(Path(torch.__file__).parent).encode() in members) == told
+    extra = {"metadata.json": ""}
+    volume = torch.rand(1, 1, 8, 8, 8)
+    assert torch.equal(torch.jit.load(folder / "models" / "model.ts", _extra_files=extra)(volume), network(volume))
+    assert extra["metadata.json"] == b"{}"
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_model_card_is_what_monai_would_push(name: str, tmp_path: Path) -> None:
+    folder, _ = export(REPOSITORY / "bundles" / name, tmp_path)
+    card = (folder / "README.md").read_text()
+    shutil.copy(folder / "docs" / "README.md", folder / "README.md")
+    _add_model_card_metadata(str(folder / "README.md"))  # as push_to_hf_hub does before it uploads
+    assert (folder / "README.md").read_text() == card
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front == {"tags": ["monai", "medical"], "library_name": "monai", "license": "apache-2.0"}
+    assert "2509.08311" in card and "@article{wang2025simcrop" in card and "whom we thank" in card
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "custom_components.export", *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    done = run("bundles/segment", "--out", tmp_path / "out")
+    folder, archive = map(Path, done.stdout.split())
+    assert done.returncode == 0 and folder.is_dir() and archive.is_file()
+    again = run("bundles/segment", "--out", tmp_path / "out")
+    assert again.returncode == 1 and again.stderr == f"error: {folder} exists: delete it, or give another --out\n"
+    other = run("tests", "--out", tmp_path / "other")
+    assert other.returncode == 1 and other.stderr.startswith("error: ") and "has no LICENSE" in other.stderr
+
+
+def test_an_unknown_component_is_told(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "configs" / "mine.json").write_text('{"x": "$custom_components.nothere.f()"}')
+    with pytest.raises(ExportError, match=r"mine.json names custom_components.nothere, .* correct the name"):
+        export(bundle, tmp_path / "out")
+
+
+def test_imports_the_standard_library_alone() -> None:
+    """So that it runs in a second, and needs none of what it exports."""
+    code = "import sys; before = set(sys.modules); import custom_components.export; print(*set(sys.modules) - before)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
+    assert "custom_components.export" in found
+    roots = {name.split(".")[0] for name in found} - {"custom_components"}
+    assert not {name for name in found if name.startswith("custom_components.")} - {"custom_components.export"}
+    assert not roots - set(sys.stdlib_module_names)
+
+
+def test_zip_times_are_fixed(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("x")
+    write_zip(tmp_path / "folder", tmp_path / "a.zip")
+    with zipfile.ZipFile(tmp_path / "a.zip") as packed:
+        assert [(entry.filename, entry.date_time[0]) for entry in packed.infolist()] == [("folder/file", 1980)]
