@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
+import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pysbd
 import torch
+from huggingface_hub import HfApi
 from monai.config import KeysCollection
 from monai.data import list_data_collate
 from monai.transforms import MapTransform
@@ -27,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from custom_components.errors import InputError
@@ -55,20 +58,41 @@ def sentence_number(sentence: str) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1 or 1
 
 
-def _read(name_or_path: str, what: str, load: Any, *args: Any, **kwargs: Any) -> Any:
-    """Run a ``from_pretrained`` quietly, and tell its failure in one line that helps."""
+def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -> Any:
+    """Run a ``from_pretrained`` quietly, and tell its failure in one line that helps.
+
+    A hub name is looked for in the local cache first, so that what was fetched once needs no network. Where there is
+    none, that is told within seconds: transformers would repeat every request for minutes.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
     transformers_logging.disable_progress_bar()
+    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    local = Path(name_or_path).is_dir()
+    if not local and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise InputError(
+            f"text_encoder {name_or_path}: no such folder; give the folder of a BERT or RoBERTa, or its name on the hub"
+        )
     try:
-        return load(name_or_path, *args, **kwargs)
+        try:
+            return load(name_or_path, local_files_only=True, **keys)
+        except Exception:  # as below
+            if local:
+                raise
+        HfApi().model_info(name_or_path, timeout=10)
+        transformers_logging.enable_progress_bar()
+        return load(name_or_path, **keys)
     except (
         Exception
     ) as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
-        if Path(name_or_path).is_dir():
+        if local:
             cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
         else:
-            cure = f"fetch it once with 'hf download {name_or_path} --local-dir DIR' and set text_encoder to DIR"
+            cure = (
+                f"where there is a network, fetch it once with 'hf download {name_or_path} --local-dir DIR', and set "
+                "text_encoder to DIR"
+            )
         cause = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(f"text_encoder {name_or_path}: no {what} could be loaded; {cure} ({cause[0]})") from error
     finally:
@@ -77,11 +101,16 @@ def _read(name_or_path: str, what: str, load: Any, *args: Any, **kwargs: Any) ->
 
 
 def _load_config(name_or_path: str) -> PreTrainedConfig:
-    declared, _ = _read(name_or_path, "config.json", PreTrainedConfig.get_config_dict)
-    if not declared:
-        raise InputError(f"text_encoder {name_or_path}: no config.json there; point the key at a model folder")
-    if declared.get("model_type") == "cxr-bert":
-        # its body is a plain BERT; its remote code only adds a projection that SimCroP does not use
+    def declaration(name: str, **keys: Any) -> dict[str, Any]:
+        declared, _ = PreTrainedConfig.get_config_dict(name, **keys)
+        if not declared:
+            raise OSError("there is none")
+        return declared
+
+    declared = _read(name_or_path, "config.json", declaration)
+    if declared.get("model_type") in (None, "cxr-bert"):
+        # BERTs from before there was a model_type; and CXR-BERT, whose body is a plain BERT: its remote code only adds
+        # a projection that SimCroP does not use
         return BertConfig.from_dict(declared)
     return _read(name_or_path, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
 
@@ -89,23 +118,39 @@ def _load_config(name_or_path: str) -> PreTrainedConfig:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
 
+    Its ``model_max_length`` is what the model has positions for. Where nothing tells whether text must be lower case,
+    the vocabulary does.
+
     Raises:
-        InputError: nothing there, no tokenizer files, or a tokenizer without mask and padding tokens.
+        InputError: nothing there, no vocabulary or another model's, or a tokenizer without mask and padding tokens.
     """
     config = _load_config(name_or_path)
-    # transformers would make an empty vocabulary from a folder without one
-    folder = Path(name_or_path)
-    if folder.is_dir() and not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.txt", "vocab.json")):
-        raise InputError(
-            f"text_encoder {name_or_path}: the folder holds no tokenizer (tokenizer.json, vocab.txt or vocab.json); "
-            "copy the model's tokenizer files into it"
-        )
     loader = BertTokenizerFast if isinstance(config, BertConfig) else AutoTokenizer
-    tokenizer = _read(name_or_path, "tokenizer", loader.from_pretrained, trust_remote_code=False)
+
+    def load(name: str, **keys: Any) -> PreTrainedTokenizerBase:
+        tokenizer = loader.from_pretrained(name, **keys)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made from no file at all
+            raise OSError("no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
+        # transformers 5 lowers the case unless tokenizer_config.json says not to, whatever tokenizer.json says
+        if loader is BertTokenizerFast and "do_lower_case" not in get_tokenizer_config(name, **keys):
+            words = [word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens]
+            if sum(word != word.lower() for word in words) > 0.01 * len(words):
+                tokenizer = loader.from_pretrained(name, do_lower_case=False, **keys)
+        return tokenizer
+
+    tokenizer = _read(name_or_path, "tokenizer", load, trust_remote_code=False)
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise InputError(
             f"text_encoder {name_or_path}: its tokenizer has no mask or padding token; take a BERT or RoBERTa"
         )
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"text_encoder {name_or_path}: its tokenizer has {len(tokenizer)} tokens, its config.json a vocab_size of "
+            f"{config.vocab_size}; take both from one model"
+        )
+    # RoBERTa counts positions from the one after the padding's
+    positions = config.max_position_embeddings - (0 if isinstance(config, BertConfig) else config.pad_token_id + 1)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
 

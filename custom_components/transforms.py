@@ -31,7 +31,8 @@ class LoadCTd(MapTransform):
     A path (.nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder with one DICOM series) becomes a MetaTensor
     [1, X, Y, Z] in the axis order of the file, whose affine maps voxel indices to RAS+ mm. A fourth axis of size 1 is
     dropped. Values have the slope and intercept of the file's own header applied. They are float32, but a NIfTI file
-    that holds plain int16 stays so, and if it is not compressed it stays on disk: only voxels that are used are read.
+    that holds plain int16 or uint8 stays so, and if it is not compressed it stays on disk: only voxels that are used
+    are read.
     For label maps use :class:`LoadLabeld`: one without any label would be refused here.
 
     Args:
@@ -103,7 +104,7 @@ def _read_nifti(path: Path) -> MetaTensor:
     voxels = np.asanyarray(image.dataobj)
     while voxels.ndim > 3 and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
-    if voxels.dtype != np.int16:
+    if voxels.dtype not in (np.int16, np.uint8):
         voxels = voxels.astype(np.float32)
     channels = voxels[None] if voxels.ndim < 4 else np.moveaxis(voxels, -1, 0)
     # as LoadImage has them: what a map made of the scan needs to come back to its grid
@@ -151,11 +152,15 @@ class LoadLabeld(LoadCTd):
         return data
 
     def _classes(self, path: Path, label: Tensor) -> Tensor:
-        low, high = (float(value) for value in torch.aminmax(label))
-        if not (low >= 0 and high <= 255 and bool((label == label.byte()).all())):
-            raise InputError(f"{path} has values from {low:g} to {high:g}, some not whole: a label map holds 0 to 255")
-        label = label.byte()
-        present = label.flatten().bincount(minlength=1).nonzero().flatten().tolist()
+        in_memory_order = torch.from_numpy(label.numpy().ravel(order="K"))  # any other order is far slower
+        if label.dtype != torch.uint8:
+            low, high = (float(value) for value in torch.aminmax(in_memory_order))
+            if not (low >= 0 and high <= 255 and bool((label == label.byte()).all())):
+                raise InputError(
+                    f"{path} has values from {low:g} to {high:g}, some not whole: a label map holds 0 to 255"
+                )
+            label, in_memory_order = label.byte(), in_memory_order.byte()
+        present = in_memory_order.bincount(minlength=1).nonzero().flatten().tolist()
         unknown = [value for value in present if self.label_values.get(value, value) > len(self.classes)]
         if unknown:
             raise InputError(
@@ -166,7 +171,7 @@ class LoadLabeld(LoadCTd):
         mapped = {value: self.label_values[value] for value in present if value in self.label_values}
         if mapped:
             label = MapLabelValue(list(mapped), list(mapped.values()), np.uint8)(label)
-        if not label.any():
+        if not any(self.label_values.get(value, value) for value in present):
             logger.warning(f"{path} holds none of the classes: the whole scan counts as background")
         return label
 

@@ -1,10 +1,12 @@
-"""Fixtures that several test modules share: the text encoder that needs no download, and a SimCroP of toy size."""
+"""What several test modules share: the text encoder that needs no download, a SimCroP of toy size, a DICOM writer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
+import itk
 import pytest
 import torch
 from torch import Tensor
@@ -102,3 +104,20 @@ def network() -> Callable[..., SimCroP]:
 @pytest.fixture
 def batch() -> Callable[..., dict[str, Tensor]]:
     return make_batch
+
+
+def write_dicom(image: itk.Image, folder: Path, series: int = 1, leave_out: tuple[int, ...] = ()) -> None:
+    """A CT series of one slice per file, without the slices to leave out."""
+    folder.mkdir(exist_ok=True)
+    size_x, size_y, num_slices = image.GetLargestPossibleRegion().GetSize()
+    for z in set(range(num_slices)) - set(leave_out):
+        region = itk.ImageRegion[3]([0, 0, z], [size_x, size_y, 1])
+        slice_z = itk.region_of_interest_image_filter(image, region_of_interest=region)
+        gdcm = itk.GDCMImageIO.New()
+        gdcm.KeepOriginalUIDOn()
+        tags = gdcm.GetMetaDataDictionary()
+        tags["0008|0060"], tags["0020|0011"], tags["0020|0013"] = "CT", str(series), str(z + 1)
+        tags["0020|000d"], tags["0020|000e"], tags["0020|0052"] = "1.2.3", f"1.2.3.{series}", "1.2.3.0"
+        tags["0008|0018"] = f"1.2.3.{series}.{z + 1}"
+        slice_z.SetMetaDataDictionary(tags)
+        itk.imwrite(slice_z, str(folder / f"{series}_{z:03d}.dcm"), imageio=gdcm)

@@ -12,19 +12,20 @@ from pathlib import Path
 
 import itk
 import jsonschema
-import monai.bundle
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_net_in_out
+from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom_components.datalists import CT_RATE_CLASSES, class_names
 from custom_components.probe import LinearProbe
 from custom_components.vit import SimCroPEncoder
-from tests.bundles.test_pretrain import CT, REQUIRED, TENSOR, fails_with, run, told
+from tests.bundles.conftest import CT, fails_with, run
+from tests.bundles.test_pretrain import REQUIRED, TENSOR
+from tests.conftest import write_dicom
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "classify"
 TRAIN = ["train.json", "demo.json"]
@@ -57,32 +58,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run_here(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """The bundle's ``run`` in this process, on the demo's cohort and features; writes to ``tmp_path`` unless told."""
-    monkeypatch.chdir(bundle)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def call(configs: list[str], **keys: object) -> None:
-        files = [f"configs/{name}" for name in configs]
-        written = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"}
-        keys = {"dataset_dir": "data/phantom", "compare_after_training": False} | written | keys
-        keys = {k: str(v) if isinstance(v, Path) else v for k, v in keys.items()}
-        monai.bundle.run(config_file=files, logging_file=False, **keys)
-
-    return call
-
-
-@pytest.fixture
-def refuses(run_here: Callable, capsys: pytest.CaptureFixture) -> Callable:
-    def check(configs: list[str], keys: dict[str, object], *words: str) -> None:
-        with pytest.raises(Exception) as raised:
-            run_here(configs, **keys)
-        capsys.readouterr()
-        sys.excepthook(raised.type, raised.value, raised.tb)
-        told(capsys.readouterr().err, *words)
-
-    return check
+def defaults() -> dict[str, object]:
+    """The demo's cohort and features."""
+    return {"dataset_dir": "data/phantom", "compare_after_training": False}
 
 
 def curve(folder: Path, tag: str = "loss/total") -> list[float]:
@@ -188,26 +166,57 @@ def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, tmp_path: 
     assert again["per_class"] == first["per_class"]
 
 
-def test_external_test_with_and_without_the_peek(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+@pytest.fixture
+def published(bundle: Path, tmp_path: Path) -> Callable:
+    """Writes a data set of phantoms under the names and lists that the authors publish; gives the folder."""
+    volumes = sorted((bundle / "data" / "phantom" / "dataset").rglob("*_1.nii.gz"))[:18]
+
+    def write(data_set: str, images: str, rows: list[dict], **lists: slice) -> Path:
+        for folder in (images, "lists"):
+            (tmp_path / data_set / folder).mkdir(parents=True)
+        for volume, row in zip(volumes, rows):
+            name = next(iter(row.values()))
+            shutil.copy(volume, tmp_path / data_set / images / f"{name.removesuffix('.nii.gz')}.nii.gz")
+        for name, part in lists.items():
+            pd.DataFrame(rows[part]).to_csv(tmp_path / data_set / "lists" / f"{name}.csv", index=False)
+        return tmp_path / data_set
+
+    return write
+
+
+@pytest.fixture
+def rad_chest_ct(published: Callable) -> Path:
+    columns = [{"Hiatal hernia": "Hietal Hernia"}.get(name, name) for name in class_names("rad_chest_ct")]
+    rows = [{"NoteAcc_DEID": f"tst{i}", **{n: (i + c) % 2 for c, n in enumerate(columns)}} for i in range(18)]
+    return published("rad_chest_ct", "images", rows, train_list=slice(10), val_list=slice(10, 14), test_list=slice(18))
+
+
+@pytest.fixture
+def cc_ccii(published: Callable) -> Path:
+    rows = [{"img_list": f"{i}.nii.gz", "label": i % 3} for i in range(18)]
+    lists = {"train_list_1": slice(9), "train_list": slice(12), "test_list": slice(9, 18)}
+    return published("cc_ccii", "images_resized", rows, **lists)
+
+
+@pytest.fixture
+def luna16(published: Callable) -> Path:
+    rows = [{"image_id": f"1.3.6.1.4.1.14519.{i}.nii.gz", "label": i % 2} for i in range(18)]
+    return published("luna16", "images", rows, train_list=slice(12), test_list=slice(12, 18))
+
+
+NETWORK = ENCODER | {"num_heads": 3, "pixdim": [5.0, 5.0, 10.0], "amp": False, "num_workers": 0, "num_views": 1}
+
+
+def test_external_test_with_and_without_the_peek(run_here: Callable, rad_chest_ct: Path, tmp_path: Path) -> None:
     """A probe of CT-RATE's classes on RadChestCT's, whose one Calcification stands for two."""
-    cohort, names = tmp_path / "rad", class_names("rad_chest_ct")
-    (cohort / "images").mkdir(parents=True)
-    rows = []
-    volumes = sorted((bundle / "data" / "phantom" / "dataset" / "valid_fixed").rglob("*.nii.gz"))
-    for i, volume in enumerate(volumes):
-        shutil.copy(volume, cohort / "images" / f"tst{i}.nii.gz")
-        rows.append({"NoteAcc_DEID": f"tst{i}", **{name: (i + c) % 2 for c, name in enumerate(names)}})
-    (cohort / "lists").mkdir()
-    for name in ("train_list.csv", "test_list.csv"):
-        frame = pd.DataFrame(rows).rename(columns={"Hiatal hernia": "Hietal Hernia"})
-        frame.to_csv(cohort / "lists" / name, index=False)
     torch.manual_seed(0)
     probe = LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 18)
     torch.nn.init.normal_(probe.head.weight)
     torch.save(probe.state_dict(), tmp_path / "model.pt")
-    keys = {"dataset_dir": cohort, "checkpoint": tmp_path / "model.pt", "classes": names, "num_resamples": 20}
-    run_here([*TRAIN, "evaluate.json", "external_radchestct.json"], **keys)
+    keys = NETWORK | {"dataset_dir": rad_chest_ct, "checkpoint": tmp_path / "model.pt", "num_resamples": 20}
+    run_here(["train.json", "evaluate.json", "external_radchestct.json"], **keys)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    names = class_names("rad_chest_ct")
     assert list(metrics["per_class"]) == names and "threshold" not in metrics["per_class"]["Calcification"]
     published = metrics["auroc_published"]
     parts = [entry["value"] for entry in published["parts"]["Calcification"].values()]
@@ -217,26 +226,9 @@ def test_external_test_with_and_without_the_peek(bundle: Path, run_here: Callabl
     assert published["mean"] == pytest.approx(np.mean([*others, max(parts)]))
 
 
-def test_classes_that_exclude_each_other(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+def test_classes_that_exclude_each_other(run_here: Callable, cc_ccii: Path, tmp_path: Path) -> None:
     """CC-CCII as published: codes, cross-entropy, accuracy, a confusion matrix; the smallest fraction's schedule."""
-    cohort = tmp_path / "ccii"
-    (cohort / "images_resized").mkdir(parents=True)
-    (cohort / "lists").mkdir()
-    volumes = sorted((bundle / "data" / "phantom" / "dataset").rglob("*_1.nii.gz"))[:18]
-    for i, volume in enumerate(volumes):
-        shutil.copy(volume, cohort / "images_resized" / f"{i}.nii.gz")
-    rows = [f"{i}.nii.gz,{i % 3}" for i in range(18)]
-    for name, part in (("train_list_1", rows[:9]), ("train_list", rows[:12]), ("test_list", rows[9:])):
-        (cohort / "lists" / f"{name}.csv").write_text("\n".join(["img_list,label", *part]) + "\n")
-    small = {k: v for k, v in json.loads((BUNDLE / "configs" / "demo.json").read_text()).items() if k in ENCODER}
-    keys = small | {"num_heads": 3, "pixdim": [5.0, 5.0, 10.0], "amp": False, "num_workers": 0, "num_views": 1}
-    keys |= {
-        "dataset_dir": cohort,
-        "data_fraction": 0.01,
-        "hu_range": [-1000, 1000],
-        "num_resamples": 20,
-        "patience": 3,
-    }
+    keys = NETWORK | {"dataset_dir": cc_ccii, "data_fraction": 0.01, "num_resamples": 20, "patience": 3}
     run_here(["train.json", "cc_ccii.json"], **keys)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert np.sum(metrics["confusion_matrix"]) == 9 and metrics["classes"] == class_names("cc_ccii")
@@ -294,22 +286,23 @@ def test_a_class_in_training_alone_is_named(bundle: Path, run_here: Callable, tm
 
 @pytest.fixture(scope="module")
 def found(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of inference on the real CT as NRRD and as NIfTI, and on a file that cannot be read."""
+    """Results of inference on the real CT as NRRD, NIfTI and DICOM, and on a file that cannot be read."""
     scans, results = tmp_path_factory.mktemp("scans"), tmp_path_factory.mktemp("results")
     shutil.copy(CT, scans / "chest.nrrd")
     itk.imwrite(itk.imread(str(CT)), str(scans / "nifti.nii.gz"))
+    write_dicom(itk.imread(str(CT), itk.SS), scans / "series")
     (scans / "text.nii").write_text("not a volume")
     keys = {"dataset_dir": scans, "output_dir": results, "saliency": "['Pleural effusion', 'Lung nodule']"}
-    fails_with(run(bundle, ["inference.json", "demo.json"], **keys), "1 of 3", "text")
+    fails_with(run(bundle, ["inference.json", "demo.json"], **keys), "1 of 4", "text")
     return results
 
 
 def test_inference_on_real_ct_gives_a_row_per_scan(bundle: Path, found: Path) -> None:
     table = pd.read_csv(found / "predictions.csv")
-    assert list(table) == ["name", "image", *DEMO_CLASSES] and list(table["name"]) == ["chest", "nifti"]
+    assert list(table) == ["name", "image", *DEMO_CLASSES] and list(table["name"]) == ["chest", "nifti", "series"]
     values = table[DEMO_CLASSES].to_numpy()
     assert ((values > 0) & (values < 1)).all()
-    np.testing.assert_allclose(values[0], values[1], atol=1e-4)  # the same scan in two formats
+    np.testing.assert_allclose(values, values[[0, 0, 0]], atol=1e-4)  # the same scan in three formats
 
 
 def test_saliency_has_the_scans_geometry_and_means_the_logit(bundle: Path, found: Path) -> None:
@@ -359,31 +352,34 @@ def test_two_processes_train_as_one(bundle: Path, tmp_path: Path) -> None:
     one, two = (torch.load(tmp_path / n / "checkpoint.pt", weights_only=True)["network"] for n in ("one", "two"))
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-6)
-    assert json.loads((tmp_path / "two" / "metrics.json").read_text())["volumes"] == 16
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["volumes"] == 16
+
+    configs = [*TRAIN, "evaluate.json", "multi_gpu_evaluate.json"]
+    keys = arguments(configs, tmp_path / "two", 4) + ["--output_dir", str(tmp_path / "again")]
+    command = [*launch, "monai.bundle", "run", *keys]
+    result = subprocess.run(command, cwd=bundle, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert json.loads((tmp_path / "again" / "metrics.json").read_text())["per_class"] == metrics["per_class"]
 
 
-OVERLAYS = {
-    "train": (TRAIN, "train"),
-    "evaluate": ([*TRAIN, "evaluate.json"], "train"),
-    "finetune": ([*TRAIN, "finetune.json"], "train"),
-    "ct_rate": (["train.json", "ct_rate.json", "demo.json"], "train"),
-    "inference": (["inference.json", "demo.json"], "infer"),
-}
+def test_workflow_properties(has_properties: Callable, bundle: Path, tmp_path: Path) -> None:
+    keys = {"dataset_dir": "data/phantom"}
+    for configs in (TRAIN, [*TRAIN, "finetune.json"], ["train.json", "ct_rate.json", "demo.json"]):
+        has_properties(configs, models_dir=tmp_path, **keys)
+    has_properties([*TRAIN, "evaluate.json"], **keys)
+    has_properties(["inference.json", "demo.json"], "infer", dataset_dir=CT)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
-def test_workflow_properties(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
-    monkeypatch.chdir(bundle)
-    configs, kind = OVERLAYS[name]
-    keys = {"dataset_dir": str(CT)} if kind == "infer" else {"dataset_dir": "data/phantom", "models_dir": str(tmp_path)}
-    if name == "evaluate":
-        keys["models_dir"] = "models"
-    files = [f"configs/{file}" for file in configs]
-    workflow = ConfigWorkflow(files, workflow_type=kind, logging_file=False, **keys)
-    hook = sys.excepthook
-    workflow.initialize()
-    sys.excepthook = hook
-    assert workflow.check_properties() == []
+@pytest.mark.parametrize("data_set", ["rad_chest_ct", "cc_ccii", "luna16"])
+def test_workflow_properties_of_data_sets(
+    has_properties: Callable, request: pytest.FixtureRequest, tmp_path: Path, data_set: str
+) -> None:
+    keys = NETWORK | {"dataset_dir": request.getfixturevalue(data_set), "models_dir": tmp_path, "pretrained": None}
+    has_properties(["train.json", f"{data_set.replace('rad_chest_ct', 'radchestct')}.json"], **keys)
+    if data_set == "rad_chest_ct":
+        torch.save(LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 18).state_dict(), tmp_path / "model.pt")
+        has_properties(["train.json", "evaluate.json", "external_radchestct.json"], **keys)
 
 
 def test_published_schedules() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 import subprocess
@@ -12,14 +11,15 @@ from pathlib import Path
 
 import itk
 import jsonschema
-import monai.bundle
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow, verify_net_in_out
+from monai.bundle import verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, fails_with, run
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
 TRAIN = ["train.json", "demo.json"]
@@ -32,70 +32,12 @@ TINY = {
     "checkpoint_interval": 1,
     "eval_batch_size": 4,
 }
-SLICERIO = importlib.util.find_spec("slicerio").submodule_search_locations[0]
-CT = Path(SLICERIO) / "data" / "CTChest4.nrrd"
-LUNGS = Path(SLICERIO) / "data" / "Segmentation.seg.nrrd"
-RIGHT_LUNG, LEFT_LUNG = 5, 6
 # https://github.com/Project-MONAI/MONAI-extra-test-data, meta_schema_20240725.json
 REQUIRED = [
     "schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task",
     "description", "authors", "copyright", "network_data_format",
 ]  # fmt: skip
 TENSOR = ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"]
-
-
-def run(bundle: Path, configs: list[str], **keys: object) -> subprocess.CompletedProcess:
-    """``python -m monai.bundle run`` as a user calls it, from the bundle's folder."""
-    files = str([f"configs/{name}" for name in configs])
-    arguments = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *arguments]
-    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=600)
-
-
-def fails_with(result: subprocess.CompletedProcess, *words: str) -> None:
-    """The run ended with exit code 1 and one clear line, not with a traceback."""
-    assert result.returncode == 1, result.stdout + result.stderr
-    told(result.stderr, *words)
-
-
-def told(stderr: str, *words: str) -> None:
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, stderr
-    assert all(word in lines[0] for word in words), lines[0]
-    assert "Traceback" not in stderr
-
-
-@pytest.fixture
-def run_here(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """The bundle's ``run`` in this process, which spares minutes of imports; writes to ``tmp_path`` unless told.
-
-    The ``bundle`` and ``found`` fixtures and the tests that call ``run`` go through the real command line.
-    """
-    monkeypatch.chdir(bundle)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def call(configs: list[str], **keys: object) -> None:
-        files = [f"configs/{name}" for name in configs]
-        keys = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"} | keys
-        keys = {k: str(v) if isinstance(v, Path) else v for k, v in keys.items()}
-        monai.bundle.run(config_file=files, logging_file=False, **keys)
-
-    return call
-
-
-@pytest.fixture
-def refuses(run_here: Callable, capsys: pytest.CaptureFixture) -> Callable:
-    """Runs a config that must fail, and checks what a user is told."""
-
-    def check(configs: list[str], keys: dict[str, object], *words: str) -> None:
-        with pytest.raises(Exception) as raised:
-            run_here(configs, **keys)
-        capsys.readouterr()
-        sys.excepthook(raised.type, raised.value, raised.tb)
-        told(capsys.readouterr().err, *words)
-
-    return check
 
 
 @pytest.fixture(scope="session")
@@ -363,20 +305,11 @@ def test_runs_from_another_folder(bundle: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "CTChest4" / "panel.png").is_file()
 
 
-def test_workflow_properties(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(bundle)
-    overrides = {k: v for k, v in TINY.items() if k.startswith("dataset_dir")} | {"resume": None}
-    for configs, kind, keys in (
-        (TRAIN, "train", overrides),
-        ([*TRAIN, "evaluate.json"], "train", overrides),
-        (["inference.json", "demo.json"], "infer", {"dataset_dir": str(CT)}),
-    ):
-        files = [f"configs/{name}" for name in configs]
-        workflow = ConfigWorkflow(files, workflow_type=kind, logging_file=False, **keys)
-        hook = sys.excepthook
-        workflow.initialize()
-        sys.excepthook = hook
-        assert workflow.check_properties() == []
+def test_workflow_properties(has_properties: Callable) -> None:
+    keys = {k: v for k, v in TINY.items() if k.startswith("dataset_dir")} | {"resume": None}
+    has_properties(TRAIN, **keys)
+    has_properties([*TRAIN, "evaluate.json"], **keys)
+    has_properties(["inference.json", "demo.json"], "infer", dataset_dir=CT)
 
 
 def test_metadata_satisfies_the_schema() -> None:

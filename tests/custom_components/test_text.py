@@ -455,7 +455,7 @@ def test_a_roberta_with_byte_level_tokens_serves_as_well(tmp_path):
         num_hidden_layers=1,
         num_attention_heads=4,
         intermediate_size=64,
-        max_position_embeddings=130,
+        max_position_embeddings=514,
     )
     model = RobertaModel(config).eval()
     model.save_pretrained(tmp_path)
@@ -478,7 +478,7 @@ def test_a_roberta_with_byte_level_tokens_serves_as_well(tmp_path):
 
 def test_a_folder_without_a_tokenizer_is_told(tmp_path):
     BertModel(small_bert_config()).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="holds no tokenizer"):
+    with pytest.raises(InputError, match=r"no tokenizer could be loaded; .* \(no tokenizer.json, vocab.txt, or"):
         load_tokenizer(str(tmp_path))
 
 

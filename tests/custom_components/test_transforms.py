@@ -26,6 +26,7 @@ from monai.transforms import (
 
 from custom_components.errors import InputError
 from custom_components.transforms import LoadCTd
+from tests.conftest import write_dicom
 
 SLICERIO = importlib.util.find_spec("slicerio")
 needs_real_ct = pytest.mark.skipif(SLICERIO is None, reason="needs the chest CT of slicerio")
@@ -40,22 +41,6 @@ def real_ct() -> tuple[Path, Path]:
 
 def ras(path: Path) -> MetaTensor:
     return Orientationd("image", axcodes="RAS", labels=None)(LoadCTd("image")({"image": path}))["image"]
-
-
-def write_dicom(image, folder: Path, series: int = 1, leave_out: tuple[int, ...] = ()) -> None:
-    folder.mkdir(exist_ok=True)
-    size_x, size_y, num_slices = image.GetLargestPossibleRegion().GetSize()
-    for z in set(range(num_slices)) - set(leave_out):
-        region = itk.ImageRegion[3]([0, 0, z], [size_x, size_y, 1])
-        slice_z = itk.region_of_interest_image_filter(image, region_of_interest=region)
-        gdcm = itk.GDCMImageIO.New()
-        gdcm.KeepOriginalUIDOn()
-        tags = gdcm.GetMetaDataDictionary()
-        tags["0008|0060"], tags["0020|0011"], tags["0020|0013"] = "CT", str(series), str(z + 1)
-        tags["0020|000d"], tags["0020|000e"], tags["0020|0052"] = "1.2.3", f"1.2.3.{series}", "1.2.3.0"
-        tags["0008|0018"] = f"1.2.3.{series}.{z + 1}"
-        slice_z.SetMetaDataDictionary(tags)
-        itk.imwrite(slice_z, str(folder / f"{series}_{z:03d}.dcm"), imageio=gdcm)
 
 
 def phantom(shape=(20, 16, 12)) -> np.ndarray:

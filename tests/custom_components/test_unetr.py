@@ -167,12 +167,24 @@ def test_a_file_that_does_not_fit_is_told(pretrained: tuple, tmp_path: Path) -> 
         load_for_region(make().encoder, tmp_path / "other.pt")
 
 
-def test_positions_of_another_formula_are_told(pretrained: tuple, tmp_path: Path) -> None:
-    """An imported checkpoint brings the authors' table: the region's must be made by the same formula."""
+@pytest.mark.parametrize("pretrained_img_size", [None, (64, 64, 32), (64, 64, 64)])
+def test_positions_are_rebuilt_by_the_checkpoints_formula(
+    pretrained: tuple, pretrained_img_size: tuple | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An imported checkpoint brings the authors' table: the region's is made by the same formula, without a key."""
     path, state = pretrained
     state["pos_embed"][0, 1:] = simcrop_positions((4, 4, 4), 24)
     torch.save(state, path)
-    with pytest.raises(InputError, match="set pos_embed to simcrop"):
-        load_for_region(make().encoder, path)
-    encoder = load_for_region(make(pos_embed="simcrop").encoder, path, pos_embed="simcrop")
+    with caplog.at_level(logging.INFO):
+        encoder = load_for_region(make().encoder, path, pretrained_img_size=pretrained_img_size)
     assert torch.equal(encoder.pos_embed[0], simcrop_positions((2, 3, 2), 24))
+    assert "formula of its own, simcrop" in caplog.text
+
+
+def test_positions_of_no_formula_are_told_and_can_be_interpolated(pretrained: tuple) -> None:
+    path, state = pretrained
+    state["pos_embed"][0, 3:].mul_(1.1)  # the first two patches still look like the formula's
+    torch.save(state, path)
+    with pytest.raises(InputError, match="none of sincos3d, simcrop: set positions to interpolated"):
+        load_for_region(make().encoder, path, pretrained_img_size=(64, 64, 32))
+    load_for_region(make().encoder, path, positions="interpolated", pretrained_img_size=(64, 64, 32))
