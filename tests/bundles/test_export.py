@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from custom_components.export import export
+from tests.bundles.conftest import CT, told
 from tests.bundles.test_classify import COHORT as CLASSIFY_COHORT
 from tests.bundles.test_classify import TINY as CLASSIFY_TINY
-from tests.bundles.test_pretrain import CT, told
 from tests.bundles.test_pretrain import TINY as PRETRAIN_TINY
 from tests.bundles.test_segment import COHORT as SEGMENT_COHORT
 from tests.bundles.test_segment import TINY as SEGMENT_TINY

@@ -89,7 +89,7 @@ def test_packages_are_pinned_and_complete(name: str) -> None:
     needed = {"itk" if package.startswith("itk-") else package for package in needed}  # it is installed in parts
     needed.discard("simcrop-monai-bundles")  # the repository itself
     assert {"nibabel", "pytorch-ignite"} < needed
-    assert needed <= {*required, "monai", "torch", "numpy"}
+    assert needed <= {*(package.replace("_", "-") for package in required), "monai", "torch", "numpy"}
 
 
 @each_bundle
