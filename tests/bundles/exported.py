@@ -7,7 +7,9 @@ Run by ``test_export.py`` where this repository cannot be imported; one process,
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -17,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, "")  # as ``python -m monai.bundle`` has it
 
+import monai.bundle
 import numpy as np
 import onnxruntime
 import torch
@@ -122,6 +125,14 @@ def deployed(scan: str, network: dict[str, Any], keys: dict[str, Any]) -> None:
     create_workflow(config_file="configs/deploy.json", workflow_type="infer", **keys).run()
 
 
+def own_demo(keys: dict[str, Any]) -> bool:
+    """Whether the demo's command, from the bundle's own folder, leaves its table."""
+    table = Path("eval/metrics.json")
+    table.unlink()
+    monai.bundle.run(config_file=["configs/train.json", "configs/demo.json"], **keys)
+    return table.is_file()
+
+
 def other_bundle(folder: str, network: str) -> str:
     """Where a network's class comes from whose bundle is another export, opened in the same process."""
     configs = [f"{folder}/{name}" for name in INFERENCE]
@@ -129,6 +140,21 @@ def other_bundle(folder: str, network: str) -> str:
     found = workflow.network_def
     assert type(found).__name__ == network
     return sys.modules[type(found).__module__].__file__
+
+
+def refused(folder: str) -> str:
+    """What a person is told who opens a bundle whose components are not those of this process."""
+    changed = shutil.copytree(folder, "eval/changed", ignore=shutil.ignore_patterns("models", "eval", "data"))
+    with open(Path(changed, "custom_components", "vit.py"), "a") as module:
+        module.write("# another version\n")
+    try:
+        create_workflow(config_file=[f"{changed}/{name}" for name in INFERENCE], bundle_root=str(changed))
+    except Exception as error:
+        text = io.StringIO()
+        with contextlib.redirect_stderr(text):
+            sys.excepthook(type(error), error, error.__traceback__)
+        return text.getvalue()
+    return ""
 
 
 def main() -> None:
@@ -139,6 +165,7 @@ def main() -> None:
         random_weights(network)
     result = {
         "components": str(Path(importlib.util.find_spec("custom_components").origin).parent),
+        "own demo": own_demo(task["demo"]),
         "missing": missing_properties(task["overlays"]),
         "error": exports(shape, network),
         "loaded": loaded_share(task["load"]),
@@ -155,6 +182,7 @@ def main() -> None:
         deployed(task["scan"], network, task["deploy"])
     if "other" in task:
         result["other"] = other_bundle(*task["other"])
+        result["refused"] = refused(task["other"][0])
     print("\n" + json.dumps(result))
 
 

@@ -267,7 +267,7 @@ def test_metadata_satisfies_the_schema() -> None:
     jsonschema.validate(metadata, {"type": "object", "required": required})
     assert metadata["version"] in metadata["changelog"]
     pretrain = json.loads((BUNDLE.parent / "pretrain" / "configs" / "metadata.json").read_text())
-    for key in ("monai_version", "pytorch_version", "numpy_version", "required_packages_version", "schema"):
+    for key in ("monai_version", "pytorch_version", "numpy_version", "schema"):
         assert metadata[key] == pretrain[key]  # whose versions are tested against requirements.txt
     inference = json.loads((BUNDLE / "configs" / "inference.json").read_text())
     image, pred = (metadata["network_data_format"][k] for k in ("inputs", "outputs"))

@@ -1,0 +1,204 @@
+"""The model zoo's rules, and that every README says what is true of its bundle."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+from importlib.metadata import packages_distributions, version
+from pathlib import Path
+
+import jsonschema
+import pytest
+from monai.bundle import ConfigParser
+
+from custom_components.export import LARGE, components, export
+
+REPOSITORY = Path(__file__).parents[2]
+BUNDLES = ("pretrain", "classify", "segment")
+SCHEMA = REPOSITORY / "tests" / "data" / "meta_schema_20240725.json"  # MONAI's own, Apache 2.0
+SECTIONS = [
+    "# Model Overview", "## Weights", "## Data", "### Preprocessing", "## Training configuration", "### Memory",
+    "### Input", "### Output", "## Performance", "## MONAI Bundle Commands", "## Limitations", "## Citation",
+    "## References", "## License",
+]  # fmt: skip
+MONAI_ARGUMENTS = {"config_file", "meta_file", "filepath", "ckpt_file", "input_shape"}
+
+each_bundle = pytest.mark.parametrize("name", BUNDLES)
+
+
+def folder(name: str) -> Path:
+    return REPOSITORY / "bundles" / name
+
+
+def metadata(name: str) -> dict:
+    return json.loads((folder(name) / "configs" / "metadata.json").read_text())
+
+
+def readme(name: str) -> str:
+    return (folder(name) / "docs" / "README.md").read_text()
+
+
+def commands(name: str) -> list[list[str]]:
+    """Every command line in a README's code blocks, split as a shell splits it."""
+    blocks = "".join(re.findall(r"(?ms)^```\n(.*?)^```", readme(name))).replace("\\\n", " ")
+    return [shlex.split(line) for line in blocks.splitlines() if "monai.bundle" in line]
+
+
+@each_bundle
+def test_names(name: str) -> None:
+    """A folder name that the zoo's tools can split from its version, and a name for people."""
+    assert re.fullmatch(r"[a-z][a-z0-9_]*", name) and "_v" not in name
+    assert metadata(name)["name"].startswith("SimCroP ")
+
+
+@each_bundle
+def test_metadata_satisfies_monais_schema(name: str) -> None:
+    jsonschema.validate(metadata(name), json.loads(SCHEMA.read_text()))
+
+
+@each_bundle
+def test_version_has_its_changelog_entry_on_top(name: str) -> None:
+    content = metadata(name)
+    assert re.fullmatch(r"\d+\.\d+\.\d+", content["version"])
+    assert next(iter(content["changelog"])) == content["version"] and all(content["changelog"].values())
+
+
+@each_bundle
+def test_packages_are_pinned_and_complete(name: str) -> None:
+    """Pins are the repository's own, and cover all that the exported components import."""
+    content = metadata(name)
+    required = content["required_packages_version"]
+    lines = (REPOSITORY / "requirements.txt").read_text().splitlines()
+    pins = dict(line.split("#")[0].strip().split("==") for line in lines if "==" in line)
+    assert required.items() <= pins.items()
+    assert (content["monai_version"], content["pytorch_version"]) == (pins["monai"], pins["torch"])
+    assert content["numpy_version"] == pins["numpy"]
+    imported = set()
+    for module in components(folder(name) / "configs"):
+        for node in ast.walk(ast.parse(module.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module.split(".")[0])
+    configs = "".join(path.read_text() for path in (folder(name) / "configs").glob("*.json"))
+    imported |= set(re.findall(r"find_spec\('(\w+)'\)", configs))
+    distributions = packages_distributions()
+    needed = {distributions[module][0].lower().replace("_", "-") for module in imported if module in distributions}
+    needed = {"itk" if package.startswith("itk-") else package for package in needed}  # it is installed in parts
+    needed.discard("simcrop-monai-bundles")  # the repository itself
+    assert {"nibabel", "pytorch-ignite"} < needed
+    assert needed <= {*(package.replace("_", "-") for package in required), "monai", "torch", "numpy"}
+
+
+@each_bundle
+def test_packages_come_from_pypi(name: str) -> None:
+    """Each is installed under the pinned version and from an index: nothing local, nothing from a repository."""
+    from importlib.metadata import distribution
+
+    for package, pin in metadata(name)["required_packages_version"].items():
+        assert version(package) == pin
+        assert distribution(package).read_text("direct_url.json") is None
+
+
+@each_bundle
+def test_readme_has_the_zoos_sections(name: str) -> None:
+    found = re.findall(r"(?m)^#+ .+$", re.sub(r"(?ms)^```\n.*?^```\n", "", readme(name)))
+    assert [heading for heading in found if heading in SECTIONS] == SECTIONS
+
+
+@each_bundle
+def test_readme_holds_in_every_place_where_it_is_shown(name: str) -> None:
+    """In docs, in an export, and as a model card in the root: no relative links, no picture that is elsewhere."""
+    assert not re.findall(r"\]\((?!https://)[^)]*\)", readme(name))
+    license_file = folder(name) / "docs" / "data_license.txt"
+    assert "`docs/data_license.txt`" in readme(name) and license_file.is_file()
+    assert (folder(name) / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
+
+
+@each_bundle
+def test_readme_names_configs_and_keys_that_exist(name: str) -> None:
+    assert commands(name)
+    for command in commands(name):
+        option = command.index("--config_file")
+        files = ast.literal_eval(command[option + 1]) if "[" in command[option + 1] else [command[option + 1]]
+        paths = [folder(name) / file for file in files]
+        assert all(path.is_file() or path.name == "my_changes.json" for path in paths), command
+        parser = ConfigParser(config=ConfigParser.load_config_files([path for path in paths if path.is_file()]))
+        for part in command[command.index("monai.bundle") :]:
+            key = part[2:].split("=")[0] if part.startswith("--") else None
+            if key and key not in MONAI_ARGUMENTS:
+                assert key in parser, f"{key} in {command}"
+
+
+@each_bundle
+def test_readme_names_every_overlay(name: str) -> None:
+    configs = {path.name for path in (folder(name) / "configs").glob("*.json")} - {"metadata.json"}
+    assert {config for config in configs if config not in readme(name)} == set()
+
+
+@each_bundle
+def test_readme_backquoted_keys_exist(name: str) -> None:
+    """The tables of keys name keys of the configs."""
+    paths = [path for path in (folder(name) / "configs").glob("*.json") if path.name != "metadata.json"]
+    keys = {key for path in paths for key in json.loads(path.read_text())}
+    rows = re.findall(r"(?m)^\| .* \| (`[a-z_#`, ]+`)[^|]*\|$", readme(name).split("## Training configuration")[1])
+    named = {key.split("#")[0] for row in rows for key in re.findall(r"`([a-z_]+)`", row)}
+    assert len(named) >= 8 and named <= keys
+
+
+@each_bundle
+def test_readme_tells_what_was_measured_and_what_was_not(name: str) -> None:
+    text = readme(name).split("## Performance")[1].split("## MONAI Bundle Commands")[0]
+    assert "Measured here" in text and "phantoms" in text and "nothing has been measured here" in text
+    assert "What the paper reports" in text
+
+
+@each_bundle
+def test_readme_says_that_there_are_no_weights(name: str) -> None:
+    assert "## Weights\nNone." in readme(name)
+
+
+DATA_SETS = ("CT-RATE", "RadChestCT", "CC-CCII", "LUNA16", "BTCV")
+
+
+@each_bundle
+def test_every_data_set_has_its_licence(name: str) -> None:
+    configs = "".join(path.read_text() for path in (folder(name) / "configs").glob("*.json"))
+    licences = (folder(name) / "docs" / "data_license.txt").read_text().splitlines()
+    named = [data_set for data_set in DATA_SETS if data_set in configs + metadata(name)["data_source"] + readme(name)]
+    assert named
+    for data_set in named:
+        (line,) = [line for line in licences if line.startswith(data_set)]
+        assert "CC-" in line or "terms" in line
+
+
+@each_bundle
+def test_files_are_small_and_lines_short(name: str, tmp_path: Path) -> None:
+    exported, archive = export(folder(name), tmp_path)
+    assert archive.stat().st_size < LARGE
+    for path in exported.rglob("*"):
+        assert path.is_dir() or path.stat().st_size < LARGE
+        if path.suffix == ".py":
+            assert max(map(len, path.read_text().splitlines()), default=0) <= 120
+
+
+@each_bundle
+def test_every_start_finds_the_bundles_own_components(name: str) -> None:
+    """Whatever a config does first: MONAI puts the bundle on the path too late, and two exports may meet."""
+    opening = ["$import sys", "$sys.path.insert(0, @bundle_root)"]
+    check = {"_target_": "custom_components.stamp.check_components", "bundle_root": "@bundle_root"}
+    starts = [json.loads(path.read_text()).get("initialize") for path in (folder(name) / "configs").glob("*.json")]
+    starts = [start for start in starts if start is not None]
+    assert len(starts) >= 4
+    for start in starts:
+        assert start[:2] == opening and start[3] == check
+        assert start[2] == {"_target_": "custom_components.engines.OneLineErrors"}
+
+
+@each_bundle
+def test_no_config_imports_components(name: str) -> None:
+    """``$import`` runs before anything else, thus before the bundle is on the path."""
+    for path in (folder(name) / "configs").glob("*.json"):
+        assert not re.search(r"\$(import|from) custom_components", path.read_text())
