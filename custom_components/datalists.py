@@ -188,6 +188,7 @@ def msd(
     datalist: str | os.PathLike = "dataset.json",
     split: str = "training",
     data_fraction: float = 1.0,
+    exclude: str | os.PathLike | None = None,
     seed: int = 42,
 ) -> list[dict]:
     """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
@@ -201,10 +202,12 @@ def msd(
         datalist: the JSON file, absolute or relative to `dataset_dir`.
         split: which list of the file.
         data_fraction: share of the items to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
+        exclude: text or CSV file whose first column names items to leave out of those.
         seed: of the order in which items are taken.
 
     Raises:
-        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk.
+        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; nothing
+            is left.
     """
     if not 0 < data_fraction <= 1:
         raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
@@ -240,6 +243,10 @@ def msd(
         count = math.ceil(data_fraction * len(items) - 1e-9)  # see ct_rate for the small number
         chosen = set(np.random.RandomState(seed).permutation(len(items))[:count].tolist())
         items = [item for i, item in enumerate(items) if i in chosen]
+    excluded = set() if exclude is None else _volume_names(Path(exclude).expanduser())
+    items = [item for item in items if item["name"] not in excluded]
+    if not items:
+        raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
 
     missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
     if missing:

@@ -85,6 +85,8 @@ class OneLineErrors:
             return found[-1]  # a worker's own stands behind "InputError: Caught InputError in DataLoader worker"
         cause: BaseException | None = error
         while cause is not None:
+            if isinstance(cause, InputError):  # by another name
+                return str(cause)
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 return f"the disk is full ({cause}): free space in models_dir and output_dir and start the same again"
             cause = cause.__cause__ or cause.__context__

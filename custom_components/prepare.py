@@ -8,16 +8,20 @@ C-contiguous array of which a random crop reads only what it needs. The affine t
 from __future__ import annotations
 
 import csv
+import errno
 import hashlib
 import io
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -260,6 +264,17 @@ class CannotWrite(InputError):
     """The folder of prepared volumes takes no more: the whole run ends, instead of every volume failing."""
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        told = error.strerror or error
+        raise CannotWrite(
+            f"{path} cannot be written ({told}): free space, or change prepared_dir; what is done is kept"
+        ) from error
+
+
 def _write(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     """[X, Y, Z] as a NIfTI file with z fastest, under its final name only when complete."""
     turned = affine[:, [2, 1, 0, 3]]
@@ -272,12 +287,9 @@ def _write(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     header["magic"], header["vox_offset"] = b"n+1", 352
     header["scl_slope"], header["scl_inter"] = 1, 0
     content = [header.binaryblock, b"\0" * 4, np.ascontiguousarray(array).data]
-    try:
-        with replacing(path) as part:
-            with igzip.open(part, "wb", compresslevel=2) if path.suffix == ".gz" else open(part, "wb") as file:
-                file.writelines(content)
-    except OSError as error:
-        raise CannotWrite(f"{path} cannot be written ({error.strerror}): free space, or change prepared_dir") from error
+    with _writing(path), replacing(path) as part:
+        with igzip.open(part, "wb", compresslevel=2) if path.suffix == ".gz" else open(part, "wb") as file:
+            file.writelines(content)
 
 
 def _outputs(scan: Scan, recipe: Recipe) -> list[str]:
@@ -340,6 +352,12 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
 def _serve(connection: Any, source: Source, recipe: Recipe, prepared_dir: str) -> None:
     """A worker: scans come in, rows of the manifest go out, until the connection is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+
+    def follow_parent() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)  # killed, it can neither end a worker that hangs nor take an answer
+
+    threading.Thread(target=follow_parent, daemon=True).start()
     with threadpool_limits(1):
         connection.send(None)
         while True:
@@ -469,9 +487,11 @@ class _Manifest:
     """The rows of one shard, appended line by line; each is on its way to the disk before the next volume."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         content = path.read_bytes() if path.exists() else b""
-        self.file = open(path, "r+b" if content else "wb")  # noqa: SIM115 (closed by close)
+        # unbuffered: a line that could not be written is not tried again when the file is closed
+        self.file = open(path, "r+b" if content else "wb", buffering=0)  # noqa: SIM115 (closed by close)
         self.file.truncate(content.rfind(b"\n") + 1)
         self.file.seek(0, os.SEEK_END)
         if not self.file.tell():
@@ -482,8 +502,10 @@ class _Manifest:
         # no line ends within a cell, so that a cut-off line can be told
         cells = [" ".join(str(row.get(column, "")).splitlines()) for column in COLUMNS]
         csv.writer(line, lineterminator="\n").writerow(cells)
-        self.file.write(line.getvalue().encode())
-        self.file.flush()
+        content = line.getvalue().encode()
+        with _writing(self.path):
+            if self.file.write(content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
         self.file.close()
@@ -498,6 +520,16 @@ def _is_done(scan: Scan, row: Mapping[str, str] | None, recipe_hash: str, recipe
         return sizes == row["output_bytes"] and f"{stamp(scan.image)} {stamp(scan.label)}" == row["source_stamp"]
     except OSError:
         return False
+
+
+def _remove_temporaries(folder: Path, outputs: Iterable[str]) -> None:
+    """Delete what killed processes left of `outputs`, of which no other run may be writing any."""
+    own = {str(folder / output) for output in outputs}
+    for parent, _, files in os.walk(folder):
+        for file in files:
+            target = re.fullmatch(r"\.\d+\.tmp\.(.+)", file)
+            if target and os.path.join(parent, target[1]) in own:
+                Path(parent, file).unlink(missing_ok=True)
 
 
 def _shard(shard: str | None) -> tuple[int, int]:
@@ -567,49 +599,56 @@ def prepare(
     waiting = [
         s for s in tqdm(mine, "verifying", delay=5) if not _is_done(s, rows.get(s.name), recipe_hash, recipe, folder)
     ]
-    try:
+    with _writing(folder):
         manifest = _Manifest(folder / "manifest" / f"shard_{part + 1}_of_{parts}.csv")
         if part == 0:
             _copy_tables(source, folder)
-    except OSError as error:
-        raise CannotWrite(f"prepared_dir {folder} cannot be written ({error.strerror}): give another") from error
+    own_outputs = [output for scan in mine for output in _outputs(scan, recipe)]
+    _remove_temporaries(folder, own_outputs)
     shown: list[tuple[str, Path]] = []
     failures = 0
     sheet = folder / f"contact_sheet{f'_{part + 1}' if parts > 1 else ''}.png"
     arguments = (source, recipe, str(folder))
     with tqdm(total=len(mine), initial=len(mine) - len(waiting), desc="prepare", unit="volume", smoothing=0.05) as bar:
         try:
-            for scan, row in _run_pool(waiting, num_workers, 60 * timeout_minutes, *arguments):
-                outputs = _outputs(scan, recipe)
-                row = row | {
-                    "name": scan.name,
-                    "source": scan.image,
-                    "output": outputs[0],
-                    "label_output": outputs[1] if len(outputs) > 1 else "",
-                    "source_stamp": _stamps(scan),
-                    "recipe": recipe_hash,
-                    "finished": f"{time.time():.3f}",
-                }
-                manifest.append(row)
-                if row["status"] == "ok":
-                    if len(shown) < contact_sheet_volumes:
-                        shown.append((scan.name, folder / outputs[0]))
-                        if len(shown) == contact_sheet_volumes:  # now, when a wrong orientation costs least
-                            contact_sheet(shown, sheet, recipe.hu_range)
-                else:
-                    failures += 1
-                    for place in outputs:  # a worker that was killed could not tidy up
-                        remove_temporary(folder / place)
-                bar.set_postfix(failed=failures, refresh=False)
-                bar.update()
+            with closing(_run_pool(waiting, num_workers, 60 * timeout_minutes, *arguments)) as finished:
+                for scan, row in finished:
+                    outputs = _outputs(scan, recipe)
+                    row = row | {
+                        "name": scan.name,
+                        "source": scan.image,
+                        "output": outputs[0],
+                        "label_output": outputs[1] if len(outputs) > 1 else "",
+                        "source_stamp": _stamps(scan),
+                        "recipe": recipe_hash,
+                        "finished": f"{time.time():.3f}",
+                    }
+                    manifest.append(row)
+                    if row["status"] == "ok":
+                        if len(shown) < contact_sheet_volumes:
+                            shown.append((scan.name, folder / outputs[0]))
+                            if len(shown) == contact_sheet_volumes:  # now, when a wrong orientation costs least
+                                with _writing(sheet):
+                                    contact_sheet(shown, sheet, recipe.hu_range)
+                    else:
+                        failures += 1
+                        for place in outputs:  # a worker that was killed could not tidy up
+                            remove_temporary(folder / place)
+                    bar.set_postfix(failed=failures, refresh=False)
+                    bar.update()
+        except BaseException:  # the workers were ended, be it in the midst of writing
+            _remove_temporaries(folder, own_outputs)
+            raise
         finally:
             manifest.close()
     if 0 < len(shown) < contact_sheet_volumes:
-        contact_sheet(shown, sheet, recipe.hu_range)
+        with _writing(sheet):
+            contact_sheet(shown, sheet, recipe.hu_range)
 
     _wait_for_others(shard)
     rows = read_manifest(folder)
-    failed = summarize(folder, [rows[scan.name] for scan in every_scan if scan.name in rows], len(every_scan))
+    with _writing(folder):
+        failed = summarize(folder, [rows[scan.name] for scan in every_scan if scan.name in rows], len(every_scan))
     mine_failed = [scan.name for scan in mine if scan.name in failed]
     if mine_failed:
         first = failed[mine_failed[0]]

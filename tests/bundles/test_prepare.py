@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import monai.bundle
+import numpy as np
 import pandas as pd
 import pytest
+import torch
 from monai.bundle import ConfigParser
+from PIL import Image
 
-from custom_components.datalists import ct_rate
-from custom_components.phantom import cohort
+from custom_components.datalists import class_names, ct_rate
+from custom_components.phantom import ORGANS, Patient, cohort, patient
 from custom_components.prepare import prepare
 from custom_components.sources import Source
 from custom_components.transforms import LoadCTd
+from tests.custom_components.test_prepare import save, save_mhd
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 
@@ -58,3 +65,124 @@ def test_each_config_resolves_to_its_data_set(bundle: str, overlay: str, tmp_pat
         other = json.loads((BUNDLES / "pretrain" / "configs" / overlay).read_text())
         differs = {key for key in common if common[key] != other[key]}
         assert differs <= {"dataset_dir", "source", "pixdim"} and set(common) == set(other)
+
+
+# from each data set as published, with its published lists, to what training reads
+
+SHAPE, SPACING = (64, 60, 32), (5.0, 5.0, 10.0)
+LPS = np.array([[-1.0, 0, 0, SHAPE[0] - 1], [0, -1, 0, SHAPE[1] - 1], [0, 0, 1, 0], [0, 0, 0, 1]])
+
+
+def patients() -> Iterator[tuple[int, Patient]]:
+    for i in range(4):
+        yield i, patient(np.random.default_rng(i), SHAPE, SPACING)
+
+
+def publish_lists(root: Path, names: list[str], columns: list[str], labels: list[list[int]]) -> None:
+    (root / "lists").mkdir()
+    table = pd.DataFrame([[name, *values] for name, values in zip(names, labels, strict=True)], columns=columns)
+    table[:3].to_csv(root / "lists" / "train_list.csv", index=False)
+    table[3:].to_csv(root / "lists" / "test_list.csv", index=False)
+
+
+def publish_ct_rate(root: Path) -> None:
+    cohort(root, 3, 1, num_workers=1)
+
+
+def publish_radchestct(root: Path) -> None:
+    for i, p in patients():
+        np.savez_compressed(root / f"trn0000{i}.npz", ct=p.volume[::-1, ::-1, ::-1].transpose(2, 1, 0))
+    classes = ["Hietal Hernia" if name == "Hiatal hernia" else name for name in class_names("rad_chest_ct")]
+    publish_lists(root, [f"trn0000{i}" for i in range(4)], ["NoteAcc_DEID", *classes], [[i % 2] * 16 for i in range(4)])
+
+
+def publish_cc_ccii(root: Path) -> None:
+    for i, p in patients():
+        folder = root / ("NCP", "CP", "Normal")[i % 3] / str(i) / str(3690 + i)
+        folder.mkdir(parents=True)
+        grey = ((p.volume.clip(-1000, 1000) + 1000) / 2000 * 255).astype(np.uint8)[::-1, ::-1, ::-1]
+        for number, picture in enumerate(grey.transpose(2, 1, 0)):
+            Image.fromarray(picture).save(folder / (f"{number}.jpg" if i % 2 else f"{number:04d}.png"))
+    publish_lists(root, [f"{3690 + i}.nii.gz" for i in range(4)], ["img_list", "label"], [[i % 3] for i in range(4)])
+
+
+def publish_luna16(root: Path) -> None:
+    names = [f"1.3.6.1.4.1.14519.{i}" for i in range(4)]
+    for (i, p), name in zip(patients(), names, strict=True):
+        masks = [p.organs == ORGANS[organ] for organ in ("left lung", "right lung", "trachea")]
+        mask = np.select(masks, [3, 4, 5], 0).astype(np.uint8)
+        save_mhd(root / f"subset{i}" / f"{name}.mhd", p.volume[::-1, ::-1], p.affine @ LPS)
+        save_mhd(root / "seg-lungs-LUNA16" / f"{name}.mhd", mask[::-1, ::-1], p.affine @ LPS)
+    publish_lists(root, [f"{name}.nii.gz" for name in names], ["image_id", "label"], [[i % 2] for i in range(4)])
+    items = [{"image": f"images/{n}.nii.gz", "label": f"masks_processed/{n}.nii.gz"} for n in names]
+    lists = {"training": items[:3], "validation": items[3:], "testing": items[3:]}
+    (root / "dataset.json").write_text(json.dumps(lists))
+
+
+def publish_btcv(root: Path) -> None:
+    for i, p in patients():
+        save(root / "imagesTr" / f"img000{i}.nii.gz", p.volume, p.affine)
+        save(root / "labelsTr" / f"label000{i}.nii.gz", p.organs.astype(np.uint8), p.affine)
+    save(root / "imagesTs" / "img0061.nii.gz", p.volume, p.affine)
+    items = [{"image": f"imagesTr/img000{i}.nii.gz", "label": f"labelsTr/label000{i}.nii.gz"} for i in range(4)]
+    lists = {"training": items[:3], "validation": items[3:], "test": ["img0061.nii.gz"]}
+    (root / "dataset.json").write_text(json.dumps(lists))
+
+
+GEOMETRY = {"source#spacing": [10.0, 5.0, 5.0]}  # of what lies in files that do not tell
+PUBLISHED = [
+    ("pretrain", [], ["train"], publish_ct_rate, {}),
+    ("classify", [], ["train", "ct_rate"], publish_ct_rate, {}),
+    ("classify", ["prepare_radchestct"], ["train", "radchestct"], publish_radchestct, GEOMETRY),
+    ("classify", ["prepare_cc_ccii"], ["train", "cc_ccii"], publish_cc_ccii, GEOMETRY),
+    ("classify", ["prepare_luna16"], ["train", "luna16"], publish_luna16, {}),
+    ("segment", [], ["train", "luna16"], publish_luna16, {}),
+    ("segment", ["prepare_btcv"], ["train", "btcv"], publish_btcv, {}),
+]
+
+
+def test_every_overlay_has_its_case() -> None:
+    cases = {(bundle, (overlay or ["prepare"])[0]) for bundle, overlay, *_ in PUBLISHED}
+    assert cases == {(path.parts[-3], path.stem) for path in BUNDLES.glob("*/configs/prepare*.json")}
+
+
+@pytest.mark.parametrize(
+    "bundle, overlay, training, publish, keys", PUBLISHED, ids=[f"{case[0]} {' '.join(case[2])}" for case in PUBLISHED]
+)
+def test_training_reads_what_was_prepared(
+    bundle: str,
+    overlay: list[str],
+    training: list[str],
+    publish: object,
+    keys: dict[str, object],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    minilm: str,
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "prepared"
+    raw.mkdir()
+    publish(raw)
+    configs = [str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ("prepare", *overlay)]
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    common = {"pixdim": [5.0, 5.0, 10.0], "num_workers": 1}
+    folders = {"dataset_dir": str(raw), "prepared_dir": str(out)}
+    monai.bundle.run(config_file=configs, logging_file=False, **common, **folders, **keys)
+    count = len(pd.read_csv(out / "manifest.csv"))
+    assert count == (5 if publish is publish_btcv else 4)
+    assert f"{count} prepared, 0 failed" in (out / "summary.md").read_text()
+    assert (out / "contact_sheet.png").stat().st_size > 10_000
+
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLES / bundle / "configs" / f"{name}.json") for name in training])
+    small = {"img_size": [48, 48, 24], "num_samples": 1, "pixdim": common["pixdim"], "features": "online", "seed": 0}
+    small |= {"dataset_dir": str(out), "exclude": str(out / "failed.csv"), "text_encoder": minilm}
+    for key, value in (small | ({"classes": list("abcdefg")} if "btcv" in training else {})).items():
+        parser[key] = value
+    train, valid = (parser.get_parsed_content(f"{split}#data") for split in ("train", "validate"))
+    assert (len(train), len(valid)) == (3, 1)
+    assert all(os.path.isfile(item["image"]) and item["image"].startswith(str(out)) for item in [*train, *valid])
+    item = parser.get_parsed_content("train#preprocessing")(dict(train[0]))
+    item = item[0] if isinstance(item, list) else item
+    assert item["image"].shape == (1, 48, 48, 24) and -1.2 < item["image"].min() < -0.5 < 0 < item["image"].max()
+    if bundle == "segment":
+        assert item["label"].shape == item["image"].shape and len(torch.unique(item["label"])) > 1

@@ -64,6 +64,17 @@ def nested() -> None:
         raise RuntimeError("engine run is terminating") from error
 
 
+class DiskFull(InputError):
+    """A kind of InputError."""
+
+
+def narrower() -> None:
+    try:
+        raise DiskFull(TOLD) from OSError(28, "no space")
+    except InputError as error:
+        raise RuntimeError("failed to instantiate") from error
+
+
 class Scans(torch.utils.data.Dataset):
     """Fails as it is read, without MONAI's RuntimeError around it."""
 
@@ -99,11 +110,12 @@ def told(case, monkeypatch, capsys) -> str:
     [
         bad,
         nested,
+        narrower,
         lambda: Dataset([{"image": 1}], Lambdad("image", bad))[0],
         lambda: load(Dataset([{"image": 1}], Lambdad("image", bad))),
         lambda: load(Scans(bad)),
     ],
-    ids=["plain", "nested", "transform", "transform in a worker", "data set in a worker"],
+    ids=["plain", "nested", "narrower", "transform", "transform in a worker", "data set in a worker"],
 )
 def test_input_errors_are_told_in_one_line(case, monkeypatch, capsys):
     assert told(case, monkeypatch, capsys) == f"error: {TOLD}\n"

@@ -271,6 +271,15 @@ def test_fractions_are_nested(btcv: Path) -> None:
     assert names(0.05) < names(0.1) < names(0.5) < names(1.0)
 
 
+def test_scans_that_could_not_be_prepared_are_left_out(btcv: Path, tmp_path: Path) -> None:
+    failed = tmp_path / "failed.csv"  # as prepare writes it
+    failed.write_text("name,reason,message\nimagesTr/3,unreadable,download it again\nimagesTr/20,empty,air\n")
+    (btcv / "imagesTr" / "3.nii.gz").unlink()
+    assert [item["name"] for item in msd(btcv, exclude=failed)] == [str(i) for i in range(20) if i != 3]
+    with pytest.raises(InputError, match="failed.csv leaves nothing of validation"):
+        msd(btcv, split="validation", exclude=failed)
+
+
 def test_a_bad_list_is_told(btcv: Path) -> None:
     with pytest.raises(InputError, match="no testing list .*training, validation, test"):
         msd(btcv, split="testing")
