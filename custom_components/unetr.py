@@ -97,11 +97,13 @@ class SimCroPUNETR(nn.Module):
         """``[B, in_channels, X, Y, Z]`` of the encoder's ``img_size``, HU scaled to [-1, 1] -> logits
         ``[B, out_channels, X, Y, Z]``.
 
-        On a CPU the convolutions run in fp32 under autocast too: in bfloat16 they take about twice as long there.
+        On a CPU without matrix units (AMX) the convolutions run in fp32 under autocast too: in bfloat16 they take about
+        twice as long there.
         """
         tokens, hidden_states = self.encoder(volume)
         if not torch.jit.is_scripting():
-            if volume.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+            slow = volume.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
+            if slow and torch.is_autocast_enabled("cpu"):
                 with torch.autocast("cpu", enabled=False):
                     return self.decode(volume.float(), tokens.float(), [state.float() for state in hidden_states])
         return self.decode(volume, tokens, hidden_states)
