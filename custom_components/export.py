@@ -162,7 +162,7 @@ def write_zip(folder: Path, path: Path) -> None:
 def export(
     bundle: str | Path, out: str | Path, weights_url: str | None = None, trained_on: str | None = None
 ) -> tuple[Path, Path]:
-    """Write ``<out>/<name>/`` and ``<out>/<name>_v<version>.zip``, whole or not at all.
+    """Write ``<out>/<name>/`` and ``<out>/<name>_v<version>.zip``, each whole under its name or not there.
 
     Args:
         bundle: a folder with configs, docs and perhaps models.
