@@ -244,7 +244,8 @@ def msd(
         chosen = set(np.random.RandomState(seed).permutation(len(items))[:count].tolist())
         items = [item for i, item in enumerate(items) if i in chosen]
     excluded = set() if exclude is None else _volume_names(Path(exclude).expanduser())
-    items = [item for item in items if item["name"] not in excluded]
+    # a file that is not there keeps its ending in its name
+    items = [item for item in items if item["name"].removesuffix(".nii.gz") not in excluded]
     if not items:
         raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
 
