@@ -57,6 +57,7 @@ class SimCroPUNETR(nn.Module):
             raise InputError("the UNETR's encoder has a class token that nothing reads: give class_token false")
         self.encoder = encoder
         self.grid = encoder.grid
+        self.has_amx = torch.cpu._is_amx_tile_supported()
         depth = len(encoder.blocks)
         self.skips = (depth // 4, depth // 2, 3 * depth // 4)  # indices of hidden states: block 4 of 12 is index 3
 
@@ -102,8 +103,7 @@ class SimCroPUNETR(nn.Module):
         """
         tokens, hidden_states = self.encoder(volume)
         if not torch.jit.is_scripting():
-            slow = volume.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
-            if slow and torch.is_autocast_enabled("cpu"):
+            if volume.device.type == "cpu" and not self.has_amx and torch.is_autocast_enabled("cpu"):
                 with torch.autocast("cpu", enabled=False):
                     return self.decode(volume.float(), tokens.float(), [state.float() for state in hidden_states])
         return self.decode(volume, tokens, hidden_states)
