@@ -15,7 +15,7 @@ import torch
 
 from custom_components import phantom
 from custom_components.vit import SimCroPEncoder, simcrop_positions
-from tests.bundles.test_pretrain import run, told
+from tests.bundles.conftest import run, told
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 SIZES = {"img_size": [64, 64, 32], "patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3}

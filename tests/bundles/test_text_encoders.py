@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.bundles.test_pretrain import BUNDLE, TINY, TRAIN, run
+from tests.bundles.conftest import run
+from tests.bundles.test_pretrain import BUNDLE, TINY, TRAIN
 from tests.custom_components.test_text_encoders import roberta_base
 
 
