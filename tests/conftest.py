@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,11 +13,19 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
+import custom_components
 from custom_components.simcrop import Aligner, ReportDecoder, SimCroP, VolumeDecoder
 from custom_components.text import TextEncoder, load_tokenizer
 from custom_components.vit import SimCroPEncoder
 
 VOCAB_SIZE, PAD, MASK = 40, 0, 1
+BUNDLES = Path(__file__).parents[1] / "bundles"
+
+
+@pytest.fixture(autouse=True)
+def own_components(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exported bundles that a test runs in this process join their components to ours: for that test alone."""
+    monkeypatch.setattr(custom_components, "__path__", list(custom_components.__path__))
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +37,12 @@ def minilm() -> str:
 @pytest.fixture(scope="session")
 def tokenizer(minilm: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(minilm)
+
+
+def untrained(name: str, folder: Path) -> Path:
+    """A copy of a bundle, made in this folder, without what runs in the repository have left in it."""
+    ignore = shutil.ignore_patterns("models", "eval", "data")
+    return Path(shutil.copytree(BUNDLES / name, folder / name, ignore=ignore))
 
 
 def make_text_encoder(cache_size: int = 0) -> TextEncoder:

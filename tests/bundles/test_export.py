@@ -22,6 +22,7 @@ from tests.bundles.test_classify import TINY as CLASSIFY_TINY
 from tests.bundles.test_pretrain import TINY as PRETRAIN_TINY
 from tests.bundles.test_segment import COHORT as SEGMENT_COHORT
 from tests.bundles.test_segment import TINY as SEGMENT_TINY
+from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLES = ("pretrain", "classify", "segment")
@@ -133,11 +134,11 @@ def exported(bare: tuple, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 
     Classify lies alone; segment lies beside pretrain, whose demo has left an encoder.
     """
-    out = tmp_path_factory.mktemp("exported")
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("exported")
     foreign = tmp_path_factory.mktemp("foreign")
 
     folders = {
-        name: export(REPOSITORY / "bundles" / name, out / ("alone" if name == "classify" else "together"))[0]
+        name: export(untrained(name, source), out / ("alone" if name == "classify" else "together"))[0]
         for name in BUNDLES
     }
 

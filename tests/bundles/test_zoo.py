@@ -14,6 +14,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from custom_components.export import LARGE, components, export
+from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLES = ("pretrain", "classify", "segment")
@@ -176,7 +177,7 @@ def test_every_data_set_has_its_licence(name: str) -> None:
 
 @each_bundle
 def test_files_are_small_and_lines_short(name: str, tmp_path: Path) -> None:
-    exported, archive = export(folder(name), tmp_path)
+    exported, archive = export(untrained(name, tmp_path), tmp_path / "out")
     assert archive.stat().st_size < LARGE
     for path in exported.rglob("*"):
         assert path.is_dir() or path.stat().st_size < LARGE

@@ -21,6 +21,7 @@ from torch import nn
 
 import custom_components.export
 from custom_components.export import ExportError, components, content_hash, export, write_zip
+from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLES = ("pretrain", "classify", "segment")
@@ -29,8 +30,7 @@ BUNDLES = ("pretrain", "classify", "segment")
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     """A copy of the smallest bundle, in which a test may plant things."""
-    ignore = shutil.ignore_patterns("models", "eval", "data")
-    return Path(shutil.copytree(REPOSITORY / "bundles" / "segment", tmp_path / "segment", ignore=ignore))
+    return untrained("segment", tmp_path)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -39,8 +39,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_holds_what_a_bundle_needs(name: str, tmp_path: Path) -> None:
-    source = REPOSITORY / "bundles" / name
-    folder, archive = export(source, tmp_path)
+    source = untrained(name, tmp_path)
+    folder, archive = export(source, tmp_path / "out")
     metadata = json.loads((source / "configs" / "metadata.json").read_text())
     assert (folder.name, archive.name) == (name, f"{name}_v{metadata['version']}.zip")
     held = files(folder)
@@ -76,7 +76,7 @@ def test_holds_the_components_it_needs_and_no_others(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_zip_unpacks_into_the_folder(name: str, tmp_path: Path) -> None:
-    folder, archive = export(REPOSITORY / "bundles" / name, tmp_path / "out")
+    folder, archive = export(untrained(name, tmp_path), tmp_path / "out")
     with zipfile.ZipFile(archive) as packed:
         assert packed.testzip() is None
         packed.extractall(tmp_path / "unpacked")
@@ -103,7 +103,7 @@ def test_stamp_is_the_contents_hash(bundle: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_holds_no_path_of_this_machine(name: str, tmp_path: Path) -> None:
-    folder, _ = export(REPOSITORY / "bundles" / name, tmp_path)
+    folder, _ = export(untrained(name, tmp_path), tmp_path / "out")
     content = b"".join(files(folder).values())
     for place in (Path.home(), REPOSITORY, tmp_path, Path(sys.prefix), Path.cwd()):
         assert place == Path(place.anchor) or f"{place}{os.sep}".encode() not in content
@@ -198,7 +198,7 @@ def test_torchscript_loses_paths_and_keeps_its_numbers(bundle: Path, tmp_path: P
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_model_card_is_what_monai_would_push(name: str, tmp_path: Path) -> None:
-    folder, _ = export(REPOSITORY / "bundles" / name, tmp_path)
+    folder, _ = export(untrained(name, tmp_path), tmp_path / "out")
     card = (folder / "README.md").read_text()
     shutil.copy(folder / "docs" / "README.md", folder / "README.md")
     _add_model_card_metadata(str(folder / "README.md"))  # as push_to_hf_hub does before it uploads

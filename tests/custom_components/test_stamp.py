@@ -12,20 +12,19 @@ import custom_components
 from custom_components.errors import InputError
 from custom_components.export import export
 from custom_components.stamp import check_components
+from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loaded() -> list[str]:
     """``custom_components.__path__``, which the test may change."""
-    path = list(custom_components.__path__)
-    monkeypatch.setattr(custom_components, "__path__", path)
-    return path
+    return custom_components.__path__
 
 
 def test_equal_components_are_joined(loaded: list[str], tmp_path: Path) -> None:
-    folder, _ = export(REPOSITORY / "bundles" / "segment", tmp_path)
+    folder, _ = export(untrained("segment", tmp_path), tmp_path / "out")
     check_components(folder)
     check_components(folder)  # once is enough
     assert loaded[1:] == [str(folder / "custom_components")]
@@ -46,7 +45,7 @@ def test_a_module_that_is_not_loaded_comes_from_the_bundle(
 
 
 def test_another_version_is_refused_in_one_line(loaded: list[str], tmp_path: Path) -> None:
-    folder, _ = export(REPOSITORY / "bundles" / "segment", tmp_path)
+    folder, _ = export(untrained("segment", tmp_path), tmp_path / "out")
     module = folder / "custom_components" / "unetr.py"
     module.write_text(module.read_text() + "\n# changed\n")
     with pytest.raises(InputError) as raised:
