@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,3 +32,13 @@ def remove_temporary(path: str | Path) -> None:
     path = Path(path)
     for temporary in path.parent.glob(f".*.tmp.{glob.escape(path.name)}"):
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporaries(folder: str | Path, paths: Iterable[str]) -> None:
+    """As :func:`remove_temporary` for many ``paths``, relative to ``folder``, in one walk through it."""
+    own = {os.path.join(folder, path) for path in paths}
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            target = re.fullmatch(r"\.\d+\.tmp\.(.+)", name)
+            if target and os.path.join(parent, target[1]) in own:
+                Path(parent, name).unlink(missing_ok=True)

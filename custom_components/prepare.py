@@ -14,13 +14,12 @@ import io
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import wait
@@ -35,7 +34,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from custom_components.errors import InputError
-from custom_components.files import remove_temporary, replacing
+from custom_components.files import remove_temporaries, remove_temporary, replacing
 from custom_components.sources import Raw, Scan, Source, Unfit
 
 FORMAT_VERSION = 1  # raise it with every change of the voxels written, so that a restart prepares volumes anew
@@ -522,16 +521,6 @@ def _is_done(scan: Scan, row: Mapping[str, str] | None, recipe_hash: str, recipe
         return False
 
 
-def _remove_temporaries(folder: Path, outputs: Iterable[str]) -> None:
-    """Delete what killed processes left of `outputs`, of which no other run may be writing any."""
-    own = {str(folder / output) for output in outputs}
-    for parent, _, files in os.walk(folder):
-        for file in files:
-            target = re.fullmatch(r"\.\d+\.tmp\.(.+)", file)
-            if target and os.path.join(parent, target[1]) in own:
-                Path(parent, file).unlink(missing_ok=True)
-
-
 def _shard(shard: str | None) -> tuple[int, int]:
     """Which part of how many, from 0: `shard` ("1/4" is the first), or torchrun's rank, or all."""
     if shard is None:
@@ -604,7 +593,7 @@ def prepare(
         if part == 0:
             _copy_tables(source, folder)
     own_outputs = [output for scan in mine for output in _outputs(scan, recipe)]
-    _remove_temporaries(folder, own_outputs)
+    remove_temporaries(folder, own_outputs)
     shown: list[tuple[str, Path]] = []
     failures = 0
     sheet = folder / f"contact_sheet{f'_{part + 1}' if parts > 1 else ''}.png"
@@ -637,7 +626,7 @@ def prepare(
                     bar.set_postfix(failed=failures, refresh=False)
                     bar.update()
         except BaseException:  # the workers were ended, be it in the midst of writing
-            _remove_temporaries(folder, own_outputs)
+            remove_temporaries(folder, own_outputs)
             raise
         finally:
             manifest.close()

