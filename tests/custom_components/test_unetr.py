@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from custom_components.errors import InputError
-from custom_components.unetr import SimCroPUNETR, instance_norm
+from custom_components.unetr import InstanceNorm, SimCroPUNETR
 from custom_components.vit import SimCroPEncoder, simcrop_positions, sincos3d_positions
 from custom_components.weights import load_for_region
 
@@ -66,15 +67,28 @@ def test_wiring_against_the_blocks_by_hand() -> None:
     torch.testing.assert_close(network(volume), network.out(x), rtol=1e-4, atol=1e-4)
 
 
-def test_norm_is_instance_norm_without_affine() -> None:
-    kind, options = instance_norm(6)
-    assert kind == "group"
-    norm = nn.GroupNorm(num_channels=6, **options)
-    x = torch.randn(2, 6, 4, 5, 3) * 3 + 1
-    torch.testing.assert_close(norm(x), F.instance_norm(x), rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_norm_is_instance_norm_without_affine(memory_format: torch.memory_format, dtype, tolerance: float) -> None:
+    """Forward and backward, beside torch's own in float64; the layout stays."""
+    x = (torch.randn(2, 6, 4, 5, 3, generator=torch.Generator().manual_seed(0)) * 3 + 1).to(dtype)
+    x = x.to(memory_format=memory_format).requires_grad_()
+    precise = x.detach().double().requires_grad_()
+    grad = torch.randn_like(x)
+    found, expected = InstanceNorm(6)(x), F.instance_norm(precise)
+    close = partial(torch.testing.assert_close, rtol=tolerance, atol=tolerance, check_dtype=False, check_stride=False)
+    close(found, expected)
+    close(InstanceNorm(6)(x.detach()), expected)
+    gradient = torch.autograd.grad(found, x, grad)[0]
+    close(gradient, torch.autograd.grad(expected, precise, grad.double())[0])
+    assert gradient.is_contiguous(memory_format=memory_format) and gradient.dtype == dtype
+
+
+def test_every_norm_and_activation_is_the_published_one() -> None:
     network = make()
-    norms = [m for m in network.modules() if isinstance(m, nn.GroupNorm)]
-    assert norms and all(m.num_groups == m.num_channels and m.weight is None for m in norms)
+    kinds = {type(m) for part in network.children() if part is not network.encoder for m in part.modules()}
+    assert not kinds & {nn.BatchNorm3d, nn.InstanceNorm3d, nn.GroupNorm} and InstanceNorm in kinds
+    assert {m.eps for m in network.modules() if isinstance(m, InstanceNorm)} == {1e-5}
     slopes = {m.negative_slope for m in network.modules() if isinstance(m, nn.LeakyReLU)}
     assert slopes == {0.01}
 
