@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import itk
@@ -13,10 +13,10 @@ import pandas as pd
 import torch
 from monai.config import KeysCollection
 from monai.data import ITKReader, MetaTensor
-from monai.networks.layers import AffineTransform
 from monai.transforms import LoadImage, MapLabelValue, MapTransform
 from monai.utils import ensure_tuple
 from torch import Tensor
+from torch.nn import functional as F
 
 from custom_components.datalists import CT_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES
 from custom_components.errors import InputError
@@ -400,6 +400,12 @@ def argmax_labels(logits: Tensor) -> Tensor:
     return torch.cat([slab.argmax(0).byte() for slab in logits.split(16, dim=1)])
 
 
+def _linear_weights(place: Tensor, size: int) -> Tensor:
+    """Linear interpolation at places [n] of an axis as a matrix ``[n, size]``; what lies outside gets the outermost."""
+    place = place.clamp(0, size - 1)[:, None]
+    return (1 - (torch.arange(size) - place).abs()).clamp(min=0).float()
+
+
 def labels_in_scan(
     logits: Tensor,
     affine: Tensor,
@@ -410,7 +416,8 @@ def labels_in_scan(
     """Bring logits to the scan's grid and take the largest, 16 slices at a time.
 
     Logits are interpolated linearly, so that a boundary is as smooth as the scan's voxels allow; but those of a whole
-    scan of 512 x 512 x 1000 voxels would need 4 bytes x 262 million x classes, hence the slabs.
+    scan of 512 x 512 x 1000 voxels would need 4 bytes x 262 million x classes, hence the slabs. Grids that run along
+    the same axes, in whatever order and direction, need only one matrix product per axis.
 
     Args:
         logits: ``[C, x, y, z]`` on the network's grid.
@@ -422,29 +429,61 @@ def labels_in_scan(
         labels uint8 ``[X, Y, Z]``; and probabilities of classes 1, 2, ... in 1/255, uint8 ``[C - 1, X, Y, Z]``, or
         None.
     """
-    x, y, z = (int(size) for size in scan_shape)
-    device = logits.device
-    labels = torch.empty((x, y, z), dtype=torch.uint8)
-    chances = torch.empty((len(logits) - 1, x, y, z), dtype=torch.uint8) if probabilities else None
+    shape = [int(size) for size in scan_shape]
+    labels = torch.empty(shape, dtype=torch.uint8)
+    chances = torch.empty((len(logits) - 1, *shape), dtype=torch.uint8) if probabilities else None
     to_network = torch.linalg.solve(affine.double().cpu(), scan_affine.double().cpu())
-    sizes = torch.tensor(logits.shape[1:])
-    corners = torch.cartesian_prod(*(torch.tensor([0.0, size - 1.0], dtype=torch.float64) for size in (x, y, 16)))
-    for start in range(0, z, 16):
-        stop = min(start + 16, z)
-        to_slab = to_network.clone()
-        to_slab[:3, 3] += start * to_network[:3, 2]
-        # only the logits around the slab, since all of them would be converted and copied for each
-        places = corners @ to_slab[:3, :3].T + to_slab[:3, 3]
-        low = torch.minimum((places.amin(0).floor().long() - 1).clamp(min=0), sizes - 2).clamp(min=0)
-        high = torch.maximum(torch.minimum(places.amax(0).ceil().long() + 2, sizes), low + 1)
-        (x0, y0, z0), (x1, y1, z1) = low.tolist(), high.tolist()
-        to_slab[:3, 3] -= low
-        resample = AffineTransform((x, y, stop - start), mode="bilinear", padding_mode="border", align_corners=True)
-        slab = resample(logits[None, :, x0:x1, y0:y1, z0:z1].float(), to_slab.float().to(device)[None])[0]
-        labels[..., start:stop] = slab.argmax(0).byte().cpu()
+    along = to_network[:3, :3].abs().argmax(0).tolist()  # which of the network's axes runs along each of the scan's
+    tilt = to_network[:3, :3].clone()
+    tilt[along, range(3)] = 0
+    if sorted(along) == [0, 1, 2] and (tilt.abs() @ torch.tensor(shape, dtype=torch.float64)).max() < 0.01:
+        slabs = _slabs_along_axes(logits, to_network, along, shape)
+    else:
+        slabs = _slabs_by_voxel(logits, to_network, shape)
+    for own, slab in slabs:
+        labels[..., own] = slab.argmax(0).byte().cpu()
         if chances is not None:
-            chances[..., start:stop] = (slab.softmax(0)[1:] * 255).round().byte().cpu()
+            chances[..., own] = (slab.softmax(0)[1:] * 255).round().byte().cpu()
     return labels, chances
+
+
+SLAB = 16  # slices of the scan
+
+
+def _slabs_along_axes(
+    logits: Tensor, to_network: Tensor, along: Sequence[int], shape: Sequence[int]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the scan, and the logits ``[C, X, Y, slices]`` there, where the grids have their axes in common."""
+    logits = logits.permute(0, *(1 + axis for axis in along))
+    x, y, z = (
+        _linear_weights(to_network[k, j] * torch.arange(shape[j]) + to_network[k, 3], logits.shape[1 + j])
+        for j, k in enumerate(along)
+    )
+    x, y = x.to(logits.device), y.T.contiguous().to(logits.device)
+    for start in range(0, shape[2], SLAB):
+        own = slice(start, min(start + SLAB, shape[2]))
+        used = z[own].any(0).nonzero()
+        begin, end = int(used[0]), int(used[-1]) + 1
+        rows = z[own, begin:end].to(logits.device)
+        slab = torch.tensordot(rows, logits[..., begin:end].float(), ([1], [3])) @ y
+        yield own, (x @ slab).permute(1, 2, 3, 0)
+
+
+def _slabs_by_voxel(logits: Tensor, to_network: Tensor, shape: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """As :func:`_slabs_along_axes`, for any two grids."""
+    last = torch.tensor(logits.shape[1:]) - 1
+    for start in range(0, shape[2], SLAB):
+        own = slice(start, min(start + SLAB, shape[2]))
+        index = torch.meshgrid(*map(torch.arange, shape[:2]), torch.arange(own.start, own.stop), indexing="ij")
+        places = torch.stack(index, -1).double() @ to_network[:3, :3].T + to_network[:3, 3]
+        # only the logits around the slab, since all of them would be converted and copied for each
+        ends = places.amin((0, 1, 2)), places.amax((0, 1, 2)) + 1
+        low, high = (torch.minimum(end.floor().long().clamp(min=0), last) for end in ends)
+        x, y, z = (slice(begin, end + 1) for begin, end in zip(low.tolist(), high.tolist()))
+        # grid_sample counts from -1 to 1, and the last axis first
+        grid = ((places - low) * 2 / (high - low).clamp(min=1) - 1).flip(-1).float().to(logits.device)
+        part = logits[None, :, x, y, z].float()
+        yield own, F.grid_sample(part, grid[None], "bilinear", "border", align_corners=True)[0]
 
 
 class LabelsInScand(MapTransform):

@@ -23,6 +23,7 @@ from monai.bundle import ConfigParser
 from monai.networks.nets import ViT
 
 from custom_components.features import FeatureDataset, FeatureLoader
+from custom_components.memory import keep_freed
 from custom_components.metrics import mean_auroc
 from custom_components.probe import LinearProbe
 from custom_components.vit import SimCroPEncoder
@@ -47,6 +48,7 @@ def encode(contender: str, precision: str) -> dict[str, float]:
     """Seconds to encode one volume of published size."""
     torch.manual_seed(0)
     if contender == "simcrop":
+        keep_freed(device())
         network = LinearProbe(SimCroPEncoder(), NUM_CLASSES)
         forward = network.features
     else:

@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel
 
+from custom_components.memory import keep_freed
 from custom_components.simcrop import gather_tokens, patchify
 from custom_components.text import ReportCollate, TokenizeReportd
 from tests.benchmarks.measure import (
@@ -89,6 +90,7 @@ def simcrop_step(
     text_encoder: str, precision: str, batch_size: int, repeats: int, keys: dict[str, Any]
 ) -> dict[str, Any]:
     """Median seconds of forward, backward and optimiser step, and the losses of the first one."""
+    keep_freed(device())
     parser = parse(text_encoder, precision, keys)
     torch.manual_seed(0)
     network, loss, optimizer = (parser.get_parsed_content(key) for key in ("network", "loss", "optimizer"))
@@ -131,6 +133,7 @@ def monai_step(batch_size: int, img_size: tuple[int, ...], patch_size: tuple[int
 
 def breakdown(text_encoder: str, precision: str, batch_size: int, repeats: int, keys: dict[str, Any]) -> dict[str, Any]:
     """Median seconds of each part's forward and backward, every part fed with what the others give it."""
+    keep_freed(device())
     parser = parse(text_encoder, precision, keys)
     network, loss, optimizer = (parser.get_parsed_content(key) for key in ("network", "loss", "optimizer"))
     network.train()

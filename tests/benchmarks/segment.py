@@ -6,8 +6,8 @@ one large scan.
 Every contender runs in a process of its own. Work: a training step on 4 regions of 96 x 96 x 48, and a sliding window
 over 256 x 256 x 96 (75 windows, overlap 0.5, Gaussian). ``simcrop`` is ours as the bundle runs it. ``plain`` has its
 weights and architecture, and of MONAI's and torch's own what the published code has: instance norm, the default layout
-and allocator, every convolution under autocast, MONAI's sliding window. ``monai``, the stock UNETR, knows only patches of
-16 x 16 x 16, hence half the tokens. The published times (``PUBLISHED``) are of another machine.
+and allocator, every convolution under autocast, MONAI's sliding window. ``monai``, the stock UNETR, knows only patches
+of 16 x 16 x 16, hence half the tokens. The published times (``PUBLISHED``) are of another machine.
 """
 
 from __future__ import annotations
@@ -75,8 +75,8 @@ def step(name: str, precision: str, repeats: int) -> dict[str, Any]:
         loss(logits, label).backward()
         optimizer.step()
 
-    # memory is new to the process in the first three
-    return {"seconds": median_seconds(run, repeats, warmup=3)}
+    # memory is new to the process in the first two
+    return {"seconds": median_seconds(run, repeats, warmup=2)}
 
 
 def window(name: str, precision: str, repeats: int) -> dict[str, Any]:

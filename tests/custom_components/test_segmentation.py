@@ -10,9 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.inferers import sliding_window_inference
 from monai.transforms import Compose, Orientation, Spacing
+from scipy.ndimage import map_coordinates
 from torch import Tensor, nn
 
 from custom_components.datalists import labelled, msd
@@ -142,6 +145,34 @@ def test_labels_come_back_to_the_place_in_the_scan() -> None:
     assert labels.dtype == torch.uint8 and labels.shape == shape
     assert 2 * (labels * ball).sum() / (labels.sum() + ball.sum()) > 0.97
     assert chance.shape == (1, *shape) and ((chance[0] > 127) == (labels > 0)).float().mean() > 0.999
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    order=st.permutations(range(3)),
+    signs=st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3),
+    steps=st.tuples(*[st.floats(0.3, 3)] * 3),
+    shift=st.tuples(*[st.floats(-3, 3)] * 3),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 40)),
+    tilt=st.sampled_from([0.0, 0.2]),
+)
+def test_logits_are_interpolated_at_every_voxel(order, signs, steps, shift, shape, tilt) -> None:
+    """Whatever the two grids' axes, spacings and places, beside scipy's interpolation of all of it at once."""
+    sizes = (7, 5, 9)
+    logits = torch.randn(3, *sizes, generator=torch.Generator().manual_seed(0))
+    to_network = np.eye(4)
+    to_network[:3, :3] = np.diag(signs)[order] * steps + tilt * np.roll(np.eye(3), 1, 0)
+    to_network[:3, 3] = np.array(sizes) / 2 - to_network[:3, :3] @ np.array(shape) / 2 + shift
+    affine = torch.as_tensor(oblique(sizes))
+    labels, chances = labels_in_scan(logits, affine, affine @ torch.as_tensor(to_network), shape, probabilities=True)
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).reshape(3, -1)
+    places = to_network[:3, :3] @ index + to_network[:3, 3:]
+    expected = torch.as_tensor(
+        np.stack([map_coordinates(values.numpy(), places, order=1, mode="nearest").reshape(shape) for values in logits])
+    )
+    torch.testing.assert_close(chances / 255, expected.softmax(0)[1:], atol=0.003, rtol=0, check_dtype=False)
+    best = expected.topk(2, 0).values
+    assert (labels == expected.argmax(0))[best[0] - best[1] > 1e-3].all()
 
 
 def test_saved_labels_have_the_scans_geometry(tmp_path: Path) -> None:
