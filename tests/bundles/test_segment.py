@@ -34,6 +34,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the bundle beside an encoder, after the README's demo command at tiny size."""
     folder = tmp_path_factory.mktemp("bundles") / "segment"
     shutil.copytree(BUNDLE, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
+    torch.manual_seed(0)  # some starts find no organ in so few steps
     sizes = {"img_size": (64, 64, 32), "patch_size": (8, 8, 8), "hidden_size": 96, "mlp_dim": 384}
     encoder = SimCroPEncoder(num_layers=3, num_heads=3, **sizes)
     (folder.parent / "pretrain" / "models").mkdir(parents=True)
@@ -320,21 +321,15 @@ def real_lungs(folder: Path) -> Path:
 
 # a region that shows the whole chest: in a crop with one lung, nothing tells which of the two it is
 SLICER = {
-    "classes": ["left lung", "right lung"], "pixdim": [8.0, 8.0, 10.0], "img_size": [48, 48, 32],
+    "classes": ["left lung", "right lung"], "pixdim": [6.0, 6.0, 10.0], "img_size": [64, 64, 32],
     "patch_size": [8, 8, 8], "num_samples": 1, "learning_rate": 0.01,
 }  # fmt: skip
 
 
-def test_learns_lungs_of_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
-    """A few seconds of training on the scan that is tested, with real labels: both lungs, on their own sides."""
-    assert overfit(run_here, real_lungs(tmp_path), max_epochs=40, val_interval=40, **SLICER)["mean"] > 0.5
-
-
-@pytest.mark.slow
 def test_overfits_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
-    fine = SLICER | {"pixdim": [4.0, 4.0, 10.0], "img_size": [96, 96, 32]}
-    assert overfit(run_here, real_lungs(tmp_path), max_epochs=150, val_interval=50, **fine)["mean"] > 0.9
-    keys = {k: v for k, v in (OVERFIT | fine).items() if k in NETWORK}
+    """A minute of training on the scan that is tested, with real labels: both lungs, on their own sides."""
+    assert overfit(run_here, real_lungs(tmp_path), max_epochs=80, val_interval=40, **SLICER)["mean"] > 0.9
+    keys = {k: v for k, v in (OVERFIT | SLICER).items() if k in NETWORK}
     run_here(["inference.json", "demo.json"], dataset_dir=CT, output_dir=tmp_path / "out", **keys)
     _overlays(tmp_path / "out" / "CTChest4" / "labels.nii.gz", tmp_path / "labels.nii.gz")
 
