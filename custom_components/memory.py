@@ -15,8 +15,8 @@ def keep_freed(device: torch.device) -> bool:
     """Keep what freed tensors leave for the next ones, instead of giving it back to the system each time.
 
     glibc maps every block above 32 MiB anew, and the system clears each of its pages at the first touch: with feature
-    maps of a 3D network that takes as long as the convolutions (``tests/benchmarks/segment.py``). In return the process,
-    and each that it forks, keeps its highest use of memory until it ends, which is higher by the gaps between blocks.
+    maps of a 3D network that takes as long as the convolutions. In return the process, and each that it forks, keeps
+    its highest use of memory until it ends, which is higher by the gaps between blocks.
 
     Args:
         device: that the network runs on; nothing is changed unless it is a CPU.

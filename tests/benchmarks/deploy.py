@@ -20,7 +20,6 @@ import torch
 from monai.bundle import ConfigParser, ckpt_export, onnx_export
 from monai.data import load_net_with_metadata
 
-from custom_components.memory import keep_freed
 from tests.benchmarks.measure import alone, environment, median_seconds, print_table, write_json
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "segment" / "configs"
@@ -52,7 +51,6 @@ def make(folder: str) -> dict[str, Any]:
 
 
 def forward(kind: str, folder: str, repeats: int) -> dict[str, Any]:
-    keep_freed(torch.device("cpu"))
     start = time.perf_counter()
     if kind == "onnx":
         import onnxruntime
