@@ -112,6 +112,7 @@ def large_scan(shape: tuple[int, int, int], pixdim: tuple[float, float, float], 
         config = ConfigParser(config=ConfigParser.load_config_file(INFERENCE))
         config.update(keys | {"dataset_dir": str(path), "output_dir": folder, "pixdim": list(pixdim), "classes": names})
         config.update({"network": "@network_def", "overlap": 0.0})
+        keep_freed(config.get_parsed_content("device"))
         evaluator = config.get_parsed_content("evaluator")
         evaluator.run()
         labels = nib.load(Path(folder) / "scan" / "labels.nii.gz")
