@@ -37,8 +37,6 @@ INFERENCE = Path(__file__).parents[2] / "bundles" / "segment" / "configs" / "inf
 # seconds on two cores with AMX, the authors' code patched for CPU
 PUBLISHED = {"step": {"fp32": 20.5, "bf16": 13.3}, "window": {"fp32": 70.0, "bf16": 38.0}}
 PUBLISHED_MATMUL = {"fp32": 0.31e12, "bf16": 1.9e12}
-
-
 CONTENDERS = ("simcrop", "plain", "monai")
 
 

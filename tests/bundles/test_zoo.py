@@ -200,6 +200,17 @@ def test_every_start_finds_the_bundles_own_components(name: str) -> None:
 
 
 @each_bundle
+def test_every_start_of_a_network_keeps_freed_memory(name: str) -> None:
+    """A start that seeds goes on to run the network."""
+    keep = {"_target_": "custom_components.memory.keep_freed", "device": "@device"}
+    for path in (folder(name) / "configs").glob("*.json"):
+        start = json.loads(path.read_text()).get("initialize", [])
+        seeds = [i for i, item in enumerate(start) if "set_determinism" in str(item)]
+        assert all(start[i - 1] == keep for i in seeds), path.name
+        assert bool(seeds) == (not path.stem.startswith(("prepare", "import"))) or not start, path.name
+
+
+@each_bundle
 def test_no_config_imports_components(name: str) -> None:
     """``$import`` runs before anything else, thus before the bundle is on the path."""
     for path in (folder(name) / "configs").glob("*.json"):
