@@ -14,6 +14,9 @@ from torch import Tensor
 from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 import custom_components
+import custom_components.data
+import custom_components.evaluation
+import custom_components.run
 from custom_components.simcrop import Aligner, ReportDecoder, SimCroP, VolumeDecoder
 from custom_components.text import TextEncoder, load_tokenizer
 from custom_components.vit import SimCroPEncoder
@@ -25,7 +28,8 @@ BUNDLES = Path(__file__).parents[1] / "bundles"
 @pytest.fixture(autouse=True)
 def own_components(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exported bundles that a test runs in this process join their components to ours: for that test alone."""
-    monkeypatch.setattr(custom_components, "__path__", list(custom_components.__path__))
+    for package in (custom_components, custom_components.data, custom_components.evaluation, custom_components.run):
+        monkeypatch.setattr(package, "__path__", list(package.__path__))
 
 
 @pytest.fixture(scope="session")

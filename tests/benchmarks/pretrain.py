@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from custom_components.memory import keep_freed
+from custom_components.cpu import keep_freed
 from custom_components.simcrop import gather_tokens, patchify
 from custom_components.text import ReportCollate, TokenizeReportd
 from tests.benchmarks.measure import (

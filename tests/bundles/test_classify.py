@@ -19,7 +19,7 @@ import torch
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom_components.datalists import CT_RATE_CLASSES, class_names
+from custom_components.data.lists import CT_RATE_CLASSES, class_names
 from custom_components.probe import LinearProbe
 from custom_components.vit import SimCroPEncoder
 from tests.bundles.conftest import CT, fails_with, run

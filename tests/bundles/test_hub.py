@@ -14,7 +14,7 @@ import pytest
 import torch
 from monai.bundle import download, load, push_to_hf_hub
 
-from custom_components.export import export
+from custom_components.run.export import export
 from custom_components.unetr import SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
 

@@ -21,7 +21,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom_components import phantom
+from custom_components.data import phantom
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
 CONFIGS = ["configs/train.json", "configs/demo.json"]
@@ -43,7 +43,7 @@ TINY = {
 SERVER = """
 import json, os, runpy, sys
 import ignite.engine, monai.bundle, torch.utils.tensorboard, transformers.models.bert.modeling_bert
-import custom_components.engines, custom_components.evaluation, custom_components.datalists
+import custom_components.run.resume, custom_components.evaluation.pretrain, custom_components.data.lists
 for line in sys.stdin:
     job = json.loads(line)
     pid = os.fork()

@@ -13,7 +13,7 @@ import jsonschema
 import pytest
 from monai.bundle import ConfigParser
 
-from custom_components.export import LARGE, components, export
+from custom_components.run.export import LARGE, components, export
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[2]
@@ -190,19 +190,19 @@ def test_files_are_small_and_lines_short(name: str, tmp_path: Path) -> None:
 def test_every_start_finds_the_bundles_own_components(name: str) -> None:
     """Whatever a config does first: MONAI puts the bundle on the path too late, and two exports may meet."""
     opening = ["$import sys", "$sys.path.insert(0, @bundle_root)"]
-    check = {"_target_": "custom_components.stamp.check_components", "bundle_root": "@bundle_root"}
+    check = {"_target_": "custom_components.run.start.check_components", "bundle_root": "@bundle_root"}
     starts = [json.loads(path.read_text()).get("initialize") for path in (folder(name) / "configs").glob("*.json")]
     starts = [start for start in starts if start is not None]
     assert len(starts) >= 4
     for start in starts:
         assert start[:2] == opening and start[3] == check
-        assert start[2] == {"_target_": "custom_components.engines.OneLineErrors"}
+        assert start[2] == {"_target_": "custom_components.run.resume.OneLineErrors"}
 
 
 @each_bundle
 def test_every_start_of_a_network_keeps_freed_memory(name: str) -> None:
     """A start that seeds goes on to run the network."""
-    keep = {"_target_": "custom_components.memory.keep_freed", "device": "@device"}
+    keep = {"_target_": "custom_components.cpu.keep_freed", "device": "@device"}
     for path in (folder(name) / "configs").glob("*.json"):
         start = json.loads(path.read_text()).get("initialize", [])
         seeds = [i for i, item in enumerate(start) if "set_determinism" in str(item)]

@@ -31,9 +31,9 @@ from custom_components.distributed import (
     mean_over_ranks,
     start,
 )
-from custom_components.engines import OptimizerSteps
+from custom_components.run.resume import OptimizerSteps
 from custom_components.errors import InputError
-from custom_components.loading import SeededDataLoader
+from custom_components.run.seeded import SeededDataLoader
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 
 # sentences in the reports of four volumes; each process has two of them

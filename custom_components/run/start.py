@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 
 import custom_components
 from custom_components.errors import InputError
 
-STAMP = "stamp.json"  # what custom_components.export leaves beside the modules
+STAMP = "stamp.json"  # what custom_components.run.export leaves beside the modules
 
 
 def check_components(bundle_root: str | Path) -> None:
@@ -24,16 +25,19 @@ def check_components(bundle_root: str | Path) -> None:
     folders = [Path(folder).resolve() for folder in custom_components.__path__]
     if own in folders or not own.is_dir():
         return
-    for module in sorted(own.glob("*.py")):
+    modules = sorted(module.relative_to(own) for module in own.rglob("*.py"))
+    for module in modules:
         for folder in folders:
-            other = folder / module.name
-            if other.is_file() and other.read_bytes() != module.read_bytes():
+            other = folder / module
+            if other.is_file() and other.read_bytes() != (own / module).read_bytes():
                 raise InputError(
-                    f"{own} ({version(own)}): its {module.name} is not that of {folder} ({version(folder)}), on which "
+                    f"{own} ({version(own)}): its {module} is not that of {folder} ({version(folder)}), on which "
                     "this process runs already: run the bundles in processes of their own, or export both anew from "
                     "one version"
                 )
     custom_components.__path__.append(str(own))
+    for package in {module.parent.name for module in modules} - {""}:
+        importlib.import_module(f"{custom_components.__name__}.{package}").__path__.append(str(own / package))
 
 
 def version(folder: Path) -> str:

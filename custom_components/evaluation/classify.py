@@ -20,12 +20,12 @@ from monai.optimizers import WarmupCosineSchedule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from custom_components import figures
-from custom_components.engines import ClipGradients, KeepBest, LastStep, OptimizerSteps, ReadableLoader
+from custom_components.evaluation import figures
+from custom_components.run.resume import ClipGradients, KeepBest, LastStep, OptimizerSteps, ReadableLoader
 from custom_components.errors import InputError
-from custom_components.evaluation import histogram_scores, hu_histogram, print_table, untrained
-from custom_components.features import FeatureCache, FeatureDataset, FeatureLoader
-from custom_components.metrics import (
+from custom_components.evaluation.pretrain import histogram_scores, hu_histogram, print_table, untrained
+from custom_components.run.features import FeatureCache, FeatureDataset, FeatureLoader
+from custom_components.evaluation.metrics import (
     accuracy,
     auroc_table,
     best_f1_thresholds,
@@ -35,7 +35,7 @@ from custom_components.metrics import (
     resample_patients,
 )
 from custom_components.probe import ClassificationLoss, LinearProbe, probe_head
-from custom_components.weights import load_weights
+from custom_components.run.weights import load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def predict(
     """Logits of features or of volumes.
 
     Args:
-        dataset: a :class:`custom_components.features.FeatureDataset`, of which the first view counts; or volumes.
+        dataset: a :class:`custom_components.run.features.FeatureDataset`, of which the first view counts; or volumes.
 
     Returns:
         Logits ``[N, C]`` float32 on the CPU, the N items they belong to, and ``(name, reason)`` of unreadable volumes.
@@ -73,7 +73,7 @@ class ProbeEvaluation:
     """Metrics of a probe on a list of volumes, with intervals, tables and curves.
 
     Writes to ``output_dir``: ``metrics.json`` and ``metrics.csv`` (see
-    :func:`custom_components.metrics.classification_metrics`), ``predictions.csv`` (a row per volume: labels and
+    :func:`custom_components.evaluation.metrics.classification_metrics`), ``predictions.csv`` (a row per volume: labels and
     probabilities), ``roc_pr.png`` and, where classes exclude each other, ``confusion_matrix.png``.
 
     Args:

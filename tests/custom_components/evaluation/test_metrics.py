@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import average_precision_score, f1_score, recall_score, roc_auc_score
 
 from custom_components.errors import InputError
-from custom_components.metrics import (
+from custom_components.evaluation.metrics import (
     accuracy,
     auroc_table,
     best_f1_thresholds,

@@ -10,11 +10,11 @@ import pytest
 
 import custom_components
 from custom_components.errors import InputError
-from custom_components.export import export
-from custom_components.stamp import check_components
+from custom_components.run.export import export
+from custom_components.run.start import check_components
 from tests.conftest import untrained
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 
 
 @pytest.fixture

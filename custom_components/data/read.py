@@ -18,7 +18,7 @@ from monai.utils import ensure_tuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from custom_components.datalists import CT_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES
+from custom_components.data.lists import CT_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES
 from custom_components.errors import InputError
 from custom_components.files import replacing
 

@@ -22,11 +22,11 @@ import pytest
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
-from custom_components.datalists import prepared
+from custom_components.data.lists import prepared
 from custom_components.errors import InputError
-from custom_components.phantom import ORGANS, patient
-from custom_components.prepare import CannotWrite, Recipe, prepare, prepare_scan, read_manifest
-from custom_components.sources import BTCV, CCCCII, LUNA16, CTRate, RadChestCT, Raw, Scan, Source, Unfit, read_nifti
+from custom_components.data.phantom import ORGANS, patient
+from custom_components.data.prepare import CannotWrite, Recipe, prepare, prepare_scan, read_manifest
+from custom_components.data.sources import BTCV, CCCCII, LUNA16, CTRate, RadChestCT, Raw, Scan, Source, Unfit, read_nifti
 
 SHAPE, SPACING = (80, 72, 40), (4.0, 4.5, 8.0)
 PIXDIM = (5.0, 5.0, 10.0)
@@ -384,8 +384,8 @@ def test_shards_share_the_work_and_the_manifest(truth: Truth, tmp_path: Path, mo
 KILLED = """
 import os, sys, time
 from pathlib import Path
-from custom_components.prepare import prepare
-from custom_components.sources import BTCV
+from custom_components.data.prepare import prepare
+from custom_components.data.sources import BTCV
 
 class Hanging(BTCV):
     def read(self, scan):

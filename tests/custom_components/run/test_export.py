@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -19,11 +20,11 @@ from monai.bundle import download_large_files
 from monai.bundle.scripts import _add_model_card_metadata
 from torch import nn
 
-import custom_components.export
-from custom_components.export import ExportError, components, content_hash, export, write_zip
+import custom_components.run.export
+from custom_components.run.export import ExportError, components, content_hash, export, write_zip
 from tests.conftest import untrained
 
-REPOSITORY = Path(__file__).parents[2]
+REPOSITORY = Path(__file__).parents[3]
 BUNDLES = ("pretrain", "classify", "segment")
 
 
@@ -60,18 +61,29 @@ def test_holds_the_components_it_needs_and_no_others(name: str) -> None:
     """Each is named by a config, or imported by one that is; and nothing that they import is missing."""
     configs = REPOSITORY / "bundles" / name / "configs"
     text = "".join(path.read_text() for path in configs.glob("*.json"))
-    modules = {path.stem: path.read_text() for path in components(configs)}
+    package = REPOSITORY / "custom_components"
+    modules = {
+        ".".join(path.relative_to(package).with_suffix("").parts): path.read_text() for path in components(configs)
+    }
     for module, source in modules.items():
-        others = "".join(code for other, code in modules.items() if other != module)
-        named = f"custom_components.{module}"
-        assert module == "__init__" or named in text + others or f"from custom_components import {module}" in others
+        others = text + "".join(code for other, code in modules.items() if other != module)
+        folder, _, name_in_folder = f"custom_components.{module}".rpartition(".")
+        imported = re.search(rf"from {re.escape(folder)} import [\w, ]*\b{name_in_folder}\b", others)
+        assert name_in_folder == "__init__" or f"{folder}.{name_in_folder}" in others or imported, module
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("custom_components."):
-                assert node.module.split(".")[1] in modules
-    only = {"unetr": "segment", "segmentation": "segment", "features": "classify", "probe_evaluation": "classify"}
+                target = node.module.removeprefix("custom_components.")
+                assert target in modules or all(f"{target}.{alias.name}" in modules for alias in node.names), module
+    assert {"__init__", "data.__init__", "run.__init__", "evaluation.__init__"} <= set(modules)
+    only = {
+        "unetr": "segment",
+        "evaluation.segment": "segment",
+        "run.features": "classify",
+        "evaluation.classify": "classify",
+    }
     for module, owner in only.items():
         assert (module in modules) == (name == owner)
-    assert "export" not in modules
+    assert "run.export" not in modules and "export" not in modules
 
 
 @pytest.mark.parametrize("name", BUNDLES)
@@ -147,9 +159,9 @@ def test_weights_of_unknown_origin_are_told_to_be(bundle: Path, tmp_path: Path) 
 @pytest.fixture
 def small_limit(monkeypatch: pytest.MonkeyPatch) -> int:
     """Stands in for 25 MB, which take seconds to pack; above all else in the bundle."""
-    assert custom_components.export.LARGE == 25_000_000
-    monkeypatch.setattr(custom_components.export, "LARGE", 200_000)
-    return custom_components.export.LARGE
+    assert custom_components.run.export.LARGE == 25_000_000
+    monkeypatch.setattr(custom_components.run.export, "LARGE", 200_000)
+    return custom_components.run.export.LARGE
 
 
 def test_large_weights_are_left_out_and_brought_back_by_monai(bundle: Path, tmp_path: Path, small_limit: int) -> None:
@@ -225,17 +237,18 @@ def test_command_line(tmp_path: Path) -> None:
 
 def test_an_unknown_component_is_told(bundle: Path, tmp_path: Path) -> None:
     (bundle / "configs" / "mine.json").write_text('{"x": "$custom_components.nothere.f()"}')
-    with pytest.raises(ExportError, match=r"mine.json names custom_components.nothere, .* correct the name"):
+    with pytest.raises(ExportError, match=r"mine.json names custom_components.nothere.f, .* correct the name"):
         export(bundle, tmp_path / "out")
 
 
 def test_imports_the_standard_library_alone() -> None:
     """So that it runs in a second, and needs none of what it exports."""
-    code = "import sys; before = set(sys.modules); import custom_components.export; print(*set(sys.modules) - before)"
+    code = "import sys; before = set(sys.modules); import custom_components.run.export; print(*set(sys.modules) - before)"
     found = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
-    assert "custom_components.export" in found
+    assert "custom_components.run.export" in found
     roots = {name.split(".")[0] for name in found} - {"custom_components"}
-    assert not {name for name in found if name.startswith("custom_components.")} - {"custom_components.export"}
+    own = {name for name in found if name.startswith("custom_components.")}
+    assert own == {"custom_components.run", "custom_components.run.export"}
     assert not roots - set(sys.stdlib_module_names)
 
 

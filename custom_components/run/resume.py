@@ -33,11 +33,11 @@ from transformers import PreTrainedTokenizerBase
 from custom_components.distributed import from_rank_zero, rank, world_size
 from custom_components.errors import InputError
 from custom_components.files import remove_temporary
-from custom_components.loading import SeededDataLoader
+from custom_components.run.seeded import SeededDataLoader
 from custom_components.probe import LinearProbe
 from custom_components.simcrop import VolumeEmbedder, similarity, upsample_patches
 from custom_components.text import encode_sentences
-from custom_components.weights import (
+from custom_components.run.weights import (
     check_fingerprint,
     fingerprint,
     frozen_parameters,
@@ -305,7 +305,7 @@ class Checkpointer:
     """Keeps all that a training needs to go on after it was killed, and the weights that other bundles take.
 
     Writes ``path`` and keeps the one before as ``..._previous``: at the end of epochs, and in their midst by the clock.
-    Both are whole files at any moment. Together with :class:`custom_components.loading.SeededDataLoader`, by which
+    Both are whole files at any moment. Together with :class:`custom_components.run.seeded.SeededDataLoader`, by which
     order and random numbers follow from the position in the training, a run that goes on ends with the weights of one
     that was never interrupted. Frozen parameters are not stored, but must be the same when the training goes on.
     Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share.
@@ -355,7 +355,7 @@ class Checkpointer:
         if not isinstance(engine.data_loader, SeededDataLoader):
             raise InputError(
                 f"the training's dataloader is a {type(engine.data_loader).__name__}: make it a "
-                "custom_components.loading.SeededDataLoader, without which a checkpoint cannot be gone on from"
+                "custom_components.run.seeded.SeededDataLoader, without which a checkpoint cannot be gone on from"
             )
         if self.loss_check is not None:
             self.loss_check.attach(engine)

@@ -21,11 +21,11 @@ from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surfac
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from custom_components import figures
+from custom_components.evaluation import figures
 from custom_components.errors import InputError
-from custom_components.evaluation import print_table
-from custom_components.figures import spacing_of
-from custom_components.transforms import argmax_labels, labels_in_scan
+from custom_components.evaluation.pretrain import print_table
+from custom_components.evaluation.figures import spacing_of
+from custom_components.data.read import argmax_labels, labels_in_scan
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,11 @@ import sys
 import pytest
 import torch
 
-from custom_components.memory import keep_freed
+from custom_components.cpu import keep_freed
 
 FAULTS = """
 import resource, sys, torch
-from custom_components.memory import keep_freed
+from custom_components.cpu import keep_freed
 
 if sys.argv[1] == "keep" and not keep_freed(torch.device("cpu")):
     sys.exit("unchanged")

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from custom_components import figures
-from custom_components.datalists import CT_RATE_CLASSES, mask_file_name
+from custom_components.evaluation import figures
+from custom_components.data.lists import CT_RATE_CLASSES, mask_file_name
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences
@@ -66,7 +66,7 @@ class PretrainEvaluation:
         train_dataset: items for the baselines, without augmentation; the first ``num_baseline`` are used.
         dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and,
             where the data set has them, ``abnormalities``, ``masks`` and ``sentences`` of
-            :func:`custom_components.datalists.ct_rate`.
+            :func:`custom_components.data.lists.ct_rate`.
         sentences: class name -> the sentence that says it is present.
         output_dir: for ``metrics.json``, ``metrics.csv`` and the figures.
         batch_size, num_workers: volumes per forward pass, and processes that read them.

@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity, upsample_patches
 from custom_components.text import encode_sentences
-from custom_components.transforms import argmax_labels
+from custom_components.data.read import argmax_labels
 from custom_components.vit import patchify, unpatchify
 
 HEAT = {"cmap": "inferno", "alpha": 0.45}

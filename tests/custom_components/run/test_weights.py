@@ -12,7 +12,7 @@ from torch import nn
 
 from custom_components.errors import InputError
 from custom_components.vit import SimCroPEncoder
-from custom_components.weights import load_file, load_mae, load_weights, save_atomically, state_dict_of
+from custom_components.run.weights import load_file, load_mae, load_weights, save_atomically, state_dict_of
 
 
 def encoder(**changes) -> SimCroPEncoder:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from custom_components.datalists import CT_RATE_CLASSES, ct_rate, scans
+from custom_components.data.lists import CT_RATE_CLASSES, ct_rate, scans
 from custom_components.errors import InputError
 
 REPORT_COLUMNS = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]
@@ -229,7 +229,7 @@ def test_thousands_of_volumes_take_seconds_at_most(tmp_path):
 
 
 def test_import_needs_neither_torch_nor_monai():
-    code = "import sys, custom_components.datalists; sys.exit(any(name in sys.modules for name in ('torch', 'monai')))"
+    code = "import sys, custom_components.data.lists; sys.exit(any(name in sys.modules for name in ('torch', 'monai')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

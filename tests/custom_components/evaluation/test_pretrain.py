@@ -7,7 +7,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from custom_components.evaluation import grounding, hu_histogram, patches_of_mask, untrained
+from custom_components.evaluation.pretrain import grounding, hu_histogram, patches_of_mask, untrained
 from custom_components.simcrop import VolumeEmbedder
 
 

@@ -17,7 +17,7 @@ from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
 from custom_components.unetr import SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
-from custom_components.weights import import_unetr, import_weights, load_for_region, load_pretrained
+from custom_components.run.weights import import_unetr, import_weights, load_for_region, load_pretrained
 
 HIDDEN, HEADS, MLP, DEPTH = 48, 3, 80, 12
 

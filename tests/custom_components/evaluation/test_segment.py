@@ -18,11 +18,11 @@ from monai.transforms import Compose, Orientation, Spacing
 from scipy.ndimage import map_coordinates
 from torch import Tensor, nn
 
-from custom_components.datalists import labelled, msd
-from custom_components.engines import WindowInferer
+from custom_components.data.lists import labelled, msd
+from custom_components.run.resume import WindowInferer
 from custom_components.errors import InputError
-from custom_components.segmentation import PresentDice, interval, mean_of_defined, scan_scores
-from custom_components.transforms import LabelsInScand, LoadCTd, LoadLabeld, SaveLabelsd, labels_in_scan
+from custom_components.evaluation.segment import PresentDice, interval, mean_of_defined, scan_scores
+from custom_components.data.read import LabelsInScand, LoadCTd, LoadLabeld, SaveLabelsd, labels_in_scan
 
 
 def boxes(*corners: tuple[int, int, int, int]) -> Tensor:

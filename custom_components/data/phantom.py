@@ -54,7 +54,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from custom_components.datalists import CT_RATE_CLASSES, mask_file_name
+from custom_components.data.lists import CT_RATE_CLASSES, mask_file_name
 from custom_components.errors import InputError
 from custom_components.files import replacing
 

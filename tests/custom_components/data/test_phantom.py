@@ -11,10 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from custom_components import phantom
-from custom_components.datalists import CT_RATE_CLASSES
+from custom_components.data import phantom
+from custom_components.data.lists import CT_RATE_CLASSES
 from custom_components.errors import InputError
-from custom_components.phantom import FINDINGS, ORGANS, Patient, cohort, patient
+from custom_components.data.phantom import FINDINGS, ORGANS, Patient, cohort, patient
 
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)
 

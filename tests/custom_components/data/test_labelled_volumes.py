@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from custom_components.datalists import CT_RATE_CLASSES, class_names, labelled_volumes, scans
+from custom_components.data.lists import CT_RATE_CLASSES, class_names, labelled_volumes, scans
 from custom_components.errors import InputError
 
 # first rows of the authors' lists (ToniChopp/SimCroP, Down-stream/Classification_Linear/datasets), as published

@@ -152,7 +152,7 @@ def _require(key: str, checkpoint: str | Path, source: str) -> None:
 def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
     """Fill all weights of a module from a checkpoint of the same layout, and return the module.
 
-    Frozen weights, which :class:`custom_components.engines.Checkpointer` leaves out, are compared instead.
+    Frozen weights, which :class:`custom_components.run.resume.Checkpointer` leaves out, are compared instead.
 
     Raises:
         InputError: unreadable file, any tensor missing or of another size; names the first. Or other frozen weights.

@@ -25,7 +25,7 @@ from monai.transforms import (
 )
 
 from custom_components.errors import InputError
-from custom_components.transforms import LoadCTd
+from custom_components.data.read import LoadCTd
 from tests.conftest import write_dicom
 
 SLICERIO = importlib.util.find_spec("slicerio")
@@ -274,7 +274,7 @@ def preprocessing() -> list:
 def config_chain(name: str) -> Compose:
     """A chain of the pretrain bundle's train.json, reports left out, for the size and spacing of this module."""
     parser = ConfigParser()
-    parser.read_config(Path(__file__).parents[2] / "bundles" / "pretrain" / "configs" / "train.json")
+    parser.read_config(Path(__file__).parents[3] / "bundles" / "pretrain" / "configs" / "train.json")
     parser.update({"pixdim": PIXDIM, "img_size": SIZE, "read_transforms": parser["read_transforms"][:-1]})
     return parser.get_parsed_content(name)
 

@@ -1,0 +1,1 @@
+"""How scans and reports come in, and how results go out."""

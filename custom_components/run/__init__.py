@@ -1,0 +1,1 @@
+"""What a training or an inference needs beyond MONAI's engines."""

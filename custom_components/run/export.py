@@ -1,0 +1,254 @@
+"""Exports a bundle with the components it uses: a folder and a zip that need nothing else of this repository.
+
+    python -m custom_components.export bundles/segment --out exported
+
+Imports the standard library alone, so that it runs in a second, without torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[1]
+NEEDED = ("LICENSE", "configs/metadata.json", "docs/README.md", "docs/data_license.txt")
+WEIGHTS = ("model.pt", "model.ts", "encoder.pt")  # checkpoints and caches of a training are not for sharing
+LARGE = 25 * 10**6  # bytes that the model zoo takes in one file
+EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold: equal content makes equal zips
+COMPONENT = re.compile(rf"\b{PACKAGE.name}((?:\.\w+)+)")
+# what MONAI's push_to_hf_hub puts before docs/README.md, so that a card pushed by it and one pushed by hand agree
+CARD = "---\ntags:\n- monai\n- medical\nlibrary_name: monai\nlicense: apache-2.0\n---\n"
+PLACEHOLDER = b"/workspace/data/"  # the model zoo's own, for a data set that a person will name
+
+logger = logging.getLogger(__name__)
+
+
+class ExportError(ValueError):
+    """What a person can mend, in one line."""
+
+
+def module_of(dotted: str) -> Path | None:
+    """The file of the module that a dotted name such as ``.run.start.start`` leads to or through, below the package."""
+    folder = PACKAGE
+    for part in dotted.strip(".").split("."):
+        if (folder / f"{part}.py").is_file():
+            return folder / f"{part}.py"
+        folder = folder / part
+    return None
+
+
+def imported(module: Path) -> set[str]:
+    """Dotted names, below the package, of what a component imports from it, anywhere in its code."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == PACKAGE.name:
+            # "from a.b import c": c is a module of a.b, or something in the module a.b
+            names |= {f"{node.module}.{alias.name}"[len(PACKAGE.name) :] for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {name for alias in node.names for name in COMPONENT.findall(alias.name)}
+    return names
+
+
+def components(configs: Path) -> list[Path]:
+    """The modules that the configs of a folder name, those that these import in turn, and their packages.
+
+    Raises:
+        ExportError: a config or a module names one that is not there.
+    """
+    wanted = {name: path for path in sorted(configs.glob("*.json")) for name in COMPONENT.findall(path.read_text())}
+    found: set[Path] = {PACKAGE / "__init__.py"}
+    while wanted:
+        name, source = wanted.popitem()
+        module = module_of(name)
+        if module is None:
+            raise ExportError(f"{source} names {PACKAGE.name}{name}, and {PACKAGE} has no such module: correct the name")
+        if module not in found:
+            found |= {module, module.with_name("__init__.py")}
+            wanted |= {other: module for other in imported(module)}
+    return sorted(found)
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def requirements(metadata: dict[str, Any]) -> str:
+    """The packages of ``metadata.json`` as pip takes them."""
+    pins = {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+    }
+    return "".join(f"{name}=={version}\n" for name, version in (pins | metadata["required_packages_version"]).items())
+
+
+def copy_weights(models: Path, target: Path) -> list[Path]:
+    """Copy what is there of ``WEIGHTS``, and return the copies.
+
+    A TorchScript file is a zip, whose ``*.debug_pkl`` tell line by line the path of the source it was made from; it
+    runs without them.
+    """
+    copies = []
+    for source in (models / name for name in WEIGHTS):
+        if not source.is_file():
+            continue
+        copy = target / source.name
+        if source.suffix == ".ts":
+            with zipfile.ZipFile(source) as script, zipfile.ZipFile(copy, "w") as stripped:
+                for entry in script.infolist():
+                    if not entry.filename.endswith(".debug_pkl"):
+                        stripped.writestr(entry, script.read(entry))
+        else:
+            shutil.copyfile(source, copy)
+        copies.append(copy)
+    return copies
+
+
+def large_files(weights: list[Path], weights_url: str | None) -> str:
+    """``large_files.yml`` as the model zoo, and MONAI's ``download_large_files``, read it."""
+    lines = ["large_files:\n"]
+    for path in weights:
+        url = f"{weights_url.rstrip('/')}/{path.name}" if weights_url else ""
+        lines.append(f'  - path: "models/{path.name}"\n    url: "{url}"\n')
+        lines.append(f'    hash_val: "{sha256(path)}"\n    hash_type: "sha256"\n')
+    return "".join(lines)
+
+
+def with_weights(readme: str, weights: list[Path], trained_on: str | None) -> str:
+    """A README whose section Weights tells what the bundle holds; as it is, that there are none, if there are none."""
+    if not weights:
+        return readme
+    lines = ["## Weights\n", f"Trained on: {trained_on or 'not told by those who exported them'}.\n\n"]
+    lines += ["| file | bytes | SHA-256 |\n|---|---|---|\n"]
+    lines += [f"| `models/{path.name}` | {path.stat().st_size:,} | `{sha256(path)}` |\n" for path in weights]
+    changed, count = re.subn(r"(?ms)^## Weights\n.*?(?=^#)", lambda _: "".join(lines) + "\n", readme)
+    if count != 1:
+        raise ExportError(f"docs/README.md has {count} sections '## Weights', where the weights are told: it needs one")
+    return changed
+
+
+def refuse_paths(folder: Path, places: set[Path]) -> None:
+    """Raise an ExportError for a file that holds a path below one of these places."""
+    prefixes = [re.escape(str(place).encode() + os.sep.encode()) for place in places if place != Path(place.anchor)]
+    pattern = re.compile(b"(?<![\\w.])(?:" + b"|".join(prefixes) + b")[^\\s\"']*")
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        for match in pattern.finditer(path.read_bytes()):
+            if not match[0].startswith(PLACEHOLDER):
+                raise ExportError(
+                    f"{path.relative_to(folder)} holds {match[0].decode(errors='replace')}, a path of this machine: "
+                    "take it out of the bundle"
+                )
+
+
+def content_hash(folder: Path) -> str:
+    """SHA-256 over names and content of all files of a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    lines = "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def write_zip(folder: Path, path: Path) -> None:
+    """A zip that unpacks into one folder of that name; equal content makes equal bytes."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
+            entry = zipfile.ZipInfo((folder.name / file.relative_to(folder)).as_posix(), EPOCH)
+            entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
+            with archive.open(entry, "w", force_zip64=True) as target, open(file, "rb") as source:
+                shutil.copyfileobj(source, target)
+
+
+def export(
+    bundle: str | Path, out: str | Path, weights_url: str | None = None, trained_on: str | None = None
+) -> tuple[Path, Path]:
+    """Write ``<out>/<name>/`` and ``<out>/<name>_v<version>.zip``, each whole under its name or not there.
+
+    Args:
+        bundle: a folder with configs, docs and perhaps models.
+        out: where the two go; made if need be.
+        weights_url: where the person hosts the bundle's models folder. Weights over 25 MB, which the model zoo takes
+            from elsewhere, are then left out; ``large_files.yml`` tells address and hash, and MONAI's
+            ``download_large_files`` brings them back. Without it they stay in, and the file tells their hash alone.
+        trained_on: what the weights have seen, for the README.
+
+    Returns:
+        The folder and the zip.
+
+    Raises:
+        ExportError: the bundle lacks a file; ``out`` holds an export already; a path of this machine is in a file.
+    """
+    bundle, out = Path(bundle).resolve(), Path(out).resolve()
+    for name in NEEDED:
+        if not (bundle / name).is_file():
+            raise ExportError(f"{bundle} has no {name}: give the folder of a bundle")
+    metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
+    folder, archive = out / bundle.name, out / f"{bundle.name}_v{metadata['version']}.zip"
+    for path in (folder, archive):
+        if path.exists():
+            raise ExportError(f"{path} exists: delete it, or give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".") as temporary:
+        work = Path(temporary) / bundle.name
+        for name in ("configs", "docs"):
+            shutil.copytree(bundle / name, work / name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        shutil.copyfile(bundle / "LICENSE", work / "LICENSE")
+        (work / "models").mkdir()
+        for module in components(work / "configs"):
+            copy = work / module.relative_to(PACKAGE.parent)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(module, copy)
+        weights = copy_weights(bundle / "models", work / "models")
+        readme = with_weights((bundle / "docs" / "README.md").read_text(), weights, trained_on)
+        (work / "docs" / "README.md").write_text(readme)
+        (work / "README.md").write_text(CARD + readme)
+        (work / "requirements.txt").write_text(requirements(metadata))
+        large = [path for path in weights if path.stat().st_size > LARGE]
+        if large:
+            (work / "large_files.yml").write_text(large_files(large, weights_url))
+            names = ", ".join(path.name for path in large)
+            logger.warning(
+                f"{names}: over 25 MB; "
+                + (
+                    f"left out, put what is in {bundle / 'models'} at {weights_url}"
+                    if weights_url
+                    else "for the model zoo, which takes no such file, host it elsewhere and give --weights_url"
+                )
+            )
+            for path in large if weights_url else []:
+                path.unlink()
+        refuse_paths(work, {Path.home(), PACKAGE.resolve().parent, bundle})
+        stamp = {"bundle": bundle.name, "version": metadata["version"], "sha256": content_hash(work)}
+        (work / PACKAGE.name / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")
+        write_zip(work, Path(temporary) / archive.name)
+        os.replace(work, folder)
+        os.replace(Path(temporary) / archive.name, archive)
+    return folder, archive
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m custom_components.export", description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", help="folder of the bundle, such as bundles/segment")
+    parser.add_argument("--out", required=True, help="where its export goes")
+    parser.add_argument("--weights_url", help="where the models folder is hosted; leaves weights over 25 MB out")
+    parser.add_argument("--trained_on", help="what the weights were trained on, for the README")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    try:
+        folder, archive = export(**vars(parser.parse_args()))
+    except (ExportError, OSError) as error:
+        sys.exit(f"error: {error}")
+    logger.info(f"{folder}\n{archive}")
+
+
+if __name__ == "__main__":
+    main()
