@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import sys
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 # names and numbers of malloc.h (glibc)
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -29,3 +34,76 @@ def keep_freed(device: torch.device) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 * 2**20}
     return mallopt is not None and all([mallopt(name, value) for name, value in settings.items()])
+
+
+def minus(x: Tensor, row: Tensor) -> Tensor:
+    """``x [.., N, C]`` and two columns, so that ``minus(x, row) @ F.pad(y, (0, 2), value=1).T`` is ``x y^T - row``.
+
+    ``row [.., N, 1]`` float32 goes in as a high and a low half: it is subtracted before the product rounds to x's type.
+    """
+    high = row.to(x.dtype)
+    return torch.cat([x, -high, (high - row).to(x.dtype)], dim=-1)
+
+
+class CPUAttention(torch.autograd.Function):
+    """``scaled_dot_product_attention(q, k, v)`` of ``[B, heads, N, C]``, with a way back for bfloat16 on CPUs.
+
+    The fused kernel's own backward pass multiplies small blocks, which leaves a CPU's bfloat16 matrix units idle. Here
+    each head takes five whole matrix products; one head's N x N weights exist at a time, so memory stays small too.
+    """
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # what F.scaled_dot_product_attention calls on CPUs; it alone tells the logarithm of the softmax's denominator
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        ctx.save_for_backward(q, k, v, out, log_sum)
+        return out
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, out, log_sum = ctx.saved_tensors
+        scaled = q * q.shape[-1] ** -0.5
+        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
+        logit_rows, logit_columns = minus(scaled, log_sum.float()[..., None]), F.pad(k, (0, 2), value=1.0)
+        grad_rows, grad_columns = minus(grad, delta), F.pad(v, (0, 2), value=1.0)
+        grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+        for head in itertools.product(range(q.shape[0]), range(q.shape[1])):
+            weights = (logit_rows[head] @ logit_columns[head].T).exp_()
+            grad_v[head] = weights.T @ grad[head]
+            weights *= grad_rows[head] @ grad_columns[head].T
+            grad_q[head] = weights @ k[head]
+            grad_k[head] = weights.T @ scaled[head]
+        return grad_q * q.shape[-1] ** -0.5, grad_k, grad_v
+
+
+@torch.jit.unused
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return CPUAttention.apply(q, k, v)
+
+
+class _TrainedInstanceNorm(torch.autograd.Function):
+    """Group norm of torch with one channel a group, and its gradient in whole-map operations.
+
+    On a CPU, channels last, torch's own backward takes three times as long in fp32, and seven in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        batch, channels = x.shape[:2]
+        normed, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, x[0, 0].numel(), channels, eps)
+        ctx.save_for_backward(x, mean, rstd)
+        return normed
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, mean, rstd = ctx.saved_tensors
+        mean, rstd = mean.float(), rstd.float()
+        spatial, size = tuple(range(2, x.ndim)), x[0, 0].numel()
+        grad_mean = grad.sum(spatial, dtype=torch.float32) / size
+        product_mean = (grad * x).sum(spatial, dtype=torch.float32) / size
+        # rstd * (grad - mean(grad) - normed * mean(grad * normed)), sorted by what is multiplied with whole maps
+        of_x = rstd**3 * (mean * grad_mean - product_mean)
+        offset = -rstd * grad_mean - of_x * mean
+        offset, of_x, of_grad = (v.to(x.dtype)[(..., *[None] * len(spatial))] for v in (offset, of_x, rstd))
+        return torch.addcmul(offset, x, of_x).addcmul_(grad, of_grad), None

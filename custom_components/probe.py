@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from custom_components.errors import InputError
-from custom_components.vit import SimCroPEncoder
+from custom_components.vit import SimCroPEncoder, upsample_patches
 
 
 def probe_head(hidden_size: int, num_classes: int) -> nn.Linear:
@@ -168,3 +170,55 @@ def schedule_of(schedules: Mapping[str, Mapping[str, Any]], data_fraction: float
     raise InputError(
         f"data_fraction {data_fraction} has no published schedule, {', '.join(schedules)} have: add one to schedules"
     )
+
+
+class ProbeInferer(Inferer):
+    """Probabilities of a :class:`custom_components.probe.LinearProbe`, and saliency maps of some classes.
+
+    Args:
+        classes: names of the logits.
+        saliency: classes to map; "all" for every one, None or empty for none.
+        exclusive: whether exactly one class is true: softmax instead of sigmoid.
+        amp: forward pass in bfloat16.
+
+    Raises:
+        InputError: ``saliency`` names a class that there is not.
+    """
+
+    def __init__(
+        self,
+        classes: Sequence[str],
+        saliency: str | Sequence[str] | None = None,
+        exclusive: bool = False,
+        amp: bool = True,
+    ) -> None:
+        super().__init__()
+        self.mapped = saliency_classes(classes, saliency)
+        self.index = [list(classes).index(name) for name in self.mapped]
+        self.exclusive = exclusive
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: LinearProbe, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``inputs [B, 1, X, Y, Z]`` -> ``probability [B, C]``, and ``saliency [B, S, X, Y, Z]`` if asked for."""
+        volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        with torch.autocast(volume.device.type, torch.bfloat16, enabled=self.amp):
+            if not self.index:
+                logits = network(volume)
+            else:
+                logits, patches = network.logits_and_saliency(volume)
+        output = {"probability": logits.float().softmax(-1) if self.exclusive else logits.float().sigmoid()}
+        if self.index:
+            maps = patches[:, self.index].float()
+            output["saliency"] = torch.stack(
+                [upsample_patches(m, network.encoder.grid, volume.shape[2:]) for m in maps]
+            )
+        return output
+
+
+def saliency_classes(classes: Sequence[str], saliency: str | Sequence[str] | None) -> list[str]:
+    """The classes that the key ``saliency`` asks to map."""
+    wanted = list(classes) if saliency == "all" else [saliency] if isinstance(saliency, str) else list(saliency or ())
+    unknown = [name for name in wanted if name not in classes]
+    if unknown:
+        raise InputError(f"saliency names {unknown[0]!r}, which is no class: give all, or some of {', '.join(classes)}")
+    return wanted

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from custom_components.errors import InputError
+from custom_components.text import encode_sentences
 from custom_components.vit import (
     POSITIONS,
     Block,
@@ -17,6 +21,7 @@ from custom_components.vit import (
     gather_tokens,
     init_weights,
     patchify,
+    upsample_patches,
 )
 
 
@@ -215,12 +220,6 @@ class ReportDecoder(nn.Module):
         return self.language_model.cls(x[masked])
 
 
-def upsample_patches(values: Tensor, grid: Sequence[int], img_size: Sequence[int]) -> Tensor:
-    """One value per patch ``[S, N]`` -> a smooth map ``[S, X, Y, Z]``, patch centres keeping their values."""
-    maps = values.float().reshape(1, -1, *grid)
-    return F.interpolate(maps, size=tuple(img_size), mode="trilinear", align_corners=False)[0]
-
-
 def similarity(patch_features: Tensor, sentence_features: Tensor) -> Tensor:
     """Cosine similarity of every sentence ``[S, D]`` to every patch ``[N, D]`` of a volume: ``[S, N]`` in [-1, 1]."""
     return F.normalize(sentence_features.float(), dim=-1) @ F.normalize(patch_features.float(), dim=-1).T
@@ -354,3 +353,26 @@ class VolumeEmbedder(nn.Module):
         prefix = self.encoder.num_prefix_tokens
         patches = self.aligner.patches(embedded, tokens, hidden_states, prefix)
         return patches, hidden_states[-1][:, prefix:].mean(1)
+
+
+class SentenceSimilarityInferer(Inferer):
+    """How similar each sentence is to each place of a volume, as a map on the network's grid.
+
+    Args:
+        sentences: what to look for.
+        text_encoder, tokenizer: the frozen text encoder of pre-training and its tokenizer.
+    """
+
+    def __init__(self, sentences: Sequence[str], text_encoder: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__()
+        self.sentences = list(sentences)
+        self.text_encoder = text_encoder
+        self.tokenizer = tokenizer
+
+    def __call__(self, inputs: Tensor, network: VolumeEmbedder, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """``inputs [B, 1, X, Y, Z]`` -> ``similarity [B, S, X, Y, Z]``, cosines, and ``embedding [B, C]``."""
+        volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        sentences = encode_sentences(self.sentences, network.aligner, self.text_encoder, self.tokenizer)
+        patches, embedding = network.patches_and_embedding(volume)
+        maps = [upsample_patches(similarity(p, sentences), network.encoder.grid, volume.shape[2:]) for p in patches]
+        return {"similarity": torch.stack(maps), "embedding": embedding}

@@ -7,46 +7,16 @@ one to the full region, since no further x2 would lead there.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from monai.networks.blocks import UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.layers import Norm
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from custom_components.cpu import _TrainedInstanceNorm
 from custom_components.errors import InputError
 from custom_components.vit import SimCroPEncoder
-
-
-class _TrainedInstanceNorm(torch.autograd.Function):
-    """Group norm of torch with one channel a group, and its gradient in whole-map operations.
-
-    On a CPU, channels last, torch's own backward takes three times as long in fp32, and seven in bfloat16.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        batch, channels = x.shape[:2]
-        normed, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, x[0, 0].numel(), channels, eps)
-        ctx.save_for_backward(x, mean, rstd)
-        return normed
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, mean, rstd = ctx.saved_tensors
-        mean, rstd = mean.float(), rstd.float()
-        spatial, size = tuple(range(2, x.ndim)), x[0, 0].numel()
-        grad_mean = grad.sum(spatial, dtype=torch.float32) / size
-        product_mean = (grad * x).sum(spatial, dtype=torch.float32) / size
-        # rstd * (grad - mean(grad) - normed * mean(grad * normed)), sorted by what is multiplied with whole maps
-        of_x = rstd**3 * (mean * grad_mean - product_mean)
-        offset = -rstd * grad_mean - of_x * mean
-        offset, of_x, of_grad = (v.to(x.dtype)[(..., *[None] * len(spatial))] for v in (offset, of_x, rstd))
-        return torch.addcmul(offset, x, of_x).addcmul_(grad, of_grad), None
 
 
 class InstanceNorm(nn.Module):

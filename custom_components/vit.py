@@ -6,7 +6,6 @@ Parameter names and tensor layouts are those of timm's ``VisionTransformer``, wh
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from custom_components.cpu import cpu_attention
 from custom_components.errors import InputError
 
 
@@ -132,51 +132,6 @@ class PatchEmbed(nn.Module):
         if self.statistics is not None:
             tokens = tokens + self.statistics(hu_statistics(patches, self.hu_bins))
         return tokens
-
-
-def minus(x: Tensor, row: Tensor) -> Tensor:
-    """``x [.., N, C]`` and two columns, so that ``minus(x, row) @ F.pad(y, (0, 2), value=1).T`` is ``x y^T - row``.
-
-    ``row [.., N, 1]`` float32 goes in as a high and a low half: it is subtracted before the product rounds to x's type.
-    """
-    high = row.to(x.dtype)
-    return torch.cat([x, -high, (high - row).to(x.dtype)], dim=-1)
-
-
-class CPUAttention(torch.autograd.Function):
-    """``scaled_dot_product_attention(q, k, v)`` of ``[B, heads, N, C]``, with a way back for bfloat16 on CPUs.
-
-    The fused kernel's own backward pass multiplies small blocks, which leaves a CPU's bfloat16 matrix units idle. Here
-    each head takes five whole matrix products; one head's N x N weights exist at a time, so memory stays small too.
-    """
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # what F.scaled_dot_product_attention calls on CPUs; it alone tells the logarithm of the softmax's denominator
-        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        ctx.save_for_backward(q, k, v, out, log_sum)
-        return out
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v, out, log_sum = ctx.saved_tensors
-        scaled = q * q.shape[-1] ** -0.5
-        delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-        logit_rows, logit_columns = minus(scaled, log_sum.float()[..., None]), F.pad(k, (0, 2), value=1.0)
-        grad_rows, grad_columns = minus(grad, delta), F.pad(v, (0, 2), value=1.0)
-        grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-        for head in itertools.product(range(q.shape[0]), range(q.shape[1])):
-            weights = (logit_rows[head] @ logit_columns[head].T).exp_()
-            grad_v[head] = weights.T @ grad[head]
-            weights *= grad_rows[head] @ grad_columns[head].T
-            grad_q[head] = weights @ k[head]
-            grad_k[head] = weights.T @ scaled[head]
-        return grad_q * q.shape[-1] ** -0.5, grad_k, grad_v
-
-
-@torch.jit.unused
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return CPUAttention.apply(q, k, v)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -340,3 +295,9 @@ class SimCroPEncoder(nn.Module):
             order of ``keep``; and ``hidden_states``, where item i is the output of block i + 1 before that norm.
         """
         return self.transform(self.embed(volume, keep))
+
+
+def upsample_patches(values: Tensor, grid: Sequence[int], img_size: Sequence[int]) -> Tensor:
+    """One value per patch ``[S, N]`` -> a smooth map ``[S, X, Y, Z]``, patch centres keeping their values."""
+    maps = values.float().reshape(1, -1, *grid)
+    return F.interpolate(maps, size=tuple(img_size), mode="trilinear", align_corners=False)[0]

@@ -33,9 +33,9 @@ from isal import igzip
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
+from custom_components.data.sources import Raw, Scan, Source, Unfit
 from custom_components.errors import InputError
 from custom_components.files import remove_temporaries, remove_temporary, replacing
-from custom_components.data.sources import Raw, Scan, Source, Unfit
 
 FORMAT_VERSION = 1  # raise it with every change of the voxels written, so that a restart prepares volumes anew
 

@@ -20,11 +20,9 @@ from monai.optimizers import WarmupCosineSchedule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from custom_components.evaluation import figures
-from custom_components.run.resume import ClipGradients, KeepBest, LastStep, OptimizerSteps, ReadableLoader
 from custom_components.errors import InputError
-from custom_components.evaluation.pretrain import histogram_scores, hu_histogram, print_table, untrained
-from custom_components.run.features import FeatureCache, FeatureDataset, FeatureLoader
+from custom_components.evaluation import figures
+from custom_components.evaluation.controls import histogram_scores
 from custom_components.evaluation.metrics import (
     accuracy,
     auroc_table,
@@ -34,7 +32,12 @@ from custom_components.evaluation.metrics import (
     metric_rows,
     resample_patients,
 )
+from custom_components.evaluation.report import print_table
 from custom_components.probe import ClassificationLoss, LinearProbe, probe_head
+from custom_components.run.features import FeatureCache, FeatureDataset, FeatureLoader
+from custom_components.run.handlers import ClipGradients, LastStep, OptimizerSteps
+from custom_components.run.inferers import ReadableLoader
+from custom_components.run.resume import KeepBest
 from custom_components.run.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -285,27 +288,6 @@ def fit_head(
         trainer.run()
         best.restore()
     return head
-
-
-def random_probe(probe: LinearProbe, seed: int) -> LinearProbe:
-    """A copy of a probe whose encoder is untrained, the same for every call with one seed."""
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
-        return untrained(probe)
-
-
-class HuHistogram(nn.Module):
-    """HU histogram in the place of an encoder: what can be told without any features. Goes into a FeatureCache."""
-
-    frozen = True
-
-    @property
-    def encoder(self) -> nn.Module:
-        return self
-
-    def features(self, volume: Tensor) -> Tensor:
-        """``[B, 1, X, Y, Z]`` in [-1, 1] -> shares of 64 bins ``[B, 64]``."""
-        return torch.stack([torch.from_numpy(hu_histogram(v.float().cpu())) for v in volume]).float()
 
 
 class ProbeComparison:

@@ -29,13 +29,8 @@ from sklearn.metrics import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerBase
 
-from custom_components.losses import SimCroPLoss
-from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity, upsample_patches
-from custom_components.text import encode_sentences
-from custom_components.data.read import argmax_labels
-from custom_components.vit import patchify, unpatchify
+from custom_components.data.save import argmax_labels
 
 HEAT = {"cmap": "inferno", "alpha": 0.45}
 COLOURS = tuple(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])  # of classes 1, 2, ...
@@ -104,66 +99,6 @@ def loss_curves(log_dir: str | Path, path: str | Path) -> None:
         axes.set_title(tag, fontsize=10)
         axes.set_xlabel("iteration", fontsize=9)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def reconstructions(network: SimCroP, loss: SimCroPLoss, items: Sequence[Mapping[str, Any]], path: str | Path) -> None:
-    """Original, masked and reconstructed middle slice of each item's ``image``, one row a volume."""
-    figure = Figure(figsize=(7.5, 2.6 * len(items)), layout="constrained")
-    encoder = network.encoder
-    device = next(encoder.parameters()).device
-    for row, item in zip(figure.subplots(len(items), 3, squeeze=False), items, strict=True):
-        volume = item["image"].as_tensor()[None].to(device)
-        keep, masked = network.draw_masks(volume)
-        tokens, _ = encoder(volume, keep)
-        patches = patchify(volume, encoder.patch_size)
-        target = patches[0, masked[0]]
-        pred = network.volume_decoder(tokens, keep, masked)[0].float()
-        if loss.volume.norm_target:  # the network tells shape only: take mean and contrast from the truth
-            pred = pred * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
-        hidden, restored = patches.clone(), patches.clone()
-        hidden[0, masked[0]] = -1.0
-        restored[0, masked[0]] = pred
-        stages = [
-            unpatchify(stage, encoder.grid, encoder.patch_size)[0, 0].cpu() for stage in (patches, hidden, restored)
-        ]
-        for axes, stage, title in zip(row, stages, ("original", "masked", "reconstructed"), strict=True):
-            show_axial(axes, stage, stage.shape[2] // 2, spacing_of(item["image"]), cmap="gray", vmin=-1, vmax=0.4)
-            axes.set_title(title, fontsize=10)
-    figure.savefig(path, dpi=120)
-
-
-def sentence_maps(
-    network: SimCroP,
-    tokenizer: PreTrainedTokenizerBase,
-    places: Sequence[Mapping[str, Any]],
-    path: str | Path,
-) -> None:
-    """Similarity map of finding sentences over CT, beside the finding's true mask; one row a place.
-
-    Args:
-        places: ``image [1, X, Y, Z]``, ``mask [X, Y, Z]`` bool on the same grid, ``finding`` and ``sentence``.
-    """
-    embedder = VolumeEmbedder(network.encoder, network.aligner)
-    device = next(network.encoder.parameters()).device
-    figure = Figure(figsize=(8.4, 3.1 * len(places)), layout="constrained")
-    for row, place in zip(figure.subplots(len(places), 3, squeeze=False), places, strict=True):
-        image = place["image"]
-        features = embedder.patches_and_embedding(image.as_tensor()[None].to(device))[0][0]
-        sentence = encode_sentences([place["sentence"]], network.aligner, network.text_encoder, tokenizer)
-        heat = upsample_patches(similarity(features, sentence), network.encoder.grid, image.shape[1:])[0].cpu()
-        at_mask = int(place["mask"].sum((0, 1)).argmax())
-        at_peak = int(heat.amax((0, 1)).argmax())
-        for axes, z, heated in zip(row, (at_mask, at_mask, at_peak), (False, True, True), strict=True):
-            show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
-            if heated:
-                show_axial(axes, heat, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
-            outline_axial(axes, place["mask"], z)
-        row[0].set_title(f"“{place['sentence']}”", fontsize=10, loc="left")
-        for axes, text in zip(
-            row, ("CT, true mask outlined", "similarity, same slice", "slice of its peak"), strict=True
-        ):
-            axes.text(0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -293,3 +293,21 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     if "accuracy" in metrics:
         rows.append(("all", "accuracy", *metrics["accuracy"].values()))
     return rows
+
+
+def mean_interval(values: np.ndarray, seed: int, repeats: int = 2000) -> dict[str, Any]:
+    """Mean of what is defined, and the 2.5th and 97.5th percentile of that mean over resampled scans.
+
+    Args:
+        values: one per scan, NaN where it is not defined.
+
+    Returns:
+        ``mean``, ``low``, ``high`` (None if nothing is defined), and ``scans``, how many are.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"mean": None, "low": None, "high": None, "scans": 0}
+    means = np.random.default_rng(seed).choice(values, (repeats, len(values))).mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "scans": len(values)}

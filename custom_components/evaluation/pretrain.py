@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import json
 from collections import Counter
@@ -12,35 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from monai.data import Dataset
 from monai.transforms import LoadImage, ResampleToMatch
-from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from custom_components.evaluation import figures
 from custom_components.data.lists import CT_RATE_CLASSES, mask_file_name
+from custom_components.evaluation import figures
+from custom_components.evaluation.controls import histogram_auc, hu_histogram, untrained
+from custom_components.evaluation.figures import HEAT, outline_axial, show_axial, spacing_of
+from custom_components.evaluation.report import print_table
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences
-from custom_components.vit import init_weights, patchify
-
-
-def untrained(embedder: Any) -> Any:
-    """A copy of a network around an ``encoder`` with random weights: what the architecture does alone."""
-    embedder = copy.deepcopy(embedder)
-    for module in embedder.modules():
-        if hasattr(module, "reset_parameters"):
-            module.reset_parameters()
-    if embedder.encoder.cls_token is not None:
-        nn.init.normal_(embedder.encoder.cls_token, std=0.02)
-    return embedder.apply(init_weights)
+from custom_components.vit import patchify, unpatchify, upsample_patches
 
 
 def patches_of_mask(mask: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -280,25 +269,6 @@ class PretrainEvaluation:
             figures.sentence_maps(self.network, self.tokenizer, shown, self.output_dir / "sentences.png")
 
 
-def hu_histogram(image: Tensor) -> np.ndarray:
-    """Share of voxels in each of 64 equal bins over [-1, 1], float64."""
-    values = torch.as_tensor(image).float()
-    return torch.histc(values, 64, -1.0, 1.0).double().numpy() / values.numel()
-
-
-def histogram_auc(baseline: Mapping[str, Any], column: int, histograms: np.ndarray, truth: np.ndarray) -> float | None:
-    """AUROC of a logistic regression on HU histograms; None where the training items' labels do not allow one."""
-    if baseline["labels"] is None or len(set(baseline["labels"][:, column])) < 2:
-        return None
-    return roc_auc_score(truth, histogram_scores(baseline["histograms"], baseline["labels"][:, column], histograms))
-
-
-def histogram_scores(train: np.ndarray, labels: np.ndarray, histograms: np.ndarray) -> np.ndarray:
-    """Scores ``[N]`` of a logistic regression that learned binary ``labels [T]`` from histograms ``train [T, B]``."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return model.fit(train, labels).decision_function(histograms)
-
-
 def grounding(places: Sequence[Mapping[str, Any]], most_similar: Tensor) -> dict[str, Any]:
     """Grounding hits and their controls.
 
@@ -359,8 +329,61 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text in aligned columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
-    for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]))
+def reconstructions(network: SimCroP, loss: SimCroPLoss, items: Sequence[Mapping[str, Any]], path: str | Path) -> None:
+    """Original, masked and reconstructed middle slice of each item's ``image``, one row a volume."""
+    figure = Figure(figsize=(7.5, 2.6 * len(items)), layout="constrained")
+    encoder = network.encoder
+    device = next(encoder.parameters()).device
+    for row, item in zip(figure.subplots(len(items), 3, squeeze=False), items, strict=True):
+        volume = item["image"].as_tensor()[None].to(device)
+        keep, masked = network.draw_masks(volume)
+        tokens, _ = encoder(volume, keep)
+        patches = patchify(volume, encoder.patch_size)
+        target = patches[0, masked[0]]
+        pred = network.volume_decoder(tokens, keep, masked)[0].float()
+        if loss.volume.norm_target:  # the network tells shape only: take mean and contrast from the truth
+            pred = pred * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
+        hidden, restored = patches.clone(), patches.clone()
+        hidden[0, masked[0]] = -1.0
+        restored[0, masked[0]] = pred
+        stages = [
+            unpatchify(stage, encoder.grid, encoder.patch_size)[0, 0].cpu() for stage in (patches, hidden, restored)
+        ]
+        for axes, stage, title in zip(row, stages, ("original", "masked", "reconstructed"), strict=True):
+            show_axial(axes, stage, stage.shape[2] // 2, spacing_of(item["image"]), cmap="gray", vmin=-1, vmax=0.4)
+            axes.set_title(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+
+
+def sentence_maps(
+    network: SimCroP,
+    tokenizer: PreTrainedTokenizerBase,
+    places: Sequence[Mapping[str, Any]],
+    path: str | Path,
+) -> None:
+    """Similarity map of finding sentences over CT, beside the finding's true mask; one row a place.
+
+    Args:
+        places: ``image [1, X, Y, Z]``, ``mask [X, Y, Z]`` bool on the same grid, ``finding`` and ``sentence``.
+    """
+    embedder = VolumeEmbedder(network.encoder, network.aligner)
+    device = next(network.encoder.parameters()).device
+    figure = Figure(figsize=(8.4, 3.1 * len(places)), layout="constrained")
+    for row, place in zip(figure.subplots(len(places), 3, squeeze=False), places, strict=True):
+        image = place["image"]
+        features = embedder.patches_and_embedding(image.as_tensor()[None].to(device))[0][0]
+        sentence = encode_sentences([place["sentence"]], network.aligner, network.text_encoder, tokenizer)
+        heat = upsample_patches(similarity(features, sentence), network.encoder.grid, image.shape[1:])[0].cpu()
+        at_mask = int(place["mask"].sum((0, 1)).argmax())
+        at_peak = int(heat.amax((0, 1)).argmax())
+        for axes, z, heated in zip(row, (at_mask, at_mask, at_peak), (False, True, True), strict=True):
+            show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+            if heated:
+                show_axial(axes, heat, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
+            outline_axial(axes, place["mask"], z)
+        row[0].set_title(f"“{place['sentence']}”", fontsize=10, loc="left")
+        for axes, text in zip(
+            row, ("CT, true mask outlined", "similarity, same slice", "slice of its peak"), strict=True
+        ):
+            axes.text(0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", fontsize=9)
+    figure.savefig(path, dpi=120)

@@ -72,7 +72,9 @@ def components(configs: Path) -> list[Path]:
         name, source = wanted.popitem()
         module = module_of(name)
         if module is None:
-            raise ExportError(f"{source} names {PACKAGE.name}{name}, and {PACKAGE} has no such module: correct the name")
+            raise ExportError(
+                f"{source} names {PACKAGE.name}{name}, and {PACKAGE} has no such module: correct the name"
+            )
         if module not in found:
             found |= {module, module.with_name("__init__.py")}
             wanted |= {other: module for other in imported(module)}

@@ -21,11 +21,11 @@ from torch.utils.data import Dataset
 
 from custom_components.data.lists import CT_SUFFIXES
 from custom_components.distributed import rank, world_size
-from custom_components.run.resume import ReadableLoader
 from custom_components.errors import InputError
 from custom_components.files import replacing
-from custom_components.run.seeded import SeededDataLoader, mixed_seed
 from custom_components.probe import LinearProbe
+from custom_components.run.inferers import ReadableLoader
+from custom_components.run.seeded import SeededDataLoader, mixed_seed
 
 CACHE_VERSION = 1  # raise it when the same keys would give other features
 

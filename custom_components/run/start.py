@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
+import os
+import re
+import sys
+import time
+import traceback
 from pathlib import Path
+from types import TracebackType
+
+from tqdm import tqdm
 
 import custom_components
+from custom_components.distributed import world_size
 from custom_components.errors import InputError
 
 STAMP = "stamp.json"  # what custom_components.run.export leaves beside the modules
@@ -46,3 +56,48 @@ def version(folder: Path) -> str:
         return "no export"
     stamp = json.loads((folder / STAMP).read_text())
     return f"{stamp['bundle']} {stamp['version']}, {stamp['sha256'][:12]}"
+
+
+class OneLineErrors:
+    """Tell an :class:`InputError`, or a full disk, in its own line, instead of nested tracebacks.
+
+    Installs itself as ``sys.excepthook``, so the exit code stays 1; any other exception is shown in full. Under
+    torchrun, a process that fails ends at once, so that the others are not kept waiting for it; and ranks above 0 wait
+    for a moment before they speak, so that what goes wrong in all of them is told by one.
+    """
+
+    PATTERN = re.compile(rf"^(?:.*\.)?{InputError.__name__}: (.+)$", re.MULTILINE)
+    SECONDS_BEHIND_RANK_ZERO = 5.0  # torchrun ends the others within one
+
+    def __init__(self) -> None:
+        sys.excepthook = self
+
+    def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if int(os.environ.get("RANK", 0)) > 0:
+            time.sleep(self.SECONDS_BEHIND_RANK_ZERO)
+        message = self.message(kind, error, trace)
+        if message is None:
+            sys.__excepthook__(kind, error, trace)
+        else:
+            for bar in list(getattr(tqdm, "_instances", ())):
+                bar.close()  # else the message would stand at the end of a bar's line
+            print(f"error: {message}", file=sys.stderr)
+        if world_size() > 1:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)  # the interpreter's own end would first wait for the process group
+
+    def message(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> str | None:
+        """The line that says what to do, or None where there is none."""
+        # a data loader's worker sends its exception as text, so the text is what can be searched
+        found = self.PATTERN.findall("".join(traceback.format_exception(kind, error, trace)))
+        if found:
+            return found[-1]  # a worker's own stands behind "InputError: Caught InputError in DataLoader worker"
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, InputError):  # by another name
+                return str(cause)
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                return f"the disk is full ({cause}): free space in models_dir and output_dir and start the same again"
+            cause = cause.__cause__ or cause.__context__
+        return None

@@ -27,8 +27,8 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from custom_components.cpu import keep_freed
-from custom_components.simcrop import gather_tokens, patchify
 from custom_components.text import ReportCollate, TokenizeReportd
+from custom_components.vit import gather_tokens, patchify
 from tests.benchmarks.measure import (
     alone,
     device,

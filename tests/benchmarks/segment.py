@@ -26,8 +26,9 @@ from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNETR
 from torch import nn
 
-from custom_components.run.resume import WindowInferer, decay_groups
 from custom_components.cpu import keep_freed
+from custom_components.run.handlers import decay_groups
+from custom_components.run.inferers import WindowInferer
 from custom_components.unetr import InstanceNorm, SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
 from tests.benchmarks.measure import alone, device, environment, matmul_rate, median_seconds, print_table, write_json

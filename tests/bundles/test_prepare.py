@@ -20,8 +20,8 @@ from PIL import Image
 from custom_components.data.lists import class_names, ct_rate
 from custom_components.data.phantom import ORGANS, Patient, cohort, patient
 from custom_components.data.prepare import prepare
-from custom_components.data.sources import Source
 from custom_components.data.read import LoadCTd
+from custom_components.data.sources import Source
 from tests.custom_components.data.test_prepare import save, save_mhd
 
 BUNDLES = Path(__file__).parents[2] / "bundles"

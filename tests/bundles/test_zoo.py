@@ -196,7 +196,7 @@ def test_every_start_finds_the_bundles_own_components(name: str) -> None:
     assert len(starts) >= 4
     for start in starts:
         assert start[:2] == opening and start[3] == check
-        assert start[2] == {"_target_": "custom_components.run.resume.OneLineErrors"}
+        assert start[2] == {"_target_": "custom_components.run.start.OneLineErrors"}
 
 
 @each_bundle

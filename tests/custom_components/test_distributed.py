@@ -31,10 +31,10 @@ from custom_components.distributed import (
     mean_over_ranks,
     start,
 )
-from custom_components.run.resume import OptimizerSteps
 from custom_components.errors import InputError
-from custom_components.run.seeded import SeededDataLoader
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
+from custom_components.run.handlers import OptimizerSteps
+from custom_components.run.seeded import SeededDataLoader
 
 # sentences in the reports of four volumes; each process has two of them
 REPORTS = [(3, 2, 1, 4), (1, 1, 2, 3), (0, 0, 2, 1), (2, 0, 0, 0), (0, 0, 0, 0)]

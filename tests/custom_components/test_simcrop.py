@@ -21,10 +21,9 @@ from custom_components.simcrop import (
     VolumeEmbedder,
     random_masking,
     similarity,
-    upsample_patches,
 )
 from custom_components.text import TextEncoder
-from custom_components.vit import SimCroPEncoder, patchify, unpatchify
+from custom_components.vit import SimCroPEncoder, patchify, unpatchify, upsample_patches
 
 ROOT = Path(__file__).parents[2]
 BRANCHES = {"volume": "volume_decoder", "alignment": "aligner", "report": "report_decoder"}

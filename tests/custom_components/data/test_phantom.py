@@ -13,8 +13,8 @@ import pytest
 
 from custom_components.data import phantom
 from custom_components.data.lists import CT_RATE_CLASSES
-from custom_components.errors import InputError
 from custom_components.data.phantom import FINDINGS, ORGANS, Patient, cohort, patient
+from custom_components.errors import InputError
 
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)
 

@@ -24,8 +24,8 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-from custom_components.errors import InputError
 from custom_components.data.read import LoadCTd
+from custom_components.errors import InputError
 from tests.conftest import write_dicom
 
 SLICERIO = importlib.util.find_spec("slicerio")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from custom_components.evaluation.pretrain import grounding, hu_histogram, patches_of_mask, untrained
+from custom_components.evaluation.controls import hu_histogram, untrained
+from custom_components.evaluation.pretrain import grounding, patches_of_mask
 from custom_components.simcrop import VolumeEmbedder
 
 

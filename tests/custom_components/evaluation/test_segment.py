@@ -19,10 +19,12 @@ from scipy.ndimage import map_coordinates
 from torch import Tensor, nn
 
 from custom_components.data.lists import labelled, msd
-from custom_components.run.resume import WindowInferer
+from custom_components.data.read import LoadCTd, LoadLabeld
+from custom_components.data.save import LabelsInScand, SaveLabelsd, labels_in_scan
 from custom_components.errors import InputError
-from custom_components.evaluation.segment import PresentDice, interval, mean_of_defined, scan_scores
-from custom_components.data.read import LabelsInScand, LoadCTd, LoadLabeld, SaveLabelsd, labels_in_scan
+from custom_components.evaluation.metrics import mean_interval
+from custom_components.evaluation.segment import PresentDice, mean_of_defined, scan_scores
+from custom_components.run.inferers import WindowInferer
 
 
 def boxes(*corners: tuple[int, int, int, int]) -> Tensor:
@@ -69,17 +71,17 @@ def test_an_empty_scan_has_no_dice() -> None:
     empty = torch.zeros(4, 4, 4, dtype=torch.uint8)
     scores = scan_scores(empty, empty, (1, 1, 1), num_classes=3)
     assert math.isnan(mean_of_defined(np.array([scores["dice"][1:]]))[0])
-    assert interval(np.array([math.nan]), seed=0) == {"mean": None, "low": None, "high": None, "scans": 0}
+    assert mean_interval(np.array([math.nan]), seed=0) == {"mean": None, "low": None, "high": None, "scans": 0}
 
 
 def test_interval_covers_the_mean() -> None:
     values = np.random.default_rng(0).normal(0.7, 0.1, 50)
-    found = interval(np.append(values, np.nan), seed=1)
+    found = mean_interval(np.append(values, np.nan), seed=1)
     assert found["scans"] == 50 and found["mean"] == pytest.approx(values.mean())
     error = values.std() / math.sqrt(50)
     assert found["low"] == pytest.approx(values.mean() - 1.96 * error, abs=0.3 * error)
     assert found["high"] == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
-    assert interval(values, seed=1) == interval(values, seed=1)
+    assert mean_interval(values, seed=1) == mean_interval(values, seed=1)
 
 
 class Places(nn.Module):

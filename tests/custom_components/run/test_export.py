@@ -243,7 +243,9 @@ def test_an_unknown_component_is_told(bundle: Path, tmp_path: Path) -> None:
 
 def test_imports_the_standard_library_alone() -> None:
     """So that it runs in a second, and needs none of what it exports."""
-    code = "import sys; before = set(sys.modules); import custom_components.run.export; print(*set(sys.modules) - before)"
+    code = (
+        "import sys; before = set(sys.modules); import custom_components.run.export; print(*set(sys.modules) - before)"
+    )
     found = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True).stdout.split()
     assert "custom_components.run.export" in found
     roots = {name.split(".")[0] for name in found} - {"custom_components"}

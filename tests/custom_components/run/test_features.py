@@ -13,10 +13,10 @@ import pytest
 import torch
 from monai import transforms as mt
 
-from custom_components.errors import InputError
-from custom_components.run.features import FeatureCache, FeatureLoader, describe, describe_network, file_stamp
-from custom_components.probe import LinearProbe
 from custom_components.data.read import LoadCTd
+from custom_components.errors import InputError
+from custom_components.probe import LinearProbe
+from custom_components.run.features import FeatureCache, FeatureLoader, describe, describe_network, file_stamp
 from custom_components.vit import SimCroPEncoder
 
 

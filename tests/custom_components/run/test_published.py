@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
+from custom_components.run.published import import_unetr, import_weights
+from custom_components.run.weights import load_for_region, load_pretrained
 from custom_components.unetr import SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
-from custom_components.run.weights import import_unetr, import_weights, load_for_region, load_pretrained
 
 HIDDEN, HEADS, MLP, DEPTH = 48, 3, 80, 12
 

@@ -22,24 +22,17 @@ from monai.optimizers import WarmupCosineSchedule
 from monai.transforms import Compose, Lambdad, RandScaleIntensityd
 from torch import nn
 
-from custom_components.run.resume import (
-    AutocastInferer,
-    Checkpointer,
-    LossCheck,
-    OneLineErrors,
-    OptimizerSteps,
-    ReadableLoader,
-    SentenceSimilarityInferer,
-    TrainingProgress,
-    decay_groups,
-)
 from custom_components.errors import InputError
-from custom_components.run.seeded import EpochSampler, SeededDataLoader
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
-from custom_components.simcrop import Aligner, VolumeEmbedder
+from custom_components.run.handlers import OptimizerSteps, TrainingProgress, decay_groups
+from custom_components.run.inferers import AutocastInferer, ReadableLoader
+from custom_components.run.resume import Checkpointer, LossCheck
+from custom_components.run.seeded import EpochSampler, SeededDataLoader
+from custom_components.run.start import OneLineErrors
+from custom_components.run.weights import load_weights
+from custom_components.simcrop import Aligner, SentenceSimilarityInferer, VolumeEmbedder
 from custom_components.text import load_text_encoder
 from custom_components.vit import SimCroPEncoder
-from custom_components.run.weights import load_weights
 
 # errors in one line
 
@@ -129,7 +122,7 @@ def test_bugs_keep_their_traceback(case, monkeypatch, capsys):
 
 UNCAUGHT = """
 import os, sys
-from custom_components.run.resume import OneLineErrors
+from custom_components.run.start import OneLineErrors
 from custom_components.errors import InputError
 for name, error in {"bad": InputError("told"), "bug": KeyError("a bug")}.items():
     if os.fork() == 0:  # a process each, forked, since the imports take seconds

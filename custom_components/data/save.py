@@ -1,0 +1,311 @@
+"""Results to disk: maps, labels and probabilities, in the geometry of the scan that they were made of."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pandas as pd
+import torch
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapTransform
+from torch import Tensor
+from torch.nn import functional as F
+
+from custom_components.files import replacing
+
+
+def save_nifti(array: np.ndarray, affine: np.ndarray, path: str | Path, scale: float = 1.0) -> None:
+    """Write an array [X, Y, Z] with exactly this affine (RAS+ mm), renamed into place; ``scale`` goes to the header.
+
+    MONAI's NibabelWriter fails on affines whose axes are permuted.
+    """
+    image = nib.Nifti1Image(array, affine)
+    image.header.set_slope_inter(scale, 0)
+    with replacing(path) as temporary:
+        nib.save(image, temporary)
+
+
+class SaveSimilarityd(MapTransform):
+    """Saves what was found in a scan to ``<output_dir>/<name>/``.
+
+    ``similarity_01.nii.gz`` and so on: one map per sentence, float32 cosines in the geometry of the maps' own affine.
+    ``sentences.csv``: each sentence with its file, highest cosine and where that is (RAS+ mm). ``embedding.npy``.
+
+    Args:
+        keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
+        sentences: the S sentences.
+        output_dir: folder of all scans' results.
+        embedding_key, name_key: of the scan's embedding [C] and of its name.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        sentences: Sequence[str],
+        output_dir: str,
+        embedding_key: str = "embedding",
+        name_key: str = "name",
+    ) -> None:
+        super().__init__(keys)
+        self.sentences = list(sentences)
+        self.output_dir = Path(output_dir)
+        self.embedding_key = embedding_key
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        folder = self.output_dir / data[self.name_key]
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "embedding.npy", data[self.embedding_key].float().cpu().numpy())
+        for key in self.key_iterator(data):
+            table = save_maps(data[key], self.sentences, folder, "similarity")
+            table = table.rename(columns={"map": "sentence", "max": "max_cosine"})
+            table.to_csv(folder / "sentences.csv", index=False)
+        return data
+
+
+class SaveSaliencyd(MapTransform):
+    """Saves the saliency map of each class to ``<output_dir>/<name>/``; does nothing where none was made.
+
+    ``saliency_01.nii.gz`` and so on: float32, what each place adds to the class' logit, in the geometry of the maps'
+    own affine. ``saliency.csv``: each class with its file, highest value and where that is (RAS+ mm).
+
+    Args:
+        keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
+        classes: names of the S maps.
+        output_dir: folder of all scans' results.
+        name_key: of the scan's name.
+    """
+
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name") -> None:
+        super().__init__(keys, allow_missing_keys=True)
+        self.classes = list(classes)
+        self.output_dir = Path(output_dir)
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        folder = self.output_dir / data[self.name_key]
+        for key in self.key_iterator(data):
+            folder.mkdir(parents=True, exist_ok=True)
+            table = save_maps(data[key], self.classes, folder, "saliency").rename(columns={"map": "class"})
+            table.to_csv(folder / "saliency.csv", index=False)
+        return data
+
+
+def save_maps(maps: MetaTensor, names: Sequence[str], folder: Path, stem: str) -> pd.DataFrame:
+    """Write one map ``[X, Y, Z]`` per name as ``<stem>_01.nii.gz`` and so on, float32, with the maps' own affine.
+
+    Returns:
+        Columns ``file``, ``map`` (name), ``max``, and ``x_mm``, ``y_mm``, ``z_mm``, the place of the maximum in RAS+.
+    """
+    values, affine = maps.cpu().numpy(), maps.affine.numpy()
+    rows = []
+    for i, (name, volume) in enumerate(zip(names, values, strict=True), 1):
+        file = f"{stem}_{i:02d}.nii.gz"
+        save_nifti(volume.astype(np.float32), affine, folder / file)
+        peak = np.unravel_index(volume.argmax(), volume.shape)
+        x, y, z = (affine @ [*peak, 1])[:3].round(1)
+        rows.append((file, name, round(float(volume.max()), 4), x, y, z))
+    return pd.DataFrame(rows, columns=["file", "map", "max", "x_mm", "y_mm", "z_mm"])
+
+
+class AppendProbabilitiesd(MapTransform):
+    """Appends one row per scan to ``<output_dir>/predictions.csv``: name, image, and a probability per class.
+
+    The file is begun anew with the first scan of a run. Rows are written as scans are done, so a kill loses none.
+
+    Args:
+        keys: of the probabilities [C].
+        classes: their C names, the columns.
+        output_dir: folder of all scans' results.
+        name_key, image_key: of the scan's name, and of the MetaTensor that knows its path.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        classes: Sequence[str],
+        output_dir: str,
+        name_key: str = "name",
+        image_key: str = "image",
+    ) -> None:
+        super().__init__(keys)
+        self.classes = list(classes)
+        self.path = Path(output_dir) / "predictions.csv"
+        self.name_key = name_key
+        self.image_key = image_key
+        self.started = False
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for key in self.key_iterator(data):
+            values = data[key].float().cpu().tolist()
+            path = data[self.image_key].meta.get("filename_or_obj", "")
+            row = {"name": data[self.name_key], "image": path, **dict(zip(self.classes, values, strict=True))}
+            frame = pd.DataFrame([row])
+            frame.to_csv(self.path, mode="a" if self.started else "w", header=not self.started, index=False)
+            self.started = True
+        return dict(data)
+
+
+def argmax_labels(logits: Tensor) -> Tensor:
+    """``[C, X, Y, Z]`` -> uint8 ``[X, Y, Z]``, by slabs: argmax itself answers in eight bytes a voxel."""
+    return torch.cat([slab.argmax(0).byte() for slab in logits.split(16, dim=1)])
+
+
+def _linear_weights(place: Tensor, size: int) -> Tensor:
+    """Linear interpolation at places [n] of an axis as a matrix ``[n, size]``; what lies outside gets the outermost."""
+    place = place.clamp(0, size - 1)[:, None]
+    return (1 - (torch.arange(size) - place).abs()).clamp(min=0).float()
+
+
+def labels_in_scan(
+    logits: Tensor,
+    affine: Tensor,
+    scan_affine: Tensor,
+    scan_shape: Sequence[int],
+    probabilities: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Bring logits to the scan's grid and take the largest, 16 slices at a time.
+
+    Logits are interpolated linearly, so that a boundary is as smooth as the scan's voxels allow; but those of a whole
+    scan of 512 x 512 x 1000 voxels would need 4 bytes x 262 million x classes, hence the slabs. Grids that run along
+    the same axes, in whatever order and direction, need only one matrix product per axis.
+
+    Args:
+        logits: ``[C, x, y, z]`` on the network's grid.
+        affine, scan_affine: ``[4, 4]`` from voxel indices to mm, of the network's grid and of the scan's.
+        scan_shape: X, Y, Z.
+        probabilities: whether to return those as well.
+
+    Returns:
+        labels uint8 ``[X, Y, Z]``; and probabilities of classes 1, 2, ... in 1/255, uint8 ``[C - 1, X, Y, Z]``, or
+        None.
+    """
+    shape = [int(size) for size in scan_shape]
+    labels = torch.empty(shape, dtype=torch.uint8)
+    chances = torch.empty((len(logits) - 1, *shape), dtype=torch.uint8) if probabilities else None
+    to_network = torch.linalg.solve(affine.double().cpu(), scan_affine.double().cpu())
+    along = to_network[:3, :3].abs().argmax(0).tolist()  # which of the network's axes runs along each of the scan's
+    tilt = to_network[:3, :3].clone()
+    tilt[along, range(3)] = 0
+    if sorted(along) == [0, 1, 2] and (tilt.abs() @ torch.tensor(shape, dtype=torch.float64)).max() < 0.01:
+        slabs = _slabs_along_axes(logits, to_network, along, shape)
+    else:
+        slabs = _slabs_by_voxel(logits, to_network, shape)
+    for own, slab in slabs:
+        labels[..., own] = slab.argmax(0).byte().cpu()
+        if chances is not None:
+            chances[..., own] = (slab.softmax(0)[1:] * 255).round().byte().cpu()
+    return labels, chances
+
+
+SLAB = 16  # slices of the scan
+
+
+def _slabs_along_axes(
+    logits: Tensor, to_network: Tensor, along: Sequence[int], shape: Sequence[int]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the scan, and the logits ``[C, X, Y, slices]`` there, where the grids have their axes in common."""
+    logits = logits.permute(0, *(1 + axis for axis in along))
+    x, y, z = (
+        _linear_weights(to_network[k, j] * torch.arange(shape[j]) + to_network[k, 3], logits.shape[1 + j])
+        for j, k in enumerate(along)
+    )
+    x, y = x.to(logits.device), y.T.contiguous().to(logits.device)
+    for start in range(0, shape[2], SLAB):
+        own = slice(start, min(start + SLAB, shape[2]))
+        used = z[own].any(0).nonzero()
+        begin, end = int(used[0]), int(used[-1]) + 1
+        rows = z[own, begin:end].to(logits.device)
+        slab = torch.tensordot(rows, logits[..., begin:end].float(), ([1], [3])) @ y
+        yield own, (x @ slab).permute(1, 2, 3, 0)
+
+
+def _slabs_by_voxel(logits: Tensor, to_network: Tensor, shape: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """As :func:`_slabs_along_axes`, for any two grids."""
+    last = torch.tensor(logits.shape[1:]) - 1
+    for start in range(0, shape[2], SLAB):
+        own = slice(start, min(start + SLAB, shape[2]))
+        index = torch.meshgrid(*map(torch.arange, shape[:2]), torch.arange(own.start, own.stop), indexing="ij")
+        places = torch.stack(index, -1).double() @ to_network[:3, :3].T + to_network[:3, 3]
+        # only the logits around the slab, since all of them would be converted and copied for each
+        ends = places.amin((0, 1, 2)), places.amax((0, 1, 2)) + 1
+        low, high = (torch.minimum(end.floor().long().clamp(min=0), last) for end in ends)
+        x, y, z = (slice(begin, end + 1) for begin, end in zip(low.tolist(), high.tolist()))
+        # grid_sample counts from -1 to 1, and the last axis first
+        grid = ((places - low) * 2 / (high - low).clamp(min=1) - 1).flip(-1).float().to(logits.device)
+        part = logits[None, :, x, y, z].float()
+        yield own, F.grid_sample(part, grid[None], "bilinear", "border", align_corners=True)[0]
+
+
+class LabelsInScand(MapTransform):
+    """Turns logits on the network's grid into a label map on the scan's, see :func:`labels_in_scan`.
+
+    The logits of a key become a MetaTensor uint8 ``[1, X, Y, Z]`` whose shape and affine are the scan's. With
+    ``probabilities`` the item also gets ``probability``, uint8 ``[C - 1, X, Y, Z]``.
+
+    Args:
+        keys: of the logits ``[C, x, y, z]``.
+        probabilities: whether to keep those.
+        image_key: of the preprocessed scan, which knows its grid and the scan's.
+    """
+
+    def __init__(self, keys: KeysCollection, probabilities: bool = False, image_key: str = "image") -> None:
+        super().__init__(keys)
+        self.probabilities = probabilities
+        self.image_key = image_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        image = data[self.image_key]
+        scan_affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
+        scan_shape = np.asarray(image.meta["spatial_shape"]).tolist()
+        for key in self.key_iterator(data):
+            logits = data[key].as_tensor() if isinstance(data[key], MetaTensor) else data[key]
+            labels, chances = labels_in_scan(logits, image.affine, scan_affine, scan_shape, self.probabilities)
+            data[key] = MetaTensor(labels[None], affine=scan_affine)
+            if chances is not None:
+                data["probability"] = chances
+        return data
+
+
+class SaveLabelsd(MapTransform):
+    """Saves what was segmented in a scan to ``<output_dir>/<name>/``.
+
+    ``labels.nii.gz``: class indices, uint8, in the scan's own geometry. ``volumes.csv``: voxels and millilitres of each
+    class. Where the item has ``probability``: ``probability_<class>.nii.gz``, stored in steps of 1/255.
+
+    Args:
+        keys: of the label maps, see :class:`LabelsInScand`.
+        classes: names of classes 1, 2, ...
+        output_dir: folder of all scans' results.
+        name_key: of the scan's name.
+    """
+
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name") -> None:
+        super().__init__(keys)
+        self.classes = list(classes)
+        self.output_dir = Path(output_dir)
+        self.name_key = name_key
+
+    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+        data = dict(data)
+        folder = self.output_dir / data[self.name_key]
+        folder.mkdir(parents=True, exist_ok=True)
+        for key in self.key_iterator(data):
+            labels, affine = data[key][0].cpu().numpy(), data[key].affine.numpy()
+            save_nifti(labels, affine, folder / "labels.nii.gz")
+            counts = [int((labels == index).sum()) for index in range(1, len(self.classes) + 1)]
+            millilitres = [round(count * abs(np.linalg.det(affine[:3, :3])) / 1000, 2) for count in counts]
+            table = pd.DataFrame({"class": self.classes, "voxels": counts, "ml": millilitres})
+            table.to_csv(folder / "volumes.csv", index=False)
+            for name, chance in zip(self.classes, data.get("probability", ())):
+                file = f"probability_{name.replace(' ', '_')}.nii.gz"
+                save_nifti(chance.cpu().numpy(), affine, folder / file, scale=1 / 255)
+        return data

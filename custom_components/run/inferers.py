@@ -1,0 +1,164 @@
+"""Forward passes of inference: in bfloat16, by windows, and over scans of which some cannot be read."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
+from monai.inferers import SimpleInferer, SlidingWindowInferer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from custom_components.errors import InputError
+
+
+class AutocastInferer(SimpleInferer):
+    """Forward pass in bfloat16 on any device. Needs no gradient scaler, unlike ``SupervisedTrainer(amp=True)``.
+
+    Args:
+        amp: whether to autocast at all.
+    """
+
+    def __init__(self, amp: bool = True) -> None:
+        super().__init__()
+        self.amp = amp
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
+            return super().__call__(inputs, network, *args, **kwargs)
+
+
+class WindowInferer(SlidingWindowInferer):
+    """MONAI's sliding window with Gaussian blending, made to bound memory and to save work.
+
+    Logits come out in float16. Tall volumes are done in slabs along the last axis: windows of different slabs that
+    overlap are computed for both, so the result is that of one pass, but fp32 sums exist for one slab at a time.
+
+    Args:
+        roi_size: the network's region, in voxels. Smaller volumes are padded with air.
+        sw_batch_size: windows in one forward pass.
+        overlap: share of a window that it has in common with the next.
+        amp: whether the network runs under bfloat16 autocast.
+        skip_air: windows without any voxel above this value, on the network's scale, are background without being
+            looked at; None looks at all.
+        slab_windows: windows along the last axis in one slab.
+        progress: whether to show a bar over windows.
+    """
+
+    AIR_LOGIT = 10.0  # of background over all others in a skipped window: e^-10 is left for them
+
+    def __init__(
+        self,
+        roi_size: Sequence[int],
+        sw_batch_size: int = 4,
+        overlap: float = 0.5,
+        amp: bool = True,
+        skip_air: float | None = None,
+        slab_windows: int = 8,
+        progress: bool = False,
+    ) -> None:
+        super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cval=-1.0, progress=progress)
+        self.amp = amp
+        self.skip_air = skip_air
+        self.slab_windows = slab_windows
+        self.classes: int | None = None
+
+    def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """``inputs [B, C, X, Y, Z]`` -> logits ``[B, classes, X, Y, Z]`` float16, a plain tensor."""
+        inputs = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        size, roi = inputs.shape[-1], self.roi_size[-1]
+        step = max(1, int(roi * (1 - self.overlap)))
+        rows = max(1, math.ceil((size - roi) / step) + 1)
+        before = math.ceil(roi / step) - 1  # rows of windows that reach into a slab from the one before it
+        # MONAI moves the last row back to the volume's end, into the row before it: it never is a slab of its own
+        starts = [row for row in range(0, rows, self.slab_windows) if row == 0 or row < rows - max(before, 1)]
+        output: Tensor | None = None
+        for start, stop in zip(starts, [*starts[1:], rows]):
+            first = max(0, start - before) * step
+            last = size if stop == rows else (stop - 1) * step + roi
+            own = slice(start * step, size if stop == rows else stop * step)
+            logits = super().__call__(inputs[..., first:last], partial(self._predict, network))
+            if output is None:
+                output = logits.new_empty((*logits.shape[:2], *inputs.shape[2:]), dtype=torch.float16)
+            output[..., own] = logits[..., own.start - first : own.stop - first]
+        return output
+
+    def _predict(self, network: nn.Module, windows: Tensor) -> Tensor:
+        with torch.autocast(windows.device.type, torch.bfloat16, enabled=self.amp):
+            if self.skip_air is None:
+                return network(windows).float()
+            seen = windows.amax((1, 2, 3, 4)) > self.skip_air
+            if not seen.any() and self.classes is None:
+                seen[0] = True  # only the network knows how many classes there are
+            found = network(windows[seen]).float() if seen.any() else windows.new_empty(0)
+        self.classes = found.shape[1] if len(found) else self.classes
+        logits = windows.new_zeros((len(windows), self.classes, *windows.shape[2:]))
+        logits[:, 0] = self.AIR_LOGIT
+        logits[seen] = found.reshape(-1, *logits.shape[1:])
+        return logits
+
+
+class ReadableLoader:
+    """Batches of one from a data set, passing over items that cannot be read; a progress bar shows how far it is.
+
+    Args:
+        dataset: whose items have a ``name``.
+        num_workers: processes that read ahead.
+        description: what the progress bar calls this.
+
+    Attributes:
+        failures: ``(name, reason)`` of the items passed over so far.
+    """
+
+    def __init__(self, dataset: Dataset, num_workers: int = 0, description: str | None = None) -> None:
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.description = description
+        self.failures: list[tuple[str, str]] = []
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        self.failures.clear()
+        loader = DataLoader(_Attempts(self.dataset), self.num_workers, collate_fn=itemgetter(0))
+        for item, name, reason in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
+            if reason is None:
+                yield list_data_collate([item])
+            else:
+                self.failures.append((name, reason))
+                tqdm.write(f"skipped: {reason}", file=sys.stderr)
+
+    def report(self) -> None:
+        """Raise an :class:`InputError` that lists what was passed over, so that the run ends with exit code 1."""
+        if self.failures:
+            names = ", ".join(name for name, _ in self.failures)
+            raise InputError(
+                f"{len(self.failures)} of {len(self.dataset)} scans could not be read ({names}); the others are done, "
+                "the reasons stand above"
+            )
+
+
+class _Attempts(torch.utils.data.Dataset):
+    """Each item with its name and the reason why it cannot be read, or None."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, str, str | None]:
+        name = self.dataset.data[index]["name"]
+        try:
+            return self.dataset[index], name, None
+        except Exception as error:  # MONAI wraps what a transform raises; anything else is a bug and goes on up
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, InputError):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            return None, name, str(cause)

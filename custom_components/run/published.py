@@ -1,0 +1,244 @@
+"""Import of others' checkpoints: the SimCroP authors', and 2D masked autoencoders'."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+
+from custom_components.errors import InputError
+from custom_components.files import replacing
+from custom_components.run.weights import load_file, positions_formula, save_atomically, state_dict_of
+from custom_components.vit import SimCroPEncoder, patch_grid
+
+logger = logging.getLogger(__name__)
+
+
+def _tensor_table(
+    own: Mapping[str, Tensor], found: Mapping[str, Tensor], wanted: Callable[[str], bool]
+) -> tuple[list[dict[str, str]], list[str]]:
+    """What becomes of every tensor of a module and of a file, and what stands in the way of taking those wanted.
+
+    Returns:
+        a row of tensor, status (taken, skipped or missing), shape and reason for each; and the faults.
+    """
+    rows, faults = [], []
+
+    def add(name: str, status: str, tensor: Tensor, reason: str) -> None:
+        shape = "x".join(map(str, tensor.shape))
+        rows.append({"status": status, "tensor": name, "shape": shape, "reason": reason})
+
+    for name, tensor in own.items():
+        there = found.get(name)
+        if not wanted(name):
+            add(name, "missing", tensor, "nothing in the file serves")
+        elif there is None:
+            add(name, "missing", tensor, "not in the file")
+            faults.append(f"{name} is not in it")
+        elif there.shape != tensor.shape:
+            add(name, "missing", tensor, f"{list(there.shape)} in the file")
+            faults.append(f"{name} is {tuple(there.shape)}, not {tuple(tensor.shape)}")
+        elif not bool(torch.isfinite(there).all()):
+            add(name, "missing", tensor, "not finite in the file")
+            faults.append(f"{name} holds values that are not finite")
+        else:
+            add(name, "taken", there, "as stored" if there.dtype == tensor.dtype else f"from {there.dtype}")
+    for name, tensor in found.items():
+        if name not in own:
+            add(name, "skipped", tensor, "no part of this network")
+        elif not wanted(name):
+            add(name, "skipped", tensor, "of no use to this network")
+    return rows, faults
+
+
+def _print_table(rows: Iterable[Mapping[str, str]]) -> None:
+    """A line for each kind of tensor, those of all blocks together; the CSV has a line for each tensor."""
+    kinds = Counter(tuple(re.sub(r"\.\d+(?=\.)", ".*", cell) for cell in row.values()) for row in rows)
+    lines = [("status", "tensors", "tensor", "shape", "reason")]
+    lines += [(status, str(count), *rest) for (status, *rest), count in kinds.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _import(
+    module: nn.Module,
+    found: Mapping[str, Tensor],
+    checkpoint: str | Path,
+    path: str | Path,
+    cure: str,
+    wanted: Callable[[str], bool],
+    harmless: Callable[[str], bool],
+    reasons: Mapping[str, str],
+) -> None:
+    """Fill ``module`` from a file's tensors, write it to ``path`` and the table of them beside it: all, or nothing.
+
+    Args:
+        cure: what an error advises.
+        wanted: names that must be taken.
+        harmless: names of the file whose absence from the module changes nothing that it computes.
+        reasons: better ones than the table's own, by ``status tensor``.
+    """
+    own = module.state_dict()
+    rows, faults = _tensor_table(own, found, wanted)
+    rows = [row | {"reason": reasons.get(f"{row['status']} {row['tensor']}", row["reason"])} for row in rows]
+    faults += [f"{name} is none of this network's" for name in found if name not in own and not harmless(name)]
+    _print_table(rows)
+    if faults:
+        raise InputError(
+            f"checkpoint {checkpoint}: {faults[0]}, and {len(faults) - 1} more of its tensors do not fit; {cure}"
+        )
+    module.load_state_dict({name: found[name] for name in own if wanted(name)}, strict=False)
+    save_atomically(module.state_dict(), path)
+    table = Path(path).with_suffix(".csv")
+    with replacing(table) as temporary:
+        pd.DataFrame(rows).to_csv(temporary, index=False)
+    count = Counter(row["status"] for row in rows)
+    counts = ", ".join(f"{count[status]} tensors {status}" for status in ("taken", "skipped", "missing"))
+    print(f"{path}: {counts}; each in {table}")
+
+
+def _published(checkpoint: str | Path, target: str | Path, key: str) -> dict[str, Tensor]:
+    """The tensors of a published checkpoint, with ``target``, which ``key`` names, still free."""
+    if not Path(checkpoint).is_file():
+        raise InputError(
+            f"checkpoint {checkpoint}: no such file; download a published .pth (github.com/ToniChopp/SimCroP, or "
+            "mae_pretrain_vit_base.pth of github.com/facebookresearch/mae) and give its path"
+        )
+    if Path(target).exists():
+        raise InputError(f"{key} {target}: exists, and may be what a training left; name another, or move it away")
+    return state_dict_of(load_file(checkpoint))
+
+
+def import_weights(
+    checkpoint: str | Path,
+    encoder_file: str | Path,
+    img_size: Sequence[int] = (224, 224, 112),
+    num_heads: int | None = None,
+    patch_size: Sequence[int] = (16, 16, 8),
+    pos_embed: str = "sincos3d",
+    seed: int = 42,
+) -> SimCroPEncoder:
+    """Turn a published checkpoint into the ``encoder.pt`` that all bundles read, and return the encoder.
+
+    SimCroP's ``.pth`` (ToniChopp/SimCroP), or any 3D ViT by the same names (timm's), gives the whole encoder, stored
+    positions included. A 2D MAE ViT (facebookresearch/mae) gives blocks and final norm, as the authors take them; the
+    rest starts at random, which is warned of. Width, depth, MLP, patch and channels are the file's. Its other parts
+    (decoders, text) are skipped. A table of every tensor taken, skipped or missing is printed by kind, and written as
+    CSV beside ``encoder_file``.
+
+    Args:
+        checkpoint: the published file; loaded as weights only, never executed.
+        encoder_file: where to write; must not exist.
+        img_size: voxels along each axis of the volumes that the checkpoint was trained on. The file tells the number of
+            patches alone.
+        num_heads: attention heads, which no file tells; None for width / 64, as in ViT-B.
+        patch_size: for a 2D checkpoint only.
+        pos_embed: formula of the positions, for a 2D checkpoint only.
+        seed: of the random start, for a 2D checkpoint only.
+
+    Raises:
+        InputError: no such checkpoint, unreadable, of another network, incomplete, or not finite; ``img_size`` does not
+            give the file's number of patches; ``encoder_file`` exists, or cannot be written.
+    """
+    found = _published(checkpoint, encoder_file, "encoder_file")
+    fc1, proj = found.get("blocks.0.mlp.fc1.weight"), found.get("patch_embed.proj.weight")
+    if fc1 is None or fc1.ndim != 2 or proj is None or proj.ndim not in (4, 5):
+        raise InputError(
+            f"checkpoint {checkpoint}: holds no ViT (blocks.0.mlp.fc1.weight and patch_embed.proj.weight) but "
+            f"{', '.join(list(found)[:3]) or 'no tensors'}; give SimCroP's .pth, or that of a MAE ViT"
+        )
+    mlp_dim, hidden_size = fc1.shape
+    volumetric = proj.ndim == 5
+    if num_heads is None:
+        num_heads, rest = divmod(hidden_size, 64)
+        if rest:
+            raise InputError(f"checkpoint {checkpoint}: {hidden_size} channels are not heads of 64: give num_heads")
+    if volumetric:
+        patch_size = tuple(proj.shape[2:])
+    grid = patch_grid(img_size, patch_size)
+    stored = found.get("pos_embed")
+    if volumetric and stored is not None and stored.shape[1] != 1 + grid[0] * grid[1] * grid[2]:
+        count = stored.shape[1] - 1
+        side = round(count ** (1 / 3))
+        likely = (
+            f"{[side * size for size in patch_size]} if the grid is a cube"
+            if side**3 == count
+            else "that of its training"
+        )
+        raise InputError(
+            f"checkpoint {checkpoint}: has positions for {count} patches of {list(patch_size)}, but img_size "
+            f"{list(img_size)} makes {grid[0] * grid[1] * grid[2]}; set img_size: {likely}"
+        )
+    sizes = {
+        "in_channels": proj.shape[1] if volumetric else 1,
+        "img_size": list(img_size),
+        "patch_size": list(patch_size),
+        "hidden_size": hidden_size,
+        "mlp_dim": mlp_dim,
+        "num_layers": len({name.split(".")[1] for name in found if name.startswith("blocks.")}),
+        "num_heads": num_heads,
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = SimCroPEncoder(**sizes, pos_embed=pos_embed)
+    if volumetric:
+        formula = None if stored is None else positions_formula(stored[0, 1:], grid)
+        kind = f"the table of pos_embed {formula}" if formula else "of no formula known here"
+        reasons = {"taken pos_embed": f"as stored: {kind}"}
+    else:
+        random = ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")
+        reasons = {f"missing {name}": f"starts at random, seed {seed}" for name in random}
+        reasons |= {"missing pos_embed": f"made anew: {pos_embed}"}
+        reasons |= {f"skipped {name}": "of images, not of volumes" for name in (*random, "pos_embed")}
+    _import(
+        encoder,
+        found,
+        checkpoint,
+        encoder_file,
+        cure="give a whole checkpoint of SimCroP or of a MAE ViT, as published",
+        wanted=lambda name: volumetric or name.startswith(("blocks.", "norm.")),
+        harmless=lambda name: not name.startswith(("blocks.", "norm.", "patch_embed.")),
+        reasons=reasons,
+    )
+    if not volumetric:
+        logger.warning(f"{checkpoint}: is a checkpoint of images: {', '.join(random)} start at RANDOM, seed {seed}")
+    print("keys of the bundles: " + ", ".join(f"{key} {value}" for key, value in sizes.items()))
+    return encoder
+
+
+def import_unetr(network: nn.Module, checkpoint: str | Path, model_file: str | Path) -> nn.Module:
+    """Turn a UNETR that the authors' segmentation code wrote into the segment bundle's ``models/model.pt``.
+
+    Args:
+        network: a :class:`custom_components.unetr.SimCroPUNETR` of the checkpoint's sizes; returned filled.
+        checkpoint: the published file; loaded as weights only, never executed.
+        model_file: where to write, with the table of tensors beside it; must not exist.
+
+    Raises:
+        InputError: as :func:`import_weights`; the network's region, classes or widths are not the checkpoint's.
+    """
+    names = ((r"^vit\.fc_norm\.", "encoder.norm."), (r"^vit\.", "encoder."), (r"^decoder2\.conv3d\.", "decoder2.conv."))
+    found = {}
+    for name, tensor in _published(checkpoint, model_file, "model_file").items():
+        for theirs, ours in names:
+            name = re.sub(theirs, ours, name)
+        found[name] = tensor
+    _import(
+        network,
+        found,
+        checkpoint,
+        model_file,
+        cure="set classes, img_size, feature_size and the encoder's keys to those of its training",
+        wanted=lambda name: True,
+        # the published network holds them, and leaves them out of its forward pass
+        harmless=lambda name: name == "encoder.cls_token" or ".conv3." in name,
+        reasons={},
+    )
+    return network
