@@ -11,20 +11,21 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import monai.data
 import numpy as np
 import torch
 import torch.distributed as dist
 from monai.data import ImageReader
 from monai.transforms import Compose, Transform
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from custom_components.data.lists import CT_SUFFIXES
 from custom_components.distributed import rank, world_size
 from custom_components.errors import InputError
 from custom_components.files import replacing
 from custom_components.probe import LinearProbe
-from custom_components.run.inferers import ReadableLoader
+from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.seeded import SeededDataLoader, mixed_seed
 
 CACHE_VERSION = 1  # raise it when the same keys would give other features
@@ -134,15 +135,82 @@ class FeatureLoader(SeededDataLoader):
             yield {"image": content.features[rows, views], "label": content.labels[rows]}
 
 
-def training_loader(dataset: Dataset, batch_size: int, seed: int, num_workers: int = 0) -> SeededDataLoader:
-    """Shuffled, repeatable batches of features or of volumes."""
-    if isinstance(dataset, FeatureDataset):
-        return FeatureLoader(dataset, batch_size, seed)
-    return SeededDataLoader(dataset, batch_size, seed, num_workers)
+class OnlineFeatures:
+    """Feeds a probe with volumes, which are read and encoded anew in every epoch: the published way.
+
+    It is slow where the encoder is frozen, and the only way where it is fine-tuned.
+
+    Args:
+        network: the probe.
+        read: deterministic transforms that every volume starts with.
+        plain, augment: transforms that follow for evaluation, and for training.
+        device: where the network is.
+        amp: encode in bfloat16.
+        seed: of order and augmentation.
+        num_workers: processes that read ahead.
+        batch_size: volumes per forward pass of an evaluation.
+    """
+
+    name = "online"
+    num_views = None
+
+    def __init__(
+        self,
+        network: LinearProbe,
+        read: Sequence[Callable],
+        plain: Sequence[Callable],
+        augment: Sequence[Callable],
+        device: torch.device | str = "cpu",
+        amp: bool = True,
+        seed: int = 42,
+        num_workers: int = 0,
+        batch_size: int = 8,
+    ) -> None:
+        self.network = network
+        self.read = Compose(read)
+        self.plain = Compose(plain)
+        self.augment = Compose(augment)
+        self.device = torch.device(device)
+        self.amp = amp
+        self.seed = seed
+        self.num_workers = num_workers
+        self.batch_size = batch_size
+
+    @property
+    def trained(self) -> nn.Module:
+        """What the trainer trains: it takes an item's ``image`` and gives logits."""
+        return self.network
+
+    @property
+    def inferer(self) -> AutocastInferer:
+        return AutocastInferer(self.amp)
+
+    def encoder_key(self) -> str:
+        """Hash of the encoder's weights and architecture, as they are now."""
+        return describe_network(self.network.encoder)
+
+    def training(self, data: Sequence[Mapping[str, Any]]) -> Dataset:
+        """Items with ``image`` and ``label``, augmented."""
+        return monai.data.Dataset(data, Compose([self.read, self.augment]))
+
+    def plain_views(self, data: Sequence[Mapping[str, Any]], description: str = "") -> Dataset:
+        """The same for evaluation: no augmentation, in order."""
+        return monai.data.Dataset(data, Compose([self.read, self.plain]))
+
+    def training_loader(self, dataset: Dataset, batch_size: int) -> SeededDataLoader:
+        """Shuffled, repeatable batches of what :meth:`training` gave."""
+        return SeededDataLoader(dataset, batch_size, self.seed, self.num_workers)
+
+    def loader(self, dataset: Dataset) -> DataLoader:
+        """Batches of what :meth:`plain_views` gave."""
+        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
+
+    def report(self) -> None:
+        """Nothing to report: a volume that cannot be read has ended the run."""
 
 
-class FeatureCache:
-    """Encodes volumes once per view, and keeps each view's feature in a file of its own.
+class FeatureCache(OnlineFeatures):
+    """Encodes volumes once per view, and keeps each view's feature in a file of its own: no volume is encoded twice.
 
     View 0 is the volume as in evaluation, centre crop and padding; views 1, 2, ... are augmented, each with random
     numbers that depend on ``seed``, the volume's name and the view alone. So evaluation shares view 0 with training, a
@@ -154,16 +222,12 @@ class FeatureCache:
 
     Args:
         network: its ``features`` are kept.
-        read: deterministic transforms that both kinds of view start with.
-        plain, augment: transforms that follow for view 0, and for the others.
         cache_dir: where the files lie.
-        device: where to encode; the network is there already.
-        amp: encode in bfloat16.
-        seed: of the augmentation.
-        num_workers: processes that read ahead.
-        batch_size: views per forward pass.
-        features: how the bundle feeds its probe, checked here: ``cached`` or ``online``.
+        num_views: per training volume.
+        options: as :class:`OnlineFeatures` has them; ``batch_size`` counts views, ``seed`` is that of the augmentation.
     """
+
+    name = "cached"
 
     def __init__(
         self,
@@ -172,31 +236,34 @@ class FeatureCache:
         plain: Sequence[Callable],
         augment: Sequence[Callable],
         cache_dir: str,
-        device: torch.device | str = "cpu",
-        amp: bool = True,
-        seed: int = 42,
-        num_workers: int = 0,
-        batch_size: int = 8,
-        features: str = "cached",
+        num_views: int = 1,
+        **options: Any,
     ) -> None:
-        if features not in ("cached", "online"):
-            raise InputError(f"features is {features!r}: give cached (encode once) or online (in every epoch)")
-        self.network = network
-        self.read = Compose(read)
-        self.plain = Compose(plain)
-        self.augment = Compose(augment)
+        super().__init__(network, read, plain, augment, **options)
         self.cache_dir = Path(cache_dir)
-        self.device = torch.device(device)
-        self.amp = amp
-        self.seed = seed
-        self.num_workers = num_workers
-        self.batch_size = batch_size
+        self.num_views = num_views
         self.failures: dict[str, str] = {}
         self.encoded = 0  # views that had to be encoded so far
 
-    def encoder_key(self) -> str:
-        """Hash of the encoder's weights and architecture, as they are now."""
-        return describe_network(self.network.encoder)
+    @property
+    def trained(self) -> nn.Module:
+        return self.network.head
+
+    @property
+    def inferer(self) -> AutocastInferer:
+        return AutocastInferer(amp=False)
+
+    def training(self, data: Sequence[Mapping[str, Any]]) -> FeatureDataset:
+        return self.encode(data, self.num_views, "training")
+
+    def plain_views(self, data: Sequence[Mapping[str, Any]], description: str = "") -> FeatureDataset:
+        return self.encode(data, 1, description)
+
+    def training_loader(self, dataset: FeatureDataset, batch_size: int) -> FeatureLoader:
+        return FeatureLoader(dataset, batch_size, self.seed)
+
+    def loader(self, dataset: FeatureDataset) -> DataLoader:
+        return DataLoader(dataset, batch_size=len(dataset))
 
     def folders(self) -> tuple[Path, Path]:
         """Folder of plain and of augmented views, for the network's weights as they are now."""
@@ -220,7 +287,10 @@ class FeatureCache:
             InputError: the encoder is not frozen, ``num_views`` is not positive, or no volume at all can be read.
         """
         if not self.network.frozen:
-            raise InputError("features is cached, but frozen is false: an encoder that learns needs features online")
+            raise InputError(
+                "frozen is false, but features_dir keeps features: set features_dir to null, an encoder that learns "
+                "needs features online"
+            )
         if num_views < 1:
             raise InputError(f"num_views is {num_views}: give the number of views per volume, 1 or more")
         plain, augmented = self.folders()
@@ -291,6 +361,14 @@ class FeatureCache:
                 self.encoded += len(features)
         self.network.train(was_training)
         failures |= dict(loader.failures)
+
+
+def probe_features(cache_dir: str | None, num_views: int, **options: Any) -> OnlineFeatures:
+    """How a config feeds its probe: a :class:`FeatureCache` in ``cache_dir``, or :class:`OnlineFeatures` where that is
+    None. ``options`` are those of :class:`OnlineFeatures`."""
+    if cache_dir is None:
+        return OnlineFeatures(**options)
+    return FeatureCache(cache_dir=cache_dir, num_views=num_views, **options)
 
 
 class _Views(Dataset):

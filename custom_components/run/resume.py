@@ -77,7 +77,7 @@ class Checkpointer:
     Args:
         path: the checkpoint.
         objects: what to keep by name (network, optimizer, lr_scheduler, ...): anything with a state dict.
-        weights: further files, each with the plain state dict of one module, written at the end of epochs.
+        weights: modules by file name beside ``path``: state dicts, written at the end of epochs. None is left out.
         interval: epochs between two checkpoints; the last epoch always writes one.
         resume: ``auto`` goes on from ``path`` if it is there, else from the one before, else starts. None starts anew
             and replaces what is there. A path goes on from that file.
@@ -93,7 +93,7 @@ class Checkpointer:
         self,
         path: str,
         objects: Mapping[str, Any],
-        weights: Mapping[str, nn.Module],
+        weights: Mapping[str, nn.Module | None] | None = None,
         interval: int = 1,
         resume: str | None = "auto",
         minutes: float | None = None,
@@ -103,7 +103,9 @@ class Checkpointer:
         self.path = Path(path)
         self.previous = self.path.with_name(f"{self.path.stem}_previous{self.path.suffix}")
         self.objects = dict(objects)
-        self.weights = dict(weights)
+        self.weights = {
+            self.path.with_name(name): module for name, module in (weights or {}).items() if module is not None
+        }
         self.interval = interval
         self.resume = None if resume == "null" else resume  # the command line gives null as a word
         self.minutes = math.inf if minutes is None else minutes

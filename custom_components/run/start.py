@@ -1,4 +1,4 @@
-"""Several exported bundles in one process: each brings ``custom_components``, and Python imports the first one only."""
+"""How every run begins: errors in one line, the bundle's own components, processes, memory, seed."""
 
 from __future__ import annotations
 
@@ -13,20 +13,58 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+import torch
+from monai.utils import set_determinism
 from tqdm import tqdm
 
 import custom_components
+from custom_components import distributed
+from custom_components.cpu import keep_freed
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 
 STAMP = "stamp.json"  # what custom_components.run.export leaves beside the modules
 
 
+def start(
+    bundle_root: str | Path,
+    seed: int | None = None,
+    timeout_minutes: float | None = None,
+    rank_zero_alone: bool = False,
+) -> None:
+    """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
+
+    Errors that a person can mend end in one line from here on (:class:`OneLineErrors`); the components are the
+    bundle's own (:func:`check_components`); freed memory stays with the process where there is no GPU
+    (:func:`custom_components.cpu.keep_freed`).
+
+    Args:
+        bundle_root: folder of the bundle.
+        seed: of Python's, NumPy's and torch's random numbers, with deterministic algorithms; None for a run that draws
+            none.
+        timeout_minutes: under torchrun, how long a process waits for the others; None where one process works alone.
+        rank_zero_alone: under torchrun, end all processes but one: the work is not divided.
+
+    Raises:
+        InputError: the components are not this bundle's, or the config needs torchrun and was started without.
+    """
+    OneLineErrors()
+    check_components(bundle_root)
+    if rank_zero_alone:
+        distributed.leave_to_rank_zero()
+    if timeout_minutes is not None:
+        distributed.start(distributed.local_device(), timeout_minutes)
+    keep_freed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    if seed is not None:
+        set_determinism(seed)
+
+
 def check_components(bundle_root: str | Path) -> None:
     """Make sure that a bundle runs on its own components, or on equal ones that another bundle brought before it.
 
-    An export holds only the modules that its bundle needs, so those that are not loaded yet are found in this bundle
-    from here on. A bundle without components, as in the repository, takes what is installed.
+    Every exported bundle brings ``custom_components``, and Python imports the first one only. An export holds the
+    modules that its bundle needs and no others: from here on, what is not loaded yet is found in this bundle. A bundle
+    without components, as in the repository, takes what is installed.
 
     Raises:
         InputError: a module of the bundle differs from the one of that name in the components already loaded.
@@ -59,11 +97,11 @@ def version(folder: Path) -> str:
 
 
 class OneLineErrors:
-    """Tell an :class:`InputError`, or a full disk, in its own line, instead of nested tracebacks.
+    """Print an :class:`InputError`, or a full disk, as one line instead of nested tracebacks.
 
     Installs itself as ``sys.excepthook``, so the exit code stays 1; any other exception is shown in full. Under
-    torchrun, a process that fails ends at once, so that the others are not kept waiting for it; and ranks above 0 wait
-    for a moment before they speak, so that what goes wrong in all of them is told by one.
+    torchrun, a process that fails ends at once, so that the others do not wait for it. Ranks above 0 wait a moment
+    before they print, so that rank 0 alone reports what goes wrong in all of them.
     """
 
     PATTERN = re.compile(rf"^(?:.*\.)?{InputError.__name__}: (.+)$", re.MULTILINE)

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.networks.nets import ViT
+from monai.transforms import Compose
 
 from custom_components.cpu import keep_freed
 from custom_components.evaluation.metrics import mean_auroc
@@ -66,7 +67,8 @@ def read(kind: str) -> dict[str, float]:
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / "train.json"))
     parser.parse(True)
-    chain = parser.get_parsed_content("validate#preprocessing" if kind == "plain" else "train#preprocessing")
+    views = "validate#crop_transforms" if kind == "plain" else "train#random_transforms"
+    chain = Compose([*parser.get_parsed_content("read_transforms"), *parser.get_parsed_content(views)])
     with tempfile.TemporaryDirectory() as folder:
         random = np.random.RandomState(0)
         smooth = np.cumsum(random.randint(-3, 4, (240, 240, 120)), axis=2).clip(-1000, 1000)
@@ -106,7 +108,7 @@ def head(batch_size: int, steps: int) -> dict[str, float]:
 
 def extrapolate(encode_seconds: float, plain: float, augmented: float, head: dict[str, float]) -> dict[str, Any]:
     """Both ways through CT-RATE's 1 % schedule, in seconds on one device that reads and encodes in turn."""
-    schedule = json.loads((CONFIGS / "ct_rate.json").read_text())["schedules"]["0.01"]
+    schedule = json.loads((CONFIGS / "train.json").read_text())["schedules"]["0.01"]
     views = json.loads((CONFIGS / "train.json").read_text())["num_views"]
     steps, batch = schedule["max_steps"], schedule["batch_size"]
     per_epoch = -(-TRAIN_VOLUMES // batch)

@@ -136,9 +136,9 @@ def test_early_stopping_and_another_recipe(run_here: Callable, refuses: Callable
 def test_cached_and_online_agree(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     """With one view and no augmentation, both feed the same numbers in the same order."""
     quiet = {"shift_prob": 0.0, "noise_prob": 0.0, "num_views": 1, "max_steps": 6}
-    for features in ("cached", "online"):
+    for features, keys in (("cached", {}), ("online", {"features_dir": None})):
         folder = {"models_dir": tmp_path / features, "output_dir": tmp_path / features}
-        run_here(TRAIN, **TINY | quiet, **folder, features=features)
+        run_here(TRAIN, **TINY | quiet | keys, **folder)
     cached, online = (torch.load(tmp_path / f / "model.pt", weights_only=True) for f in ("cached", "online"))
     for name in cached:
         torch.testing.assert_close(cached[name], online[name], rtol=1e-3, atol=1e-5)
@@ -256,7 +256,6 @@ BAD_KEYS = {
     "encoder of another size": ({"hidden_size": 48}, ["encoder.pt", "does not fit", "keys"]),
     "no encoder": ({"pretrained": "absent.pt"}, ["pretrained absent.pt", "null"]),
     "class": ({"classes": ["Cyst"]}, ["train_predicted_labels.csv", "no column Cyst"]),
-    "features": ({"features": "cache"}, ["features is 'cache'"]),
     "frozen": ({"frozen": False}, ["frozen is false", "online"]),
     "fraction": ({"data_fraction": 0.0}, ["data_fraction is 0.0"]),
     "steps": ({"max_steps": 0}, ["max_steps is 0"]),
@@ -385,8 +384,7 @@ def test_published_schedules() -> None:
     train = json.loads((BUNDLE / "configs" / "train.json").read_text())
     published = {
         "img_size": [224, 224, 112], "patch_size": [16, 16, 8], "pixdim": [1.5, 1.5, 3.0], "hidden_size": 768,
-        "num_layers": 12, "num_heads": 12, "max_steps": 10000, "warmup_steps": 1500, "batch_size": 64,
-        "learning_rate": 3e-3, "weight_decay": 1e-5, "max_norm": 1.0, "patience": 10, "scale_crop": [0.8, 1.0],
+        "num_layers": 12, "num_heads": 12, "weight_decay": 1e-5, "max_norm": 1.0, "scale_crop": [0.8, 1.0],
         "flip_prob": [0.2, 0.2, 0.2], "shift_offset": 0.1, "shift_prob": 0.1, "noise_prob": 0.2, "frozen": True,
         "pos_weight": None, "validation_share": 0.0, "select_by": "auroc", "seed": 42,
     }  # fmt: skip
@@ -402,6 +400,7 @@ def test_published_schedules() -> None:
     for name, rows in table.items():
         parser = ConfigParser()
         parser.read_config([str(BUNDLE / "configs" / file) for file in ("train.json", f"{name}.json")])
+        assert set(parser["schedules"]) == set(rows)
         for fraction, row in rows.items():
             parser["data_fraction"] = float(fraction)
             parser.parse(True)

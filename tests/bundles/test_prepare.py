@@ -174,14 +174,18 @@ def test_training_reads_what_was_prepared(
 
     parser = ConfigParser()
     parser.read_config([str(BUNDLES / bundle / "configs" / f"{name}.json") for name in training])
-    small = {"img_size": [48, 48, 24], "num_samples": 1, "pixdim": common["pixdim"], "features": "online", "seed": 0}
+    small = {"img_size": [48, 48, 24], "num_samples": 1, "pixdim": common["pixdim"], "seed": 0}
     small |= {"dataset_dir": str(out), "exclude": str(out / "failed.csv"), "text_encoder": minilm}
     for key, value in (small | ({"classes": list("abcdefg")} if "btcv" in training else {})).items():
         parser[key] = value
     train, valid = (parser.get_parsed_content(f"{split}#data") for split in ("train", "validate"))
     assert (len(train), len(valid)) == (3, 1)
     assert all(os.path.isfile(item["image"]) and item["image"].startswith(str(out)) for item in [*train, *valid])
-    item = parser.get_parsed_content("train#preprocessing")(dict(train[0]))
+    chain = (
+        "$@read_transforms + @train#random_transforms" if bundle == "classify" else "$@train#preprocessing.transforms"
+    )
+    parser["chain"] = {"_target_": "Compose", "transforms": chain, "lazy": None if bundle == "pretrain" else False}
+    item = parser.get_parsed_content("chain")(dict(train[0]))
     item = item[0] if isinstance(item, list) else item
     assert item["image"].shape == (1, 48, 48, 24) and -1.2 < item["image"].min() < -0.5 < 0 < item["image"].max()
     if bundle == "segment":

@@ -203,8 +203,6 @@ def test_bad_keys_are_told(cache: Callable, items: list[dict]) -> None:
         cache(network(frozen=False)).encode(items)
     with pytest.raises(InputError, match="num_views"):
         cache().encode(items, 0)
-    with pytest.raises(InputError, match="features is 'disk'"):
-        cache(features="disk")
 
 
 def test_batches_follow_from_seed_and_epoch(cache: Callable, items: list[dict]) -> None:

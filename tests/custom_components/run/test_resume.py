@@ -238,7 +238,7 @@ def make_trainer(
     checkpointer = Checkpointer(
         str(folder / "checkpoint.pt"),
         {"network": network, "optimizer": optimizer, "lr_scheduler": scheduler},
-        {str(folder / "encoder.pt"): network.trained[0]},
+        {"encoder.pt": network.trained[0]},
         **({"minutes": 0, "loss_check": check} | keys),
     )
     trainer = SupervisedTrainer(
