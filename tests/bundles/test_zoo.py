@@ -6,6 +6,8 @@ import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -89,9 +91,35 @@ def test_packages_are_pinned_and_complete(name: str) -> None:
     distributions = packages_distributions()
     needed = {distributions[module][0].lower().replace("_", "-") for module in imported if module in distributions}
     needed = {"itk" if package.startswith("itk-") else package for package in needed}  # it is installed in parts
-    needed.discard("simcrop-monai-bundles")  # the repository itself
+    needed -= {"simcrop-monai-bundles", "monai", "torch", "numpy"}  # the repository itself; what has a field of its own
+    # MONAI's own needs: the command line
+    assert {package.replace("_", "-").lower() for package in required} == needed | {"fire"}
     assert {"nibabel", "pytorch-ignite"} < needed
-    assert needed <= {*(package.replace("_", "-") for package in required), "monai", "torch", "numpy"}
+
+
+@pytest.mark.parametrize("name", ("classify", "segment"))
+def test_language_is_of_pretraining_alone(name: str) -> None:
+    """Every component of the bundle can be imported where the language stack cannot."""
+    package = REPOSITORY / "custom_components"
+    modules = [
+        ".".join(path.relative_to(package.parent).with_suffix("").parts)
+        for path in components(folder(name) / "configs")
+    ]
+    code = f"""
+import importlib, sys
+
+class Absent:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("transformers", "pysbd", "huggingface_hub"):
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Absent())
+for module in {modules}:
+    importlib.import_module(module.removesuffix(".__init__"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not {"transformers", "pysbd", "huggingface_hub"} & set(metadata(name)["required_packages_version"])
 
 
 @each_bundle
