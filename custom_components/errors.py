@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Bad input, told in one line: what is wrong, with which file or key, and what to do about it.
+    """Bad input, in one line: what is wrong, with which file or key, and what to do about it.
 
     Configs install :class:`custom_components.run.start.OneLineErrors`, which prints this line alone, without the
     traceback, and ends with exit code 1.

@@ -15,7 +15,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path``, in a folder that is made if need be, for the block to write.
 
     Renamed to ``path`` when the block ends well, deleted when it raises. It ends like ``path``, since some libraries
-    tell formats by that, and holds the process's number, so that several may write at once.
+    choose the format by the ending, and holds the process's number, so that several may write at once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -99,8 +99,7 @@ def requirements(metadata: dict[str, Any]) -> str:
 def copy_weights(models: Path, target: Path) -> list[Path]:
     """Copy what is there of ``WEIGHTS``, and return the copies.
 
-    A TorchScript file is a zip, whose ``*.debug_pkl`` tell line by line the path of the source it was made from; it
-    runs without them.
+    A TorchScript file is a zip. Its ``*.debug_pkl`` hold the path of the source of every line; it runs without them.
     """
     copies = []
     for source in (models / name for name in WEIGHTS):
@@ -129,7 +128,7 @@ def large_files(weights: list[Path], weights_url: str | None) -> str:
 
 
 def with_weights(readme: str, weights: list[Path], trained_on: str | None) -> str:
-    """A README whose section Weights tells what the bundle holds; as it is, that there are none, if there are none."""
+    """A README whose section Weights says what the bundle holds; without weights, the README as it is."""
     if not weights:
         return readme
     lines = ["## Weights\n", f"Trained on: {trained_on or 'not told by those who exported them'}.\n\n"]
@@ -180,8 +179,8 @@ def export(
         bundle: a folder with configs, docs and perhaps models.
         out: where the two go; made if need be.
         weights_url: where the person hosts the bundle's models folder. Weights over 25 MB, which the model zoo takes
-            from elsewhere, are then left out; ``large_files.yml`` tells address and hash, and MONAI's
-            ``download_large_files`` brings them back. Without it they stay in, and the file tells their hash alone.
+            from elsewhere, are then left out; ``large_files.yml`` has address and hash, and MONAI's
+            ``download_large_files`` brings them back. Without it they stay in, and the file has their hash alone.
         trained_on: what the weights have seen, for the README.
 
     Returns:

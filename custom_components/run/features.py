@@ -281,7 +281,7 @@ class FeatureCache(OnlineFeatures):
         return folder / "plain", folder / _hash(how)
 
     def encode(self, data: Sequence[Mapping[str, Any]], num_views: int = 1, description: str = "") -> FeatureDataset:
-        """Features of items with ``image`` and ``name``; volumes that cannot be read are told, and left out.
+        """Features of items with ``image`` and ``name``; volumes that cannot be read are reported, and left out.
 
         Raises:
             InputError: the encoder is not frozen, ``num_views`` is not positive, or no volume at all can be read.

@@ -119,7 +119,7 @@ class LastStep:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
 
     def epoch_started(self, engine: Engine) -> None:
-        if engine.state.iteration >= self.max_steps:  # gone on from the checkpoint of a finished training
+        if engine.state.iteration >= self.max_steps:  # resumed from the checkpoint of a finished training
             engine.terminate()
 
     def iteration_completed(self, engine: Engine) -> None:

@@ -136,9 +136,9 @@ def import_weights(
     Args:
         checkpoint: the published file; loaded as weights only, never executed.
         encoder_file: where to write; must not exist.
-        img_size: voxels along each axis of the volumes that the checkpoint was trained on. The file tells the number of
+        img_size: voxels along each axis of the volumes that the checkpoint was trained on. The file has the number of
             patches alone.
-        num_heads: attention heads, which no file tells; None for width / 64, as in ViT-B.
+        num_heads: attention heads, which no file has; None for width / 64, as in ViT-B.
         patch_size: for a 2D checkpoint only.
         pos_embed: formula of the positions, for a 2D checkpoint only.
         seed: of the random start, for a 2D checkpoint only.

@@ -64,12 +64,12 @@ class LossCheck:
 
 
 class Checkpointer:
-    """Keeps all that a training needs to go on after it was killed, and the weights that other bundles take.
+    """Writes checkpoints, resumes from them, and writes the weights that other bundles take.
 
-    Writes ``path`` and keeps the one before as ``..._previous``: at the end of epochs, and in their midst by the clock.
-    Both are whole files at any moment. Together with :class:`custom_components.run.seeded.SeededDataLoader`, by which
-    order and random numbers follow from the position in the training, a run that goes on ends with the weights of one
-    that was never interrupted. Frozen parameters are not stored, but must be the same when the training goes on.
+    A checkpoint goes to ``path`` at the end of epochs, and within them by the clock; the one before is kept as
+    ``..._previous``. Both are whole files at any moment. :class:`custom_components.run.seeded.SeededDataLoader` makes
+    order and random numbers follow from the position in the training, so a resumed run ends with the weights of one
+    that was never interrupted. Frozen parameters are not stored; a resumed run must have the same.
     Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share.
 
     For optimiser and schedule the config's values hold, and not the checkpoint's: ``max_epochs`` may be raised.
@@ -79,14 +79,14 @@ class Checkpointer:
         objects: what to keep by name (network, optimizer, lr_scheduler, ...): anything with a state dict.
         weights: modules by file name beside ``path``: state dicts, written at the end of epochs. None is left out.
         interval: epochs between two checkpoints; the last epoch always writes one.
-        resume: ``auto`` goes on from ``path`` if it is there, else from the one before, else starts. None starts anew
-            and replaces what is there. A path goes on from that file.
-        minutes: time between two checkpoints in the midst of an epoch, after a step of the optimiser; None writes none.
-        recipe: settings that a training goes on with. ``auto`` refuses a checkpoint of another recipe.
+        resume: ``auto`` resumes from ``path`` if it is there, else from the one before, else starts. None starts anew
+            and replaces what is there. A path resumes from that file.
+        minutes: time between two checkpoints within an epoch, after a step of the optimiser; None writes none.
+        recipe: settings of the training. ``auto`` refuses a checkpoint of another recipe.
         loss_check: attached to the same engine, ahead of the checkpoints, and called before anything is written.
 
     Raises:
-        InputError: nothing readable to go on from, or made by another recipe, or it does not fit the network.
+        InputError: nothing readable to resume from, or made by another recipe, or it does not fit the network.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Checkpointer:
         if not isinstance(engine.data_loader, SeededDataLoader):
             raise InputError(
                 f"the training's dataloader is a {type(engine.data_loader).__name__}: make it a "
-                "custom_components.run.seeded.SeededDataLoader, without which a checkpoint cannot be gone on from"
+                "custom_components.run.seeded.SeededDataLoader, without which no checkpoint can be resumed"
             )
         if self.loss_check is not None:
             self.loss_check.attach(engine)
@@ -186,7 +186,7 @@ class Checkpointer:
             )
 
     def restore(self, engine: SupervisedTrainer) -> None:
-        """Go on from a checkpoint, if there is one."""
+        """Resume from a checkpoint, if there is one."""
         # a disk may show other files to other machines: rank 0 chooses
         path, content = self._read() if rank() == 0 else (None, None)
         path = from_rank_zero(path)
@@ -314,7 +314,7 @@ class KeepBest:
         engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
 
     def epoch_started(self, engine: Engine) -> None:
-        if self.exhausted:  # gone on from the checkpoint of a training that had ended so
+        if self.exhausted:  # resumed from the checkpoint of a training that had ended so
             engine.terminate()
 
     def compare(self, evaluator: Engine, trainer: Engine) -> None:

@@ -25,11 +25,12 @@ def mixed_seed(*numbers: int) -> int:
 class EpochSampler(DistributedSampler):
     """``(epoch, index)`` of each item of an epoch, in the order that seed and epoch shuffle; every process its share.
 
-    As torch's own sampler, it repeats a few items where the processes would get unequal shares. MONAI's engines tell
-    it the epoch.
+    As torch's own sampler, it repeats a few items where the processes would get unequal shares. MONAI's engines set the
+    epoch.
 
     Attributes:
-        start: items to leave out at the beginning of the next epoch, which they are known to have been used in.
+        start: how many items the next epoch skips at its beginning: a run that resumes in the middle of an epoch has
+            trained on them already.
     """
 
     start: int = 0
@@ -40,13 +41,13 @@ class EpochSampler(DistributedSampler):
 
 
 class SeededDataLoader(DataLoader):
-    """MONAI's DataLoader for training, made repeatable: nothing has to be stored to go on in the midst of an epoch.
+    """MONAI's DataLoader for training, made repeatable: a run resumes within an epoch from its position alone.
 
     - The order of an epoch follows from the seed and the epoch.
     - An item's random transforms start from seed, epoch and index; the collate function's random numbers from the
       batch's first item. So they are the same for any number of workers.
     - Before a batch is handed out, the generators of Python, NumPy and torch (all devices) are set from seed, epoch,
-      batch and rank: the network's masks and dropout differ between processes, and do not hang on what ran before.
+      batch and rank: the network's masks and dropout differ between processes, and do not depend on what ran before.
 
     Under torchrun every process gets its share of each epoch: batch k of all processes together holds the items that
     batch k of one process with a batch size so many times larger would hold.
@@ -60,7 +61,7 @@ class SeededDataLoader(DataLoader):
         kwargs: more of torch's DataLoader's arguments.
 
     Attributes:
-        start: batches to leave out at the beginning of the next epoch; their items are not read.
+        start: how many batches the next epoch skips at its beginning; their items are not read.
     """
 
     def __init__(

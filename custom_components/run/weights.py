@@ -212,7 +212,7 @@ def load_for_region(
     """Start a segmentation encoder from the pretrain bundle's ``models/encoder.pt``, whose grid may be another.
 
     Patch embedding and blocks are taken. The class token has no counterpart, and the final norm starts fresh, as the
-    authors fine-tune it. With None the encoder stays random, which is said as a warning.
+    authors fine-tune it. With None the encoder stays random, with a warning.
 
     Args:
         encoder: a :class:`custom_components.vit.SimCroPEncoder` without class token.
@@ -220,8 +220,8 @@ def load_for_region(
         positions: ``rebuilt`` makes a table for the region's own grid by the formula of the checkpoint's, as published,
             whichever of :data:`custom_components.vit.POSITIONS` that is; ``interpolated`` stretches the checkpoint's
             table over it.
-        pretrained_img_size: of pre-training. ``interpolated`` needs it; ``rebuilt`` tells the formula from the whole
-            table with it, and from the first two patches alone without it, or where it is another size.
+        pretrained_img_size: of pre-training. ``interpolated`` needs it. ``rebuilt`` recognises the formula by the whole
+            table with it, and by the first two patches alone without it, or where it is another size.
 
     Raises:
         InputError: as :func:`load_weights`; the checkpoint's positions are of no known formula, or not of

@@ -1,4 +1,4 @@
-"""Two exported bundles in one process: equal components are shared, different ones are refused."""
+"""The first call of every config, and two exported bundles in one process: equal components are shared, others refused."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import custom_components
 from custom_components.errors import InputError
 from custom_components.run.export import export
-from custom_components.run.start import check_components
+from custom_components.run.start import OneLineErrors, check_components, start
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[3]
@@ -71,3 +73,31 @@ def test_a_bundle_without_components_takes_the_installed(loaded: list[str], tmp_
     shutil.copytree(REPOSITORY / "bundles" / "segment" / "configs", tmp_path / "configs")
     check_components(tmp_path)
     assert len(loaded) == 1
+
+
+@pytest.fixture
+def hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors are printed as they were before, once the test is over."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+
+
+def test_start_seeds_every_generator_and_prints_errors_in_one_line(hook: None, tmp_path: Path) -> None:
+    drawn = []
+    for _ in range(2):
+        start(tmp_path, seed=3)
+        drawn.append((torch.rand(1).item(), np.random.rand()))
+    assert drawn[0] == drawn[1] and isinstance(sys.excepthook, OneLineErrors)
+    state = torch.get_rng_state()
+    start(tmp_path)  # a run that draws no random numbers
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("keys", ({"timeout_minutes": 1.0}, {"rank_zero_alone": True}))
+def test_start_without_torchrun_says_how_to_start(
+    hook: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: dict
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(InputError, match="torchrun"):
+        start(tmp_path, **keys)
+    assert isinstance(sys.excepthook, OneLineErrors)  # so that a person reads one line
