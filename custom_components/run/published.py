@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from custom_components.errors import InputError
 from custom_components.files import replacing
-from custom_components.run.weights import load_file, positions_formula, save_atomically, state_dict_of
+from custom_components.run.weights import load_file, misfits, positions_formula, save_atomically, state_dict_of
 from custom_components.vit import SimCroPEncoder, patch_grid
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,8 @@ def _tensor_table(
     Returns:
         a row of tensor, status (taken, skipped or missing), shape and reason for each; and the faults.
     """
-    rows, faults = [], []
+    rows = []
+    reasons = misfits({name: tensor for name, tensor in own.items() if wanted(name)}, found)
 
     def add(name: str, status: str, tensor: Tensor, reason: str) -> None:
         shape = "x".join(map(str, tensor.shape))
@@ -38,15 +39,8 @@ def _tensor_table(
         there = found.get(name)
         if not wanted(name):
             add(name, "missing", tensor, "nothing in the file serves")
-        elif there is None:
-            add(name, "missing", tensor, "not in the file")
-            faults.append(f"{name} is not in it")
-        elif there.shape != tensor.shape:
-            add(name, "missing", tensor, f"{list(there.shape)} in the file")
-            faults.append(f"{name} is {tuple(there.shape)}, not {tuple(tensor.shape)}")
-        elif not bool(torch.isfinite(there).all()):
-            add(name, "missing", tensor, "not finite in the file")
-            faults.append(f"{name} holds values that are not finite")
+        elif name in reasons:
+            add(name, "missing", tensor, reasons[name])
         else:
             add(name, "taken", there, "as stored" if there.dtype == tensor.dtype else f"from {there.dtype}")
     for name, tensor in found.items():
@@ -54,7 +48,7 @@ def _tensor_table(
             add(name, "skipped", tensor, "no part of this network")
         elif not wanted(name):
             add(name, "skipped", tensor, "of no use to this network")
-    return rows, faults
+    return rows, [f"{name} {reason}" for name, reason in reasons.items()]
 
 
 def _print_table(rows: Iterable[Mapping[str, str]]) -> None:

@@ -22,7 +22,14 @@ from custom_components.errors import InputError
 from custom_components.files import remove_temporary
 from custom_components.run.handlers import completes_step
 from custom_components.run.seeded import SeededDataLoader
-from custom_components.run.weights import check_fingerprint, fingerprint, frozen_parameters, load_file, save_atomically
+from custom_components.run.weights import (
+    check_fingerprint,
+    fingerprint,
+    frozen_parameters,
+    load_file,
+    misfits,
+    save_atomically,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -265,9 +272,12 @@ class Checkpointer:
 def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
     """``item.load_state_dict(saved)``, but what a config sets stays as it is set."""
     if isinstance(item, nn.Module):
-        missing, unexpected = item.load_state_dict(saved, strict=False)
-        if set(missing) != frozen_parameters(item) or unexpected:
-            raise KeyError((*missing, *unexpected))
+        frozen = frozen_parameters(item)
+        own = {name: tensor for name, tensor in item.state_dict().items() if name not in frozen}
+        strangers = [*misfits(own, saved), *saved.keys() - own.keys()]
+        if strangers:
+            raise KeyError(*strangers)
+        item.load_state_dict(saved, strict=False)
     elif isinstance(item, Optimizer):
         configured = [{k: v for k, v in group.items() if k != "params"} for group in item.param_groups]
         item.load_state_dict(saved)

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 ENCODER_SOURCE = "give the encoder.pt that the pretrain bundle or configs/import_weights.json wrote to a models folder"
 
+ABSENT = "is not in it"
+
 
 def save_atomically(content: Any, path: str | Path, previous: str | Path | None = None) -> None:
     """``torch.save`` to a temporary file beside ``path``, then rename: a kill leaves the old file or the new one.
@@ -111,30 +113,41 @@ def state_dict_of(content: Any) -> dict[str, Tensor]:
     return {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
 
 
+def misfits(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, str]:
+    """Why tensors of a network cannot be taken from a file: name -> reason. Empty if the file fits."""
+    reasons = {}
+    for name, tensor in own.items():
+        there = found.get(name)
+        if there is None:
+            reasons[name] = ABSENT
+        elif there.shape != tensor.shape:
+            reasons[name] = f"is {tuple(there.shape)}, not {tuple(tensor.shape)}"
+        elif not bool(torch.isfinite(there).all()):
+            reasons[name] = "holds values that are not finite"
+    return reasons
+
+
 def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool], content: Any = None) -> None:
     """Load every tensor of ``module`` whose name is ``wanted`` from a checkpoint, and log what was taken and left."""
     found = state_dict_of(load_file(path) if content is None else content)
-    names = [name for name in module.state_dict() if wanted(name)]
-    missing = [name for name in names if name not in found]
+    own = module.state_dict()
+    names = [name for name in own if wanted(name)]
+    reasons = misfits({name: own[name] for name in names}, found)
+    missing = [name for name, reason in reasons.items() if reason is ABSENT]
     if len(missing) == len(names):
         raise InputError(
             f"{path}: fits nothing of {type(module).__name__}, which wants {names[0]} and {len(names) - 1} more; "
             f"the file holds {', '.join(list(found)[:3]) or 'no tensors'}"
         )
-    shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    wrong = [
-        f"{name} is {tuple(found[name].shape)}, not {shapes[name]}"
-        for name in names
-        if name in found and tuple(found[name].shape) != shapes[name]
-    ]
-    if missing or wrong:
+    if reasons:
+        wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason is not ABSENT]
         raise InputError(
             f"{path}: does not fit {type(module).__name__}: {len(missing)} tensors missing, {len(wrong)} of other size "
-            f"({(wrong or missing)[0]}); set the network's keys to the sizes that the checkpoint was trained with"
+            f"or not finite ({(wrong or missing)[0]}); set the network's keys to the sizes that it was trained with"
         )
     module.load_state_dict({name: found[name] for name in names}, strict=False)
     logger.info(
-        f"{path}: filled {len(names)} of {len(shapes)} tensors of {type(module).__name__}, "
+        f"{path}: filled {len(names)} of {len(own)} tensors of {type(module).__name__}, "
         f"left {len(set(found) - set(names))} of the file's unused"
     )
 
