@@ -1,4 +1,4 @@
-"""The few engine parts that MONAI and ignite lack."""
+"""Checkpoints: written whole, resumed from exactly, the best weights kept, and none of a loss that is not finite."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from custom_components.run.weights import (
 logger = logging.getLogger(__name__)
 
 
+@dataclass
 class LossCheck:
     """Ends a training whose loss is no longer finite, and names the files of the batch.
 
@@ -44,10 +46,9 @@ class LossCheck:
         interval: iterations between two looks.
     """
 
-    def __init__(self, dataloader: SeededDataLoader, interval: int = 10) -> None:
-        self.dataloader = dataloader
-        self.interval = interval
-        self.pending: dict[int, Tensor] = {}
+    dataloader: SeededDataLoader
+    interval: int = 10
+    pending: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
@@ -292,6 +293,7 @@ def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
         item.load_state_dict(saved)
 
 
+@dataclass
 class KeepBest:
     """Keeps the weights of the best validation, and ends a training that no longer improves.
 
@@ -306,17 +308,14 @@ class KeepBest:
         patience: validations without improvement before the training ends; None never ends it.
     """
 
-    def __init__(
-        self, network: nn.Module, evaluator: Engine, metric: str, path: str, patience: int | None = None
-    ) -> None:
-        self.network = network
-        self.evaluator = evaluator
-        self.metric = metric
-        self.path = Path(path)
-        self.patience = patience
-        self.best = -math.inf
-        self.epoch = 0
-        self.waited = 0
+    network: nn.Module
+    evaluator: Engine
+    metric: str
+    path: str
+    patience: int | None = None
+    best: float = field(default=-math.inf, init=False)
+    epoch: int = field(default=0, init=False)
+    waited: int = field(default=0, init=False)
 
     def attach(self, engine: Engine) -> None:
         """``engine``: the trainer."""
