@@ -52,17 +52,17 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if any(character.isalpha() for character in sentence)]
 
 
-def sentence_number(sentence: str) -> int:
+def sentence_hash(sentence: str) -> int:
     """A positive 63-bit number, the same for the same words in every process; case and spacing do not count."""
     words = " ".join(sentence.lower().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1 or 1
 
 
 def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -> Any:
-    """Run a ``from_pretrained`` quietly, and tell its failure in one line that helps.
+    """Run a ``from_pretrained`` without its messages, and turn any failure into an InputError of one line.
 
-    A hub name is looked for in the local cache first, so that what was fetched once needs no network. Where there is
-    none, that is told within seconds: transformers would repeat every request for minutes.
+    A hub name is looked up in the local cache first, so that what was fetched once needs no network. Without a network,
+    the error comes within seconds: transformers would repeat every request for minutes.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
@@ -118,8 +118,8 @@ def _load_config(name_or_path: str) -> PreTrainedConfig:
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
 
-    Its ``model_max_length`` is what the model has positions for. Where nothing tells whether text must be lower case,
-    the vocabulary does.
+    Its ``model_max_length`` is what the model has positions for. Where no file says whether text must be lower case,
+    the vocabulary decides.
 
     Raises:
         InputError: nothing there, no vocabulary or another model's, or a tokenizer without mask and padding tokens.
@@ -207,30 +207,6 @@ class TextEncoder(nn.Module):
         padded = pad_sequence(rows, batch_first=True)
         return nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
 
-    @torch.no_grad()
-    def sentencewise(self, ids: Tensor, sentence_index: Tensor) -> Tensor:
-        """As :meth:`cached`, but every sentence is read alone, between the special tokens that frame the text.
-
-        Args:
-            ids: ``[B, T]`` int64.
-            sentence_index: ``[B, T]`` int64, the sentence of each token, -1 for special tokens and padding.
-
-        Returns:
-            ``[B, T, hidden_size]``; zeros where ``sentence_index`` is -1.
-        """
-        texts, places = [], []
-        for b, (row, index) in enumerate(zip(ids, sentence_index, strict=True)):
-            first, last = row[:1], row[row != self.pad_token_id][-1:]
-            for s in range(int(index.max()) + 1):
-                texts.append(torch.cat([first, row[index == s], last]))
-                places.append((b, index == s))
-        features = torch.zeros(*ids.shape, self.hidden_size, device=ids.device)
-        if texts:
-            read = self.cached(pad_sequence(texts, batch_first=True, padding_value=self.pad_token_id))
-            for (b, tokens), sentence in zip(places, read, strict=True):
-                features[b, tokens] = sentence[1 : 1 + int(tokens.sum())].to(features.dtype)
-        return features
-
 
 def load_text_encoder(
     name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
@@ -269,7 +245,7 @@ def tokenize_sentences(
     """Tokens of a text, and the sentence that each belongs to.
 
     Returns:
-        ``ids [T]`` int64 with the special tokens, cut at ``max_length``; ``sentence_index [T]`` int64, -1 for special
+        ``ids [T]`` int64 with the special tokens, cut at ``max_length``; ``token_sentence [T]`` int64, -1 for special
         tokens.
     """
     ends, text = [], ""
@@ -286,17 +262,27 @@ def tokenize_sentences(
 class TokenizeReportd(MapTransform):
     """Findings and Impression -> what SimCroP reads of them, as new items of the dictionary.
 
-    ``findings_ids [T]``, ``sentence_index [T]`` (-1: special token), ``sentence_id [S]`` (see
-    :func:`sentence_number`) of the Findings; ``report_ids [L]`` of Findings and Impression together. All int64. An
-    empty section gives special tokens only, and no sentence. Sentences beyond ``max_length`` tokens are dropped.
+    Of the Findings: ``findings_ids``, the texts that the text encoder reads, each ``[T]``; ``token_place [L, 2]``, the
+    text of each token and its position there; ``token_sentence [L]``, its sentence, -1 for the special tokens at both
+    ends; ``sentence_hash [S]``, see :func:`sentence_hash`. Of Findings and Impression together: ``report_ids [L]``. All
+    int64. An empty section gives special tokens only, and no sentence.
 
     Args:
         keys: the two sections, Findings first.
         tokenizer: of the text encoder.
-        max_length: tokens at most, special tokens included.
+        max_length: tokens at most, special tokens included; what lies beyond is dropped.
+        sentence_context: what the text encoder reads beside a sentence of the Findings: the whole ``report``, as
+            published, or the ``sentence`` alone. In context, every sentence carries traces of its neighbours, by which
+            a report can be recognised without the sentence's own finding.
     """
 
-    def __init__(self, keys: KeysCollection, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
+    def __init__(
+        self,
+        keys: KeysCollection,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 512,
+        sentence_context: str = "report",
+    ) -> None:
         super().__init__(keys)
         if len(self.keys) != 2:
             raise InputError(f"TokenizeReportd takes two keys, Findings and Impression, not {self.keys}")
@@ -305,20 +291,45 @@ class TokenizeReportd(MapTransform):
                 f"max_length {max_length} exceeds the {tokenizer.model_max_length} tokens that the text encoder reads: "
                 "lower it"
             )
+        if sentence_context not in ("report", "sentence"):
+            raise InputError(f"sentence_context {sentence_context!r} is unknown: choose report or sentence")
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.sentence_context = sentence_context
 
     def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        data = dict(data)
         findings, impression = (split_sentences(data[key]) for key in self.keys)
-        ids, index = tokenize_sentences(findings, self.tokenizer, self.max_length)
-        numbers = torch.tensor([sentence_number(s) for s in findings[: int(index.max()) + 1]], dtype=torch.long)
-        report_ids, _ = tokenize_sentences([*findings, *impression], self.tokenizer, self.max_length)
-        return data | {"findings_ids": ids, "sentence_index": index, "sentence_id": numbers, "report_ids": report_ids}
+        ids, sentences = zip(*self._texts(findings), strict=True)
+        place = (pad_sequence(ids, batch_first=True, padding_value=-1) >= 0).nonzero()
+        sentence = torch.cat(sentences)
+        kept = sentence >= 0
+        kept[[0, -1]] = True  # as in a text of the whole report, whatever the context
+        return dict(data) | {
+            "findings_ids": ids,
+            "token_place": place[kept],
+            "token_sentence": sentence[kept],
+            "sentence_hash": torch.tensor([sentence_hash(s) for s in findings[: sentence.max() + 1]], dtype=torch.long),
+            "report_ids": tokenize_sentences([*findings, *impression], self.tokenizer, self.max_length)[0],
+        }
+
+    def _texts(self, sentences: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """What the text encoder reads at once: tokens, and the sentence of each."""
+        if self.sentence_context == "report" or not sentences:
+            return [tokenize_sentences(sentences, self.tokenizer, self.max_length)]
+        texts, words = [], self.max_length - 2
+        for number, sentence in enumerate(sentences):
+            if words > 0:
+                ids, index = tokenize_sentences([sentence], self.tokenizer, words + 2)
+                texts.append((ids, torch.where(index < 0, index, number)))
+                words -= len(ids) - 2
+        return texts
 
 
 class ReportCollate:
     """Collate function: batches volumes as MONAI does, pads the texts, and masks the report; drops all other items.
+
+    ``findings_ids [R, T]`` holds the texts of all reports one after another, and ``token_place [B, L, 2]`` the row and
+    column there of each token of a report: whatever the text encoder reads at once, a report's tokens lie together.
 
     Adds ``report_labels [B, L]`` int64: the true token at masked positions, -100 elsewhere; ``report_ids`` holds
     [MASK] there. Masked tokens are drawn anew at every call, special tokens never.
@@ -329,19 +340,25 @@ class ReportCollate:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_ratio: float = 0.75) -> None:
-        self.padding = {
-            "findings_ids": tokenizer.pad_token_id,
-            "sentence_index": -1,
-            "sentence_id": 0,
-        }
+        self.pad_token_id = tokenizer.pad_token_id
         self.mask_tokens = DataCollatorForLanguageModeling(
             tokenizer, mlm_probability=mask_ratio, mask_replace_prob=1.0, random_replace_prob=0.0
         )
 
     def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
         batch = list_data_collate([{"image": item["image"]} for item in items])
-        for key, value in self.padding.items():
-            batch[key] = pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
+        texts, places = [], []
+        for item in items:
+            places.append(item["token_place"] + torch.tensor([len(texts), 0]))
+            texts += item["findings_ids"]
+        padded = [
+            ("findings_ids", texts, self.pad_token_id),
+            ("token_place", places, 0),
+            ("token_sentence", [item["token_sentence"] for item in items], -1),
+            ("sentence_hash", [item["sentence_hash"] for item in items], 0),
+        ]
+        for key, rows, padding in padded:
+            batch[key] = pad_sequence(rows, batch_first=True, padding_value=padding)
         masked = self.mask_tokens([{"input_ids": item["report_ids"]} for item in items])
         return batch | {"report_ids": masked["input_ids"], "report_labels": masked["labels"]}
 

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 BRANCHES = {"volume": "volume_decoder", "alignment": "aligner", "report": "report_decoder"}
 OUTPUTS = {
     "volume": {"volume_pred", "volume_target", "masked"},
-    "alignment": {"patch_features", "sentence_features", "sentence_id"},
+    "alignment": {"patch_features", "sentence_features", "sentence_hash"},
     "report": {"report_logits", "report_target"},
 }
 
@@ -95,7 +95,7 @@ def test_output_has_the_documented_shapes(network, batch):
         "masked": (3, 24),
         "patch_features": (3, 8, 16),
         "sentence_features": (3, 3, 16),
-        "sentence_id": (3, 3),
+        "sentence_hash": (3, 3),
         "report_logits": (hidden.sum(), 40),
         "report_target": (hidden.sum(),),
     }
@@ -133,13 +133,14 @@ def test_the_seed_decides_the_losses(network, batch):
 def test_padding_never_changes_a_loss(network, batch):
     model, inputs = network().eval(), batch()
     longer = inputs | {
-        name: torch.nn.functional.pad(inputs[name], (0, more), value=value)
+        name: torch.nn.functional.pad(inputs[name], more, value=value)
         for name, more, value in [
-            ("findings_ids", 5, 0),
-            ("sentence_index", 5, -1),
-            ("sentence_id", 2, 0),
-            ("report_ids", 6, 0),
-            ("report_labels", 6, -100),
+            ("findings_ids", (0, 5), 0),
+            ("token_place", (0, 0, 0, 5), 0),
+            ("token_sentence", (0, 5), -1),
+            ("sentence_hash", (0, 2), 0),
+            ("report_ids", (0, 6), 0),
+            ("report_labels", (0, 6), -100),
         ]
     }
     torch.testing.assert_close(parts(model, longer), parts(model, inputs), atol=1e-5, rtol=1e-5)
@@ -220,23 +221,19 @@ def test_align_layer_beyond_the_last_block_is_an_error(network):
         network(align_layer=3)
 
 
-@pytest.mark.parametrize("context", ["report", "sentence"])
-def test_sentence_context_says_what_the_text_encoder_reads(network, batch, context):
+def test_a_sentence_is_read_where_its_tokens_stand(network, batch):
+    """Report 0 of three sentences, each of three tokens: as one text, and as three texts that stand in other rows."""
     model, inputs = network().eval(), batch()
-    model.sentence_context = context
-    features = model(**inputs)["sentence_features"]
-    words = inputs["findings_ids"][0, 4:7]  # the second of three sentences, of three tokens each
-    read = inputs["findings_ids"][:1] if context == "report" else torch.tensor([[2, *words, 3]])
-    tokens = model.text_encoder(read)[0]
-    tokens = tokens[4:7] if context == "report" else tokens[1:4]
-    expected = model.aligner.sentence_projection(tokens).mean(0)
-    torch.testing.assert_close(features[0, 1], expected, atol=1e-5, rtol=1e-4)
-    assert not features[inputs["sentence_id"] == 0].any()
-
-
-def test_unknown_sentence_context_is_named(network):
-    with pytest.raises(InputError, match="sentence_context 'volume'"):
-        SimCroP(network().encoder, sentence_context="volume")
+    whole, words = inputs["findings_ids"][:1], inputs["findings_ids"][0, 1:10].reshape(3, 3)
+    alone = torch.nn.functional.pad(torch.tensor([[2, *sentence, 3] for sentence in words]), (0, 6))
+    apart = inputs | {"findings_ids": torch.cat([inputs["findings_ids"], alone])}
+    apart["token_place"] = inputs["token_place"].clone()
+    apart["token_place"][0, 1:10] = torch.tensor([[3 + s, 1 + t] for s in range(3) for t in range(3)])
+    for given, expected in [(inputs, model.text_encoder(whole)[0, 4:7]), (apart, model.text_encoder(alone)[1, 1:4])]:
+        features = model(**given)["sentence_features"]
+        expected = model.aligner.sentence_projection(expected).mean(0)
+        torch.testing.assert_close(features[0, 1], expected, atol=1e-5, rtol=1e-4)
+        assert not features[inputs["sentence_hash"] == 0].any()
 
 
 def test_sentence_feature_is_the_mean_of_its_projected_tokens():
@@ -431,8 +428,9 @@ def test_one_step_at_the_published_size(tmp_path):
     output = network(
         volume=torch.rand(1, 1, 224, 224, 112) * 2 - 1,
         findings_ids=words,
-        sentence_index=(torch.arange(160) // 20)[None],
-        sentence_id=torch.arange(1, 9)[None],
+        token_place=torch.stack([torch.zeros(160).long(), torch.arange(160)], -1)[None],
+        token_sentence=(torch.arange(160) // 20)[None],
+        sentence_hash=torch.arange(1, 9)[None],
         report_ids=torch.where(hidden, 103, words),
         report_labels=torch.where(hidden, words, -100),
     )
