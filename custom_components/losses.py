@@ -188,7 +188,7 @@ class MaskedReportLoss(nn.Module):
 
 
 class SimCroPLoss(nn.Module):
-    """Weighted sum of the three losses; the unweighted parts of the last call stand in ``parts`` for the loggers.
+    """Weighted sum of the three losses.
 
     Args:
         weights: weight of ``volume``, ``alignment`` and ``report``; a weight of 0 skips that loss.
@@ -211,40 +211,19 @@ class SimCroPLoss(nn.Module):
         self.volume = volume
         self.alignment = alignment
         self.report = report
-        self.parts: dict[str, Tensor] = {}
 
-    def forward(self, pred: Mapping[str, Tensor], target: Tensor | None = None) -> Tensor:
-        """``pred`` is the output of :class:`custom_components.simcrop.SimCroP`; ``target`` is not used."""
-        parts: dict[str, Tensor] = {}
+    def parts(self, pred: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each loss that has a weight, unweighted."""
+        parts = {}
         if self.weights["volume"]:
             parts["volume"] = self.volume(pred["volume_pred"], pred["volume_target"])
         if self.weights["alignment"]:
-            parts["alignment"] = self.alignment(
-                pred["patch_features"], pred["sentence_features"], pred["sentence_hash"]
-            )
+            patches, sentences = pred["patch_features"], pred["sentence_features"]
+            parts["alignment"] = self.alignment(patches, sentences, pred["sentence_hash"])
         if self.weights["report"]:
             parts["report"] = self.report(pred["report_logits"], pred["report_target"])
-        total = sum(self.weights[name] * value for name, value in parts.items())
-        self.parts = {"total": total.detach()} | {name: value.detach() for name, value in parts.items()}
-        return total
+        return parts
 
-
-class RecordedLoss(nn.Module):
-    """Any loss of prediction and target, in fp32, with its last value kept where the progress bar looks for it.
-
-    Args:
-        loss: called with ``pred`` in fp32, and ``target``.
-
-    Attributes:
-        parts: ``total``, detached.
-    """
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-        self.parts: dict[str, Tensor] = {}
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        value = self.loss(pred.float(), target)
-        self.parts = {"total": value.detach()}
-        return value
+    def forward(self, pred: Mapping[str, Tensor], target: Tensor | None = None) -> Tensor:
+        """``pred`` is the output of :class:`custom_components.simcrop.SimCroP`; ``target`` is not used."""
+        return sum(self.weights[name] * value for name, value in self.parts(pred).items())

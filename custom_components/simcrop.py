@@ -47,7 +47,7 @@ class VolumeDecoder(nn.Module):
     """ViT decoder of masked volume modelling: encoded patches and mask tokens -> voxels of the masked patches.
 
     Args:
-        encoder: whose tokens it reads; tells grid, patch and hidden sizes.
+        encoder: whose tokens it reads; its grid, patch and hidden sizes count.
         hidden_size, num_layers, num_heads: 768, 4, 16 in the authors' follow-up (ToniChopp/ASAP).
         in_channels: channels of the volume.
         use_checkpoint: as :class:`custom_components.vit.SimCroPEncoder` has it.

@@ -100,8 +100,10 @@ def simcrop_step(
 
     def step() -> None:
         volume, *texts = batch.values()
-        loss(inferer(volume, network, *texts)).backward()
-        losses.append({name: value.item() for name, value in loss.parts.items()})
+        pred = inferer(volume, network, *texts)
+        loss(pred).backward()
+        if not losses:
+            losses.append({name: value.item() for name, value in loss.parts(pred).items()})
         optimizer.step()
         optimizer.zero_grad()
 

@@ -91,10 +91,11 @@ def losses(negatives: str, pool: str) -> SimCroPLoss:
 
 
 def result(network: nn.Module, loss: SimCroPLoss, batch: list[Tensor]) -> dict[str, Tensor]:
-    total = loss(network(*batch))
+    pred = network(*batch)
+    total = loss(pred)
     total.backward()
     gradients = {name.removeprefix("module."): p.grad for name, p in network.named_parameters()}
-    return loss.parts | gradients
+    return {"total": total.detach()} | {k: v.detach() for k, v in loss.parts(pred).items()} | gradients
 
 
 def check_losses(rank: int, expected: dict) -> None:
