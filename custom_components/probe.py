@@ -167,7 +167,7 @@ def schedule_of(schedules: Mapping[str, Mapping[str, Any]], data_fraction: float
 
 
 class ProbeInferer(Inferer):
-    """Probabilities of a :class:`custom_components.probe.LinearProbe`, and saliency maps of some classes.
+    """Probabilities of a :class:`LinearProbe`, and saliency maps of some classes.
 
     Args:
         classes: names of the logits.

@@ -1,4 +1,4 @@
-"""Report -> sentences -> tokens, and the frozen text encoder that reads them."""
+"""Report -> sentences -> tokens -> batches -> features of the frozen text encoder."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ from transformers.utils import logging as transformers_logging
 
 from custom_components.errors import InputError
 
+# sentences
+
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d{1,2}[.)])\s+")
 HEADING = re.compile(r"^[A-Z][A-Z /&,-]{2,40}:\s*")
 GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
@@ -58,185 +60,24 @@ def sentence_hash(sentence: str) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1 or 1
 
 
-def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -> Any:
-    """Run a ``from_pretrained`` without its messages, and turn any failure into an InputError of one line.
-
-    A hub name is looked up in the local cache first, so that what was fetched once needs no network. Without a network,
-    the error comes within seconds: transformers would repeat every request for minutes.
-    """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
-    transformers_logging.disable_progress_bar()
-    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    local = Path(name_or_path).is_dir()
-    if not local and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
-        raise InputError(
-            f"text_encoder {name_or_path}: no such folder; give the folder of a BERT or RoBERTa, or its name on the hub"
-        )
-    try:
-        try:
-            return load(name_or_path, local_files_only=True, **keys)
-        except Exception:  # as below
-            if local:
-                raise
-        HfApi().model_info(name_or_path, timeout=10)
-        transformers_logging.enable_progress_bar()
-        return load(name_or_path, **keys)
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
-        if local:
-            cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
-        else:
-            cure = (
-                f"where there is a network, fetch it once with 'hf download {name_or_path} --local-dir DIR', and set "
-                "text_encoder to DIR"
-            )
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"text_encoder {name_or_path}: no {what} could be loaded; {cure} ({cause[0]})") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
-
-
-def _load_config(name_or_path: str) -> PreTrainedConfig:
-    def declaration(name: str, **keys: Any) -> dict[str, Any]:
-        declared, _ = PreTrainedConfig.get_config_dict(name, **keys)
-        if not declared:
-            raise OSError("there is none")
-        return declared
-
-    declared = _read(name_or_path, "config.json", declaration)
-    if declared.get("model_type") in (None, "cxr-bert"):
-        # BERTs from before there was a model_type; and CXR-BERT, whose body is a plain BERT: its remote code only adds
-        # a projection that SimCroP does not use
-        return BertConfig.from_dict(declared)
-    return _read(name_or_path, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
-
-
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
-
-    Its ``model_max_length`` is what the model has positions for. Where no file says whether text must be lower case,
-    the vocabulary decides.
+def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | None = None) -> list[str]:
+    """The sentences to look for: those of a report text if one is given, else ``sentences``, in any of their forms.
 
     Raises:
-        InputError: nothing there, no vocabulary or another model's, or a tokenizer without mask and padding tokens.
+        InputError: there is no sentence.
     """
-    config = _load_config(name_or_path)
-    loader = BertTokenizerFast if isinstance(config, BertConfig) else AutoTokenizer
-
-    def load(name: str, **keys: Any) -> PreTrainedTokenizerBase:
-        tokenizer = loader.from_pretrained(name, **keys)
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made from no file at all
-            raise OSError("no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-        # transformers 5 lowers the case unless tokenizer_config.json says not to, whatever tokenizer.json says
-        if loader is BertTokenizerFast and "do_lower_case" not in get_tokenizer_config(name, **keys):
-            words = [word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens]
-            if sum(word != word.lower() for word in words) > 0.01 * len(words):
-                tokenizer = loader.from_pretrained(name, do_lower_case=False, **keys)
-        return tokenizer
-
-    tokenizer = _read(name_or_path, "tokenizer", load, trust_remote_code=False)
-    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
-        raise InputError(
-            f"text_encoder {name_or_path}: its tokenizer has no mask or padding token; take a BERT or RoBERTa"
-        )
-    if len(tokenizer) > config.vocab_size:
-        raise InputError(
-            f"text_encoder {name_or_path}: its tokenizer has {len(tokenizer)} tokens, its config.json a vocab_size of "
-            f"{config.vocab_size}; take both from one model"
-        )
-    # RoBERTa counts positions from the one after the padding's
-    positions = config.max_position_embeddings - (0 if isinstance(config, BertConfig) else config.pad_token_id + 1)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    return tokenizer
+    if report is not None:
+        found = split_sentences(report)
+    elif isinstance(sentences, str):
+        found = [sentences]
+    else:
+        found = list(sentences.values() if isinstance(sentences, Mapping) else sentences)
+    if not found:
+        raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
+    return found
 
 
-class TextEncoder(nn.Module):
-    """A frozen BERT: no gradient, always in eval mode, no pooling head.
-
-    Args:
-        model: a ``transformers`` encoder whose first output is ``[B, T, hidden_size]``.
-        pad_token_id: positions with this id are padding.
-        cache_size: features of so many texts are kept in memory, since a frozen encoder gives a fixed text the same
-            features in every epoch (about 0.3 MB per report of 220 tokens at hidden size 768; 0 keeps none). Only
-            :meth:`cached` uses it.
-        amp: keep the linear layers in bfloat16 and autocast around them, with or without the caller's autocast. The
-            features are those of autocast on float32 weights, which would be cast again in every step.
-    """
-
-    def __init__(self, model: nn.Module, pad_token_id: int, cache_size: int = 0, amp: bool = False) -> None:
-        super().__init__()
-        self.amp = amp
-        for layer in model.modules():
-            if amp and isinstance(layer, nn.Linear):
-                layer.to(torch.bfloat16)
-        self.model = model.requires_grad_(False).eval()
-        self.hidden_size: int = model.config.hidden_size
-        self.vocab_size: int = model.config.vocab_size
-        self.pad_token_id = pad_token_id
-        self.cache_size = cache_size
-        self._cache: dict[tuple[int, ...], Tensor] = {}
-
-    def train(self, mode: bool = True) -> TextEncoder:
-        """Stays in eval mode: frozen means without dropout too."""
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, ids: Tensor) -> Tensor:
-        """``ids [B, T]`` int64 -> token features ``[B, T, hidden_size]`` float32."""
-        with torch.autocast(ids.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
-            return self.model(input_ids=ids, attention_mask=(ids != self.pad_token_id).long())[0].float()
-
-    @torch.no_grad()
-    def cached(self, ids: Tensor) -> Tensor:
-        """As :meth:`forward`, but texts met before are not encoded again. Padding positions hold zeros."""
-        if not self.cache_size:
-            return self(ids)
-        lengths = (ids != self.pad_token_id).sum(1).tolist()
-        texts = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
-        new = {text: i for i, text in enumerate(texts) if text not in self._cache}
-        fresh: dict[tuple[int, ...], Tensor] = {}
-        if new:
-            fresh = {text: row[: len(text)] for text, row in zip(new, self(ids[list(new.values())]), strict=True)}
-            room = max(self.cache_size - len(self._cache), 0)
-            self._cache.update((text, fresh[text].clone()) for text in list(new)[:room])
-        rows = [fresh[text] if text in fresh else self._cache[text] for text in texts]
-        padded = pad_sequence(rows, batch_first=True)
-        return nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
-
-
-def load_text_encoder(
-    name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
-) -> TextEncoder:
-    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder, on ``device``.
-
-    CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
-
-    Raises:
-        InputError: nothing can be loaded from there, with how to fetch the model once; or weights are missing.
-    """
-    config = _load_config(name_or_path)
-    model, info = _read(
-        name_or_path,
-        "model",
-        AutoModel.from_pretrained,
-        config=config,
-        add_pooling_layer=False,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
-    if info["missing_keys"]:  # transformers would start these at random
-        raise InputError(
-            f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
-            f"{min(info['missing_keys'])} among them; take a BERT or RoBERTa whose config.json and weights fit"
-        )
-    encoder = TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size, amp)
-    if amp:  # as long as one tensor is the file's own memory map, all of the file's float32 weights take memory
-        encoder = copy.deepcopy(encoder)
-    return encoder.to(device)
+# tokens and batches
 
 
 def tokenize_sentences(
@@ -363,6 +204,192 @@ class ReportCollate:
         return batch | {"report_ids": masked["input_ids"], "report_labels": masked["labels"]}
 
 
+# the text encoder, by hub name or from a folder
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
+
+    Its ``model_max_length`` is what the model has positions for. Where no file says whether text must be lower case,
+    the vocabulary decides.
+
+    Raises:
+        InputError: nothing there, no vocabulary or another model's, or a tokenizer without mask and padding tokens.
+    """
+    config = _load_config(name_or_path)
+    loader = BertTokenizerFast if isinstance(config, BertConfig) else AutoTokenizer
+
+    def load(name: str, **keys: Any) -> PreTrainedTokenizerBase:
+        tokenizer = loader.from_pretrained(name, **keys)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made from no file at all
+            raise OSError("no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
+        # transformers 5 lowers the case unless tokenizer_config.json says not to, whatever tokenizer.json says
+        if loader is BertTokenizerFast and "do_lower_case" not in get_tokenizer_config(name, **keys):
+            words = [word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens]
+            if sum(word != word.lower() for word in words) > 0.01 * len(words):
+                tokenizer = loader.from_pretrained(name, do_lower_case=False, **keys)
+        return tokenizer
+
+    tokenizer = _read(name_or_path, "tokenizer", load, trust_remote_code=False)
+    if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
+        raise InputError(
+            f"text_encoder {name_or_path}: its tokenizer has no mask or padding token; take a BERT or RoBERTa"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise InputError(
+            f"text_encoder {name_or_path}: its tokenizer has {len(tokenizer)} tokens, its config.json a vocab_size of "
+            f"{config.vocab_size}; take both from one model"
+        )
+    # RoBERTa counts positions from the one after the padding's
+    positions = config.max_position_embeddings - (0 if isinstance(config, BertConfig) else config.pad_token_id + 1)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    return tokenizer
+
+
+def load_text_encoder(
+    name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
+) -> TextEncoder:
+    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder, on ``device``.
+
+    CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
+
+    Raises:
+        InputError: nothing can be loaded from there, with how to fetch the model once; or weights are missing.
+    """
+    config = _load_config(name_or_path)
+    model, info = _read(
+        name_or_path,
+        "model",
+        AutoModel.from_pretrained,
+        config=config,
+        add_pooling_layer=False,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
+    if info["missing_keys"]:  # transformers would start these at random
+        raise InputError(
+            f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
+            f"{min(info['missing_keys'])} among them; take a BERT or RoBERTa whose config.json and weights fit"
+        )
+    encoder = TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size, amp)
+    if amp:  # as long as one tensor is the file's own memory map, all of the file's float32 weights take memory
+        encoder = copy.deepcopy(encoder)
+    return encoder.to(device)
+
+
+def _load_config(name_or_path: str) -> PreTrainedConfig:
+    def declaration(name: str, **keys: Any) -> dict[str, Any]:
+        declared, _ = PreTrainedConfig.get_config_dict(name, **keys)
+        if not declared:
+            raise OSError("there is none")
+        return declared
+
+    declared = _read(name_or_path, "config.json", declaration)
+    if declared.get("model_type") in (None, "cxr-bert"):
+        # BERTs from before there was a model_type; and CXR-BERT, whose body is a plain BERT: its remote code only adds
+        # a projection that SimCroP does not use
+        return BertConfig.from_dict(declared)
+    return _read(name_or_path, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
+
+
+def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -> Any:
+    """Run a ``from_pretrained`` without its messages, and turn any failure into an InputError of one line.
+
+    A hub name is looked up in the local cache first, so that what was fetched once needs no network. Without a network,
+    the error comes within seconds: transformers would repeat every request for minutes.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
+    transformers_logging.disable_progress_bar()
+    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    local = Path(name_or_path).is_dir()
+    if not local and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise InputError(
+            f"text_encoder {name_or_path}: no such folder; give the folder of a BERT or RoBERTa, or its name on the hub"
+        )
+    try:
+        try:
+            return load(name_or_path, local_files_only=True, **keys)
+        except Exception:  # as below
+            if local:
+                raise
+        HfApi().model_info(name_or_path, timeout=10)
+        transformers_logging.enable_progress_bar()
+        return load(name_or_path, **keys)
+    # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
+    except Exception as error:
+        if local:
+            cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
+        else:
+            cure = (
+                f"where there is a network, fetch it once with 'hf download {name_or_path} --local-dir DIR', and set "
+                "text_encoder to DIR"
+            )
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"text_encoder {name_or_path}: no {what} could be loaded; {cure} ({cause[0]})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+# features
+
+
+class TextEncoder(nn.Module):
+    """A frozen BERT: no gradient, always in eval mode, no pooling head.
+
+    Args:
+        model: a ``transformers`` encoder whose first output is ``[B, T, hidden_size]``.
+        pad_token_id: positions with this id are padding.
+        cache_size: features of so many texts are kept in memory, since a frozen encoder gives a fixed text the same
+            features in every epoch (about 0.3 MB per report of 220 tokens at hidden size 768; 0 keeps none). Only
+            :meth:`cached` uses it.
+        amp: keep the linear layers in bfloat16 and autocast around them, with or without the caller's autocast. The
+            features are those of autocast on float32 weights, which would be cast again in every step.
+    """
+
+    def __init__(self, model: nn.Module, pad_token_id: int, cache_size: int = 0, amp: bool = False) -> None:
+        super().__init__()
+        self.amp = amp
+        for layer in model.modules():
+            if amp and isinstance(layer, nn.Linear):
+                layer.to(torch.bfloat16)
+        self.model = model.requires_grad_(False).eval()
+        self.hidden_size: int = model.config.hidden_size
+        self.vocab_size: int = model.config.vocab_size
+        self.pad_token_id = pad_token_id
+        self.cache_size = cache_size
+        self._cache: dict[tuple[int, ...], Tensor] = {}
+
+    def train(self, mode: bool = True) -> TextEncoder:
+        """Stays in eval mode: frozen means without dropout too."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, ids: Tensor) -> Tensor:
+        """``ids [B, T]`` int64 -> token features ``[B, T, hidden_size]`` float32."""
+        with torch.autocast(ids.device.type, torch.bfloat16) if self.amp else contextlib.nullcontext():
+            return self.model(input_ids=ids, attention_mask=(ids != self.pad_token_id).long())[0].float()
+
+    @torch.no_grad()
+    def cached(self, ids: Tensor) -> Tensor:
+        """As :meth:`forward`, but texts met before are not encoded again. Padding positions hold zeros."""
+        if not self.cache_size:
+            return self(ids)
+        lengths = (ids != self.pad_token_id).sum(1).tolist()
+        texts = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
+        new = {text: i for i, text in enumerate(texts) if text not in self._cache}
+        fresh: dict[tuple[int, ...], Tensor] = {}
+        if new:
+            fresh = {text: row[: len(text)] for text, row in zip(new, self(ids[list(new.values())]), strict=True)}
+            room = max(self.cache_size - len(self._cache), 0)
+            self._cache.update((text, fresh[text].clone()) for text in list(new)[:room])
+        rows = [fresh[text] if text in fresh else self._cache[text] for text in texts]
+        padded = pad_sequence(rows, batch_first=True)
+        return nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
+
+
 def encode_sentences(
     sentences: Sequence[str], aligner: nn.Module, text_encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase
 ) -> Tensor:
@@ -380,20 +407,3 @@ def encode_sentences(
         index = pad_sequence(list(index), batch_first=True, padding_value=-1).to(device)
         features.append(aligner.sentences(text_encoder(ids), index, 1)[:, 0].float())
     return torch.cat(features)
-
-
-def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | None = None) -> list[str]:
-    """The sentences to look for: those of a report text if one is given, else ``sentences``, in any of their forms.
-
-    Raises:
-        InputError: there is no sentence.
-    """
-    if report is not None:
-        found = split_sentences(report)
-    elif isinstance(sentences, str):
-        found = [sentences]
-    else:
-        found = list(sentences.values() if isinstance(sentences, Mapping) else sentences)
-    if not found:
-        raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
-    return found

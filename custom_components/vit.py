@@ -63,7 +63,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def sincos3d_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
-    """Fixed positions ``[N, hidden_size]`` that tell all three axes apart.
+    """Fixed positions ``[N, hidden_size]`` that encode all three axes.
 
     Per axis sin then cos with f_i = 10000^(-i / n), n = hidden_size // 6, axes in the volume's own order: the corrected
     table of the authors' follow-up (ToniChopp/ASAP). Channels that six does not divide stay zero.

@@ -93,7 +93,7 @@ class TrainingProgress:
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
-        # a log file wants a line now and then, a terminal wants motion
+        # a log file needs a line now and then, a terminal needs motion
         self.seconds = 0.5 if sys.stderr.isatty() else 10.0
         self.shown = -math.inf
 
@@ -138,7 +138,7 @@ class LastStep:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
 
     def epoch_started(self, engine: Engine) -> None:
-        if engine.state.iteration >= self.max_steps:  # gone on from the checkpoint of a finished training
+        if engine.state.iteration >= self.max_steps:  # resumed from the checkpoint of a finished training
             engine.terminate()
 
     def iteration_completed(self, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""Forward passes of inference: in bfloat16, by windows, and over scans of which some cannot be read."""
+"""Forward passes: in bfloat16, by windows, and over scans of which some cannot be read."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class WindowInferer(SlidingWindowInferer):
         roi_size: the network's region, in voxels. Smaller volumes are padded with air.
         sw_batch_size: windows in one forward pass.
         overlap: share of a window that it has in common with the next.
-        amp: whether the network runs under bfloat16 autocast.
+        amp: as :class:`AutocastInferer` has it.
         slab_windows: windows along the last axis in one slab.
         progress: whether to show a bar over windows.
     """
@@ -62,7 +62,7 @@ class WindowInferer(SlidingWindowInferer):
         progress: bool = False,
     ) -> None:
         super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cval=-1.0, progress=progress)
-        self.amp = amp
+        self.forward = AutocastInferer(amp)
         self.slab_windows = slab_windows
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -79,15 +79,11 @@ class WindowInferer(SlidingWindowInferer):
             first = max(0, start - before) * step
             last = size if stop == rows else (stop - 1) * step + roi
             own = slice(start * step, size if stop == rows else stop * step)
-            logits = super().__call__(inputs[..., first:last], partial(self._predict, network))
+            logits = super().__call__(inputs[..., first:last], partial(self.forward, network=network))
             if output is None:
                 output = logits.new_empty((*logits.shape[:2], *inputs.shape[2:]), dtype=torch.float16)
             output[..., own] = logits[..., own.start - first : own.stop - first]
         return output
-
-    def _predict(self, network: nn.Module, windows: Tensor) -> Tensor:
-        with torch.autocast(windows.device.type, torch.bfloat16, enabled=self.amp):
-            return network(windows).float()
 
 
 class ReadableLoader:
