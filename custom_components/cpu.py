@@ -1,18 +1,18 @@
-"""What the C library does with memory that tensors on the CPU have left."""
+"""Kernels and settings that only CPUs need: each does what torch does, where torch's own way is slow on them."""
 
 from __future__ import annotations
 
 import ctypes
 import itertools
 import sys
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-# names and numbers of malloc.h (glibc)
+# memory: names and numbers of malloc.h (glibc)
+
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
@@ -36,36 +36,38 @@ def keep_freed(device: torch.device) -> bool:
     return mallopt is not None and all([mallopt(name, value) for name, value in settings.items()])
 
 
-def minus(x: Tensor, row: Tensor) -> Tensor:
-    """``x [.., N, C]`` and two columns, so that ``minus(x, row) @ F.pad(y, (0, 2), value=1).T`` is ``x y^T - row``.
+# attention
 
-    ``row [.., N, 1]`` float32 goes in as a high and a low half: it is subtracted before the product rounds to x's type.
-    """
-    high = row.to(x.dtype)
-    return torch.cat([x, -high, (high - row).to(x.dtype)], dim=-1)
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``scaled_dot_product_attention`` of ``[B, heads, N, C]``; trained on CPUs in bfloat16, a faster way back."""
+    if not torch.jit.is_scripting():
+        if q.requires_grad and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+            return CPUAttention.apply(q, k, v)
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class CPUAttention(torch.autograd.Function):
-    """``scaled_dot_product_attention(q, k, v)`` of ``[B, heads, N, C]``, with a way back for bfloat16 on CPUs.
+    """Attention whose backward pass keeps a CPU's bfloat16 matrix units busy.
 
-    The fused kernel's own backward pass multiplies small blocks, which leaves a CPU's bfloat16 matrix units idle. Here
-    each head takes five whole matrix products; one head's N x N weights exist at a time, so memory stays small too.
+    The fused kernel's own backward pass multiplies small blocks, which leaves them idle. Here each head takes five
+    whole matrix products; one head's N x N weights exist at a time, so memory stays small too.
     """
 
     @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        # what F.scaled_dot_product_attention calls on CPUs; it alone tells the logarithm of the softmax's denominator
+    def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # what F.scaled_dot_product_attention calls on CPUs; it alone returns the logarithm of the softmax's denominator
         out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         ctx.save_for_backward(q, k, v, out, log_sum)
         return out
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v, out, log_sum = ctx.saved_tensors
         scaled = q * q.shape[-1] ** -0.5
         delta = (grad.float() * out.float()).sum(-1, keepdim=True)
-        logit_rows, logit_columns = minus(scaled, log_sum.float()[..., None]), F.pad(k, (0, 2), value=1.0)
-        grad_rows, grad_columns = minus(grad, delta), F.pad(v, (0, 2), value=1.0)
+        logit_rows, logit_columns = _minus(scaled, log_sum.float()[..., None]), F.pad(k, (0, 2), value=1.0)
+        grad_rows, grad_columns = _minus(grad, delta), F.pad(v, (0, 2), value=1.0)
         grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for head in itertools.product(range(q.shape[0]), range(q.shape[1])):
             weights = (logit_rows[head] @ logit_columns[head].T).exp_()
@@ -76,19 +78,34 @@ class CPUAttention(torch.autograd.Function):
         return grad_q * q.shape[-1] ** -0.5, grad_k, grad_v
 
 
-@torch.jit.unused
-def cpu_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return CPUAttention.apply(q, k, v)
+def _minus(x: Tensor, row: Tensor) -> Tensor:
+    """``x [.., N, C]`` and two columns, so that ``_minus(x, row) @ F.pad(y, (0, 2), value=1).T`` is ``x y^T - row``.
+
+    ``row [.., N, 1]`` float32 goes in as a high and a low half: it is subtracted before the product rounds to x's type.
+    """
+    high = row.to(x.dtype)
+    return torch.cat([x, -high, (high - row).to(x.dtype)], dim=-1)
 
 
-class _TrainedInstanceNorm(torch.autograd.Function):
+# instance norm
+
+
+def instance_norm(x: Tensor, eps: float) -> Tensor:
+    """Instance norm of ``[B, C, X, Y, Z]`` without affine, in any layout; trained on CPUs, a faster way back."""
+    if not torch.jit.is_scripting():
+        if x.requires_grad and x.device.type == "cpu":
+            return CPUInstanceNorm.apply(x, eps)
+    return F.group_norm(x, x.shape[1], eps=eps)
+
+
+class CPUInstanceNorm(torch.autograd.Function):
     """Group norm of torch with one channel a group, and its gradient in whole-map operations.
 
     On a CPU, channels last, torch's own backward takes three times as long in fp32, and seven in bfloat16.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, eps: float) -> Tensor:
         batch, channels = x.shape[:2]
         normed, mean, rstd = torch.native_group_norm(x, None, None, batch, channels, x[0, 0].numel(), channels, eps)
         ctx.save_for_backward(x, mean, rstd)
@@ -96,7 +113,7 @@ class _TrainedInstanceNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         x, mean, rstd = ctx.saved_tensors
         mean, rstd = mean.float(), rstd.float()
         spatial, size = tuple(range(2, x.ndim)), x[0, 0].numel()
@@ -107,3 +124,11 @@ class _TrainedInstanceNorm(torch.autograd.Function):
         offset = -rstd * grad_mean - of_x * mean
         offset, of_x, of_grad = (v.to(x.dtype)[(..., *[None] * len(spatial))] for v in (offset, of_x, rstd))
         return torch.addcmul(offset, x, of_x).addcmul_(grad, of_grad), None
+
+
+# matrix units
+
+
+def convolves_in_float32(device: torch.device) -> bool:
+    """Whether 3D convolutions are to leave autocast: without matrix units (AMX), bfloat16 takes a CPU twice as long."""
+    return device.type == "cpu" and torch.is_autocast_enabled("cpu") and not torch.cpu._is_amx_tile_supported()

@@ -121,24 +121,24 @@ class SimilarityAlignmentLoss(nn.Module):
         cosine = torch.einsum("sd,vnd->svn", sentences, patches)
         return pool_patches(cosine, self.align_pool, self.top_k, self.beta)[0]
 
-    def forward(self, patch_features: Tensor, sentence_features: Tensor, sentence_id: Tensor) -> Tensor:
+    def forward(self, patch_features: Tensor, sentence_features: Tensor, sentence_hash: Tensor) -> Tensor:
         """
         Args:
             patch_features: ``[B, n, D]``, projected visible patches.
             sentence_features: ``[B, S, D]``, projected sentences, padded to the longest report.
-            sentence_id: ``[B, S]`` int64; equal numbers are identical sentences, 0 is padding.
+            sentence_hash: ``[B, S]`` int64; equal numbers are identical sentences, 0 is padding.
         """
         with torch.autocast(patch_features.device.type, enabled=False):
             patches, sentences = patch_features.float(), sentence_features.float()
             terms = []
             if self.negatives in ("report", "both"):
-                terms.append(self._within_report(patches, sentences, sentence_id))
+                terms.append(self._within_report(patches, sentences, sentence_hash))
             if self.negatives in ("volume", "both"):
-                terms.append(self._across_volumes(patches, sentences, sentence_id))
+                terms.append(self._across_volumes(patches, sentences, sentence_hash))
             return torch.stack(terms).mean()
 
-    def _within_report(self, patches: Tensor, sentences: Tensor, sentence_id: Tensor) -> Tensor:
-        real = sentence_id != 0
+    def _within_report(self, patches: Tensor, sentences: Tensor, sentence_hash: Tensor) -> Tensor:
+        real = sentence_hash != 0
         rows = real & (real.sum(1, keepdim=True) > 1)
         if not rows.any():
             return mean_over_ranks((patches.sum() + sentences.sum()) * 0.0, 0)
@@ -153,21 +153,21 @@ class SimilarityAlignmentLoss(nn.Module):
         loss = sum(F.cross_entropy(d.masked_fill(columns, MASKED)[rows], target) for d in directions)
         return mean_over_ranks(loss, rows.sum())
 
-    def _across_volumes(self, patches: Tensor, sentences: Tensor, sentence_id: Tensor) -> Tensor:
-        real = sentence_id != 0
+    def _across_volumes(self, patches: Tensor, sentences: Tensor, sentence_hash: Tensor) -> Tensor:
+        real = sentence_hash != 0
         every_sentence = gather_rows(sentences[real])
-        every_id = torch.cat(gather_rows(sentence_id[real]))
+        every_hash = torch.cat(gather_rows(sentence_hash[real]))
         # a process scores all sentences in its own volumes, so that scores travel and not patches
         scores = self.scores(patches, torch.cat(every_sentence)).T  # v s
         every_score = gather_rows(scores)
-        if not len(every_id):
+        if not len(every_hash):
             return (patches.sum() + sentences.sum()) * 0.0
         logits = torch.cat(every_score).T / self.temperature  # s v
         first = sum(len(score) for score in every_score[: rank()])
         own = torch.cat(gather_rows(first + real.nonzero()[:, 0]))  # the volume that each sentence belongs to
         is_own = own[:, None] == torch.arange(logits.shape[1], device=own.device)
         # no negative of a sentence: a volume whose report holds the very sentence, or holds none at all
-        identical = (every_id[:, None] == every_id).float() @ is_own.float() > 0  # s v
+        identical = (every_hash[:, None] == every_hash).float() @ is_own.float() > 0  # s v
         logits = logits.masked_fill((identical | ~is_own.any(0)) & ~is_own, MASKED)
         to_volume = F.cross_entropy(logits, own)
         # volume to sentence: each own sentence against the sentences of other reports, never against its siblings
@@ -188,7 +188,7 @@ class MaskedReportLoss(nn.Module):
 
 
 class SimCroPLoss(nn.Module):
-    """Weighted sum of the three losses; the unweighted parts of the last call stand in ``parts`` for the loggers.
+    """Weighted sum of the three losses.
 
     Args:
         weights: weight of ``volume``, ``alignment`` and ``report``; a weight of 0 skips that loss.
@@ -211,38 +211,19 @@ class SimCroPLoss(nn.Module):
         self.volume = volume
         self.alignment = alignment
         self.report = report
-        self.parts: dict[str, Tensor] = {}
 
-    def forward(self, pred: Mapping[str, Tensor], target: Tensor | None = None) -> Tensor:
-        """``pred`` is the output of :class:`custom_components.simcrop.SimCroP`; ``target`` is not used."""
-        parts: dict[str, Tensor] = {}
+    def parts(self, pred: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each loss that has a weight, unweighted."""
+        parts = {}
         if self.weights["volume"]:
             parts["volume"] = self.volume(pred["volume_pred"], pred["volume_target"])
         if self.weights["alignment"]:
-            parts["alignment"] = self.alignment(pred["patch_features"], pred["sentence_features"], pred["sentence_id"])
+            patches, sentences = pred["patch_features"], pred["sentence_features"]
+            parts["alignment"] = self.alignment(patches, sentences, pred["sentence_hash"])
         if self.weights["report"]:
             parts["report"] = self.report(pred["report_logits"], pred["report_target"])
-        total = sum(self.weights[name] * value for name, value in parts.items())
-        self.parts = {"total": total.detach()} | {name: value.detach() for name, value in parts.items()}
-        return total
+        return parts
 
-
-class RecordedLoss(nn.Module):
-    """Any loss of prediction and target, in fp32, with its last value kept where the progress bar looks for it.
-
-    Args:
-        loss: called with ``pred`` in fp32, and ``target``.
-
-    Attributes:
-        parts: ``total``, detached.
-    """
-
-    def __init__(self, loss: nn.Module) -> None:
-        super().__init__()
-        self.loss = loss
-        self.parts: dict[str, Tensor] = {}
-
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        value = self.loss(pred.float(), target)
-        self.parts = {"total": value.detach()}
-        return value
+    def forward(self, pred: Mapping[str, Tensor], target: Tensor | None = None) -> Tensor:
+        """``pred`` is the output of :class:`custom_components.simcrop.SimCroP`; ``target`` is not used."""
+        return sum(self.weights[name] * value for name, value in self.parts(pred).items())

@@ -81,8 +81,6 @@ class LinearProbe(nn.Module):
 class ClassificationLoss(nn.Module):
     """Binary cross-entropy per class, or cross-entropy where classes exclude each other.
 
-    ``parts["total"]`` keeps the last value, detached, as the progress bar and TensorBoard read it.
-
     Args:
         exclusive: whether exactly one class is true of a volume.
         pos_weight: weight of each class' positives (of each class, if exclusive); ``auto`` for the training volumes'
@@ -103,7 +101,6 @@ class ClassificationLoss(nn.Module):
     ) -> None:
         super().__init__()
         self.exclusive = exclusive
-        self.parts: dict[str, Tensor] = {}
         weight = None
         if pos_weight == "auto":
             labels = torch.as_tensor([item["label"] for item in data] if exclusive else _stack_labels(data))
@@ -122,11 +119,8 @@ class ClassificationLoss(nn.Module):
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits ``[B, C]``; labels ``[B, C]`` of zeros and ones, or ``[B]`` int64 codes. Returns a scalar."""
         if self.exclusive:
-            loss = F.cross_entropy(logits.float(), labels, weight=self.weight)
-        else:
-            loss = F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=self.weight)
-        self.parts = {"total": loss.detach()}
-        return loss
+            return F.cross_entropy(logits.float(), labels, weight=self.weight)
+        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=self.weight)
 
 
 def _stack_labels(data: Sequence[Mapping[str, Any]]) -> Tensor:
@@ -173,7 +167,7 @@ def schedule_of(schedules: Mapping[str, Mapping[str, Any]], data_fraction: float
 
 
 class ProbeInferer(Inferer):
-    """Probabilities of a :class:`custom_components.probe.LinearProbe`, and saliency maps of some classes.
+    """Probabilities of a :class:`LinearProbe`, and saliency maps of some classes.
 
     Args:
         classes: names of the logits.

@@ -47,7 +47,7 @@ class VolumeDecoder(nn.Module):
     """ViT decoder of masked volume modelling: encoded patches and mask tokens -> voxels of the masked patches.
 
     Args:
-        encoder: whose tokens it reads; tells grid, patch and hidden sizes.
+        encoder: whose tokens it reads; its grid, patch and hidden sizes count.
         hidden_size, num_layers, num_heads: 768, 4, 16 in the authors' follow-up (ToniChopp/ASAP).
         in_channels: channels of the volume.
         use_checkpoint: as :class:`custom_components.vit.SimCroPEncoder` has it.
@@ -130,19 +130,19 @@ class Aligner(nn.Module):
             tokens = hidden_states[self.align_layer - 1]
         return self.patch_projection(tokens[:, num_prefix_tokens:])
 
-    def sentences(self, token_features: Tensor, sentence_index: Tensor, num_sentences: int) -> Tensor:
+    def sentences(self, token_features: Tensor, token_sentence: Tensor, num_sentences: int) -> Tensor:
         """Mean of each sentence's projected tokens.
 
         Args:
             token_features: ``[B, T, text_size]`` of the frozen text encoder.
-            sentence_index: ``[B, T]`` int64, the sentence of each token, -1 for special tokens and padding.
+            token_sentence: ``[B, T]`` int64, the sentence of each token, -1 for special tokens and padding.
             num_sentences: S, of the longest report.
 
         Returns:
             ``[B, S, projection_size]``; zeros where a report has fewer sentences.
         """
         projected = self.sentence_projection(token_features)
-        member = F.one_hot(sentence_index + 1, num_sentences + 1)[..., 1:].to(projected.dtype)  # b t s
+        member = F.one_hot(token_sentence + 1, num_sentences + 1)[..., 1:].to(projected.dtype)  # b t s
         return member.transpose(1, 2) @ projected / member.sum(1).clamp(min=1)[..., None]
 
 
@@ -235,9 +235,6 @@ class SimCroP(nn.Module):
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
         decode_ratio: share of the hidden patches, drawn anew each time, that training decodes; 1 as published. The
             others cost nothing and teach nothing. In eval mode all are decoded.
-        sentence_context: what the text encoder sees beside a sentence of the Findings: the whole ``report``, as
-            published, or the ``sentence`` alone. In context, every sentence carries traces of its neighbours, by which
-            a report can be recognised without the sentence's own finding.
     """
 
     def __init__(
@@ -249,13 +246,10 @@ class SimCroP(nn.Module):
         report_decoder: ReportDecoder | None = None,
         mask_ratio: float = 0.75,
         decode_ratio: float = 1.0,
-        sentence_context: str = "report",
     ) -> None:
         super().__init__()
         if not 0 < decode_ratio <= 1:
             raise InputError(f"decode_ratio {decode_ratio} is no share of the hidden patches: set it above 0, up to 1")
-        if sentence_context not in ("report", "sentence"):
-            raise InputError(f"sentence_context {sentence_context!r} is unknown: choose report or sentence")
         if not 0 <= mask_ratio < 1 or round(encoder.num_patches * mask_ratio) == encoder.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} leaves no patch to encode: set it to at least 0 and below 1")
         if volume_decoder is not None and round(encoder.num_patches * mask_ratio) == 0:
@@ -271,7 +265,6 @@ class SimCroP(nn.Module):
         self.report_decoder = report_decoder
         self.mask_ratio = mask_ratio
         self.decode_ratio = decode_ratio
-        self.sentence_context = sentence_context
 
     def draw_masks(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """``keep`` and ``masked`` of a batch of volumes, see :func:`random_masking`."""
@@ -281,21 +274,22 @@ class SimCroP(nn.Module):
         self,
         volume: Tensor,
         findings_ids: Tensor,
-        sentence_index: Tensor,
-        sentence_id: Tensor,
+        token_place: Tensor,
+        token_sentence: Tensor,
+        sentence_hash: Tensor,
         report_ids: Tensor,
         report_labels: Tensor,
     ) -> dict[str, Tensor]:
         """
         Args:
             volume: ``[B, 1, X, Y, Z]`` float, HU scaled to [-1, 1].
-            findings_ids, sentence_index, sentence_id, report_ids, report_labels: int64, as
+            findings_ids, token_place, token_sentence, sentence_hash, report_ids, report_labels: int64, as
                 :class:`custom_components.text.ReportCollate` makes them.
 
         Returns:
             What the losses need, each if its branch is there: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]``
             with the patches' indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
-            ``sentence_id [B, S]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
+            ``sentence_hash [B, S]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
         """
         keep, masked = self.draw_masks(volume)
         prefix = self.encoder.num_prefix_tokens
@@ -309,13 +303,11 @@ class SimCroP(nn.Module):
             output["volume_target"] = gather_tokens(patchify(volume, self.encoder.patch_size), masked)
             output["masked"] = masked
         if self.aligner is not None:
-            if self.sentence_context == "report":
-                token_features = self.text_encoder.cached(findings_ids)
-            else:
-                token_features = self.text_encoder.sentencewise(findings_ids, sentence_index)
+            row, column = token_place.unbind(-1)
+            token_features = self.text_encoder.cached(findings_ids)[row, column]
             output["patch_features"] = self.aligner.patches(embedded, tokens, hidden_states, prefix)
-            output["sentence_features"] = self.aligner.sentences(token_features, sentence_index, sentence_id.shape[1])
-            output["sentence_id"] = sentence_id
+            output["sentence_features"] = self.aligner.sentences(token_features, token_sentence, sentence_hash.shape[1])
+            output["sentence_hash"] = sentence_hash
         if self.report_decoder is not None:
             hidden = report_labels != -100
             padding = report_ids == self.text_encoder.pad_token_id

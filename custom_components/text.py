@@ -1,4 +1,4 @@
-"""Report -> sentences -> tokens, and the frozen text encoder that reads them."""
+"""Report -> sentences -> tokens -> batches -> features of the frozen text encoder."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ from transformers.utils import logging as transformers_logging
 
 from custom_components.errors import InputError
 
+# sentences
+
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d{1,2}[.)])\s+")
 HEADING = re.compile(r"^[A-Z][A-Z /&,-]{2,40}:\s*")
 GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
@@ -52,74 +54,164 @@ def split_sentences(text: str) -> list[str]:
     return [sentence for sentence in sentences if any(character.isalpha() for character in sentence)]
 
 
-def sentence_number(sentence: str) -> int:
+def sentence_hash(sentence: str) -> int:
     """A positive 63-bit number, the same for the same words in every process; case and spacing do not count."""
     words = " ".join(sentence.lower().split())
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1 or 1
 
 
-def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -> Any:
-    """Run a ``from_pretrained`` quietly, and tell its failure in one line that helps.
+def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | None = None) -> list[str]:
+    """The sentences to look for: those of a report text if one is given, else ``sentences``, in any of their forms.
 
-    A hub name is looked for in the local cache first, so that what was fetched once needs no network. Where there is
-    none, that is told within seconds: transformers would repeat every request for minutes.
+    Raises:
+        InputError: there is no sentence.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
-    transformers_logging.disable_progress_bar()
-    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
-    local = Path(name_or_path).is_dir()
-    if not local and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
-        raise InputError(
-            f"text_encoder {name_or_path}: no such folder; give the folder of a BERT or RoBERTa, or its name on the hub"
-        )
-    try:
-        try:
-            return load(name_or_path, local_files_only=True, **keys)
-        except Exception:  # as below
-            if local:
-                raise
-        HfApi().model_info(name_or_path, timeout=10)
-        transformers_logging.enable_progress_bar()
-        return load(name_or_path, **keys)
-    except (
-        Exception
-    ) as error:  # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
-        if local:
-            cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
-        else:
-            cure = (
-                f"where there is a network, fetch it once with 'hf download {name_or_path} --local-dir DIR', and set "
-                "text_encoder to DIR"
+    if report is not None:
+        found = split_sentences(report)
+    elif isinstance(sentences, str):
+        found = [sentences]
+    else:
+        found = list(sentences.values() if isinstance(sentences, Mapping) else sentences)
+    if not found:
+        raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
+    return found
+
+
+# tokens and batches
+
+
+def tokenize_sentences(
+    sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 512
+) -> tuple[Tensor, Tensor]:
+    """Tokens of a text, and the sentence that each belongs to.
+
+    Returns:
+        ``ids [T]`` int64 with the special tokens, cut at ``max_length``; ``token_sentence [T]`` int64, -1 for special
+        tokens.
+    """
+    ends, text = [], ""
+    for sentence in sentences:
+        text += (" " if text else "") + sentence
+        ends.append(len(text))
+    encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
+    ends = torch.tensor(ends, dtype=torch.long)
+    offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
+    index = torch.searchsorted(ends, offsets[:, 1].contiguous())
+    return torch.tensor(encoded["input_ids"]), torch.where(offsets[:, 1] > offsets[:, 0], index, -1)
+
+
+class TokenizeReportd(MapTransform):
+    """Findings and Impression -> what SimCroP reads of them, as new items of the dictionary.
+
+    Of the Findings: ``findings_ids``, the texts that the text encoder reads, each ``[T]``; ``token_place [L, 2]``, the
+    text of each token and its position there; ``token_sentence [L]``, its sentence, -1 for the special tokens at both
+    ends; ``sentence_hash [S]``, see :func:`sentence_hash`. Of Findings and Impression together: ``report_ids [L]``. All
+    int64. An empty section gives special tokens only, and no sentence.
+
+    Args:
+        keys: the two sections, Findings first.
+        tokenizer: of the text encoder.
+        max_length: tokens at most, special tokens included; what lies beyond is dropped.
+        sentence_context: what the text encoder reads beside a sentence of the Findings: the whole ``report``, as
+            published, or the ``sentence`` alone. In context, every sentence carries traces of its neighbours, by which
+            a report can be recognised without the sentence's own finding.
+    """
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int = 512,
+        sentence_context: str = "report",
+    ) -> None:
+        super().__init__(keys)
+        if len(self.keys) != 2:
+            raise InputError(f"TokenizeReportd takes two keys, Findings and Impression, not {self.keys}")
+        if max_length > tokenizer.model_max_length:
+            raise InputError(
+                f"max_length {max_length} exceeds the {tokenizer.model_max_length} tokens that the text encoder reads: "
+                "lower it"
             )
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"text_encoder {name_or_path}: no {what} could be loaded; {cure} ({cause[0]})") from error
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
+        if sentence_context not in ("report", "sentence"):
+            raise InputError(f"sentence_context {sentence_context!r} is unknown: choose report or sentence")
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.sentence_context = sentence_context
+
+    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
+        findings, impression = (split_sentences(data[key]) for key in self.keys)
+        ids, sentences = zip(*self._texts(findings), strict=True)
+        place = (pad_sequence(ids, batch_first=True, padding_value=-1) >= 0).nonzero()
+        sentence = torch.cat(sentences)
+        kept = sentence >= 0
+        kept[[0, -1]] = True  # as in a text of the whole report, whatever the context
+        return dict(data) | {
+            "findings_ids": ids,
+            "token_place": place[kept],
+            "token_sentence": sentence[kept],
+            "sentence_hash": torch.tensor([sentence_hash(s) for s in findings[: sentence.max() + 1]], dtype=torch.long),
+            "report_ids": tokenize_sentences([*findings, *impression], self.tokenizer, self.max_length)[0],
+        }
+
+    def _texts(self, sentences: Sequence[str]) -> list[tuple[Tensor, Tensor]]:
+        """What the text encoder reads at once: tokens, and the sentence of each."""
+        if self.sentence_context == "report" or not sentences:
+            return [tokenize_sentences(sentences, self.tokenizer, self.max_length)]
+        texts, words = [], self.max_length - 2
+        for number, sentence in enumerate(sentences):
+            if words > 0:
+                ids, index = tokenize_sentences([sentence], self.tokenizer, words + 2)
+                texts.append((ids, torch.where(index < 0, index, number)))
+                words -= len(ids) - 2
+        return texts
 
 
-def _load_config(name_or_path: str) -> PreTrainedConfig:
-    def declaration(name: str, **keys: Any) -> dict[str, Any]:
-        declared, _ = PreTrainedConfig.get_config_dict(name, **keys)
-        if not declared:
-            raise OSError("there is none")
-        return declared
+class ReportCollate:
+    """Collate function: batches volumes as MONAI does, pads the texts, and masks the report; drops all other items.
 
-    declared = _read(name_or_path, "config.json", declaration)
-    if declared.get("model_type") in (None, "cxr-bert"):
-        # BERTs from before there was a model_type; and CXR-BERT, whose body is a plain BERT: its remote code only adds
-        # a projection that SimCroP does not use
-        return BertConfig.from_dict(declared)
-    return _read(name_or_path, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
+    ``findings_ids [R, T]`` holds the texts of all reports one after another, and ``token_place [B, L, 2]`` the row and
+    column there of each token of a report: whatever the text encoder reads at once, a report's tokens lie together.
+
+    Adds ``report_labels [B, L]`` int64: the true token at masked positions, -100 elsewhere; ``report_ids`` holds
+    [MASK] there. Masked tokens are drawn anew at every call, special tokens never.
+
+    Args:
+        tokenizer: of the text encoder.
+        mask_ratio: share of the report's tokens to mask; 0.75 in the authors' follow-up (ToniChopp/ASAP).
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_ratio: float = 0.75) -> None:
+        self.pad_token_id = tokenizer.pad_token_id
+        self.mask_tokens = DataCollatorForLanguageModeling(
+            tokenizer, mlm_probability=mask_ratio, mask_replace_prob=1.0, random_replace_prob=0.0
+        )
+
+    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        batch = list_data_collate([{"image": item["image"]} for item in items])
+        texts, places = [], []
+        for item in items:
+            places.append(item["token_place"] + torch.tensor([len(texts), 0]))
+            texts += item["findings_ids"]
+        padded = [
+            ("findings_ids", texts, self.pad_token_id),
+            ("token_place", places, 0),
+            ("token_sentence", [item["token_sentence"] for item in items], -1),
+            ("sentence_hash", [item["sentence_hash"] for item in items], 0),
+        ]
+        for key, rows, padding in padded:
+            batch[key] = pad_sequence(rows, batch_first=True, padding_value=padding)
+        masked = self.mask_tokens([{"input_ids": item["report_ids"]} for item in items])
+        return batch | {"report_ids": masked["input_ids"], "report_labels": masked["labels"]}
+
+
+# the text encoder, by hub name or from a folder
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
 
-    Its ``model_max_length`` is what the model has positions for. Where nothing tells whether text must be lower case,
-    the vocabulary does.
+    Its ``model_max_length`` is what the model has positions for. Where no file says whether text must be lower case,
+    the vocabulary decides.
 
     Raises:
         InputError: nothing there, no vocabulary or another model's, or a tokenizer without mask and padding tokens.
@@ -152,6 +244,96 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     positions = config.max_position_embeddings - (0 if isinstance(config, BertConfig) else config.pad_token_id + 1)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
+
+
+def load_text_encoder(
+    name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
+) -> TextEncoder:
+    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder, on ``device``.
+
+    CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
+
+    Raises:
+        InputError: nothing can be loaded from there, with how to fetch the model once; or weights are missing.
+    """
+    config = _load_config(name_or_path)
+    model, info = _read(
+        name_or_path,
+        "model",
+        AutoModel.from_pretrained,
+        config=config,
+        add_pooling_layer=False,
+        output_loading_info=True,
+        trust_remote_code=False,
+    )
+    if info["missing_keys"]:  # transformers would start these at random
+        raise InputError(
+            f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
+            f"{min(info['missing_keys'])} among them; take a BERT or RoBERTa whose config.json and weights fit"
+        )
+    encoder = TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size, amp)
+    if amp:  # as long as one tensor is the file's own memory map, all of the file's float32 weights take memory
+        encoder = copy.deepcopy(encoder)
+    return encoder.to(device)
+
+
+def _load_config(name_or_path: str) -> PreTrainedConfig:
+    def declaration(name: str, **keys: Any) -> dict[str, Any]:
+        declared, _ = PreTrainedConfig.get_config_dict(name, **keys)
+        if not declared:
+            raise OSError("there is none")
+        return declared
+
+    declared = _read(name_or_path, "config.json", declaration)
+    if declared.get("model_type") in (None, "cxr-bert"):
+        # BERTs from before there was a model_type; and CXR-BERT, whose body is a plain BERT: its remote code only adds
+        # a projection that SimCroP does not use
+        return BertConfig.from_dict(declared)
+    return _read(name_or_path, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
+
+
+def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -> Any:
+    """Run a ``from_pretrained`` without its messages, and turn any failure into an InputError of one line.
+
+    A hub name is looked up in the local cache first, so that what was fetched once needs no network. Without a network,
+    the error comes within seconds: transformers would repeat every request for minutes.
+    """
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
+    transformers_logging.disable_progress_bar()
+    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    local = Path(name_or_path).is_dir()
+    if not local and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
+        raise InputError(
+            f"text_encoder {name_or_path}: no such folder; give the folder of a BERT or RoBERTa, or its name on the hub"
+        )
+    try:
+        try:
+            return load(name_or_path, local_files_only=True, **keys)
+        except Exception:  # as below
+            if local:
+                raise
+        HfApi().model_info(name_or_path, timeout=10)
+        transformers_logging.enable_progress_bar()
+        return load(name_or_path, **keys)
+    # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
+    except Exception as error:
+        if local:
+            cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
+        else:
+            cure = (
+                f"where there is a network, fetch it once with 'hf download {name_or_path} --local-dir DIR', and set "
+                "text_encoder to DIR"
+            )
+        cause = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(f"text_encoder {name_or_path}: no {what} could be loaded; {cure} ({cause[0]})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+
+
+# features
 
 
 class TextEncoder(nn.Module):
@@ -207,144 +389,6 @@ class TextEncoder(nn.Module):
         padded = pad_sequence(rows, batch_first=True)
         return nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
 
-    @torch.no_grad()
-    def sentencewise(self, ids: Tensor, sentence_index: Tensor) -> Tensor:
-        """As :meth:`cached`, but every sentence is read alone, between the special tokens that frame the text.
-
-        Args:
-            ids: ``[B, T]`` int64.
-            sentence_index: ``[B, T]`` int64, the sentence of each token, -1 for special tokens and padding.
-
-        Returns:
-            ``[B, T, hidden_size]``; zeros where ``sentence_index`` is -1.
-        """
-        texts, places = [], []
-        for b, (row, index) in enumerate(zip(ids, sentence_index, strict=True)):
-            first, last = row[:1], row[row != self.pad_token_id][-1:]
-            for s in range(int(index.max()) + 1):
-                texts.append(torch.cat([first, row[index == s], last]))
-                places.append((b, index == s))
-        features = torch.zeros(*ids.shape, self.hidden_size, device=ids.device)
-        if texts:
-            read = self.cached(pad_sequence(texts, batch_first=True, padding_value=self.pad_token_id))
-            for (b, tokens), sentence in zip(places, read, strict=True):
-                features[b, tokens] = sentence[1 : 1 + int(tokens.sum())].to(features.dtype)
-        return features
-
-
-def load_text_encoder(
-    name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
-) -> TextEncoder:
-    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder, on ``device``.
-
-    CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
-
-    Raises:
-        InputError: nothing can be loaded from there, with how to fetch the model once; or weights are missing.
-    """
-    config = _load_config(name_or_path)
-    model, info = _read(
-        name_or_path,
-        "model",
-        AutoModel.from_pretrained,
-        config=config,
-        add_pooling_layer=False,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
-    if info["missing_keys"]:  # transformers would start these at random
-        raise InputError(
-            f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
-            f"{min(info['missing_keys'])} among them; take a BERT or RoBERTa whose config.json and weights fit"
-        )
-    encoder = TextEncoder(model, load_tokenizer(name_or_path).pad_token_id, cache_size, amp)
-    if amp:  # as long as one tensor is the file's own memory map, all of the file's float32 weights take memory
-        encoder = copy.deepcopy(encoder)
-    return encoder.to(device)
-
-
-def tokenize_sentences(
-    sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 512
-) -> tuple[Tensor, Tensor]:
-    """Tokens of a text, and the sentence that each belongs to.
-
-    Returns:
-        ``ids [T]`` int64 with the special tokens, cut at ``max_length``; ``sentence_index [T]`` int64, -1 for special
-        tokens.
-    """
-    ends, text = [], ""
-    for sentence in sentences:
-        text += (" " if text else "") + sentence
-        ends.append(len(text))
-    encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    ends = torch.tensor(ends, dtype=torch.long)
-    offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
-    index = torch.searchsorted(ends, offsets[:, 1].contiguous())
-    return torch.tensor(encoded["input_ids"]), torch.where(offsets[:, 1] > offsets[:, 0], index, -1)
-
-
-class TokenizeReportd(MapTransform):
-    """Findings and Impression -> what SimCroP reads of them, as new items of the dictionary.
-
-    ``findings_ids [T]``, ``sentence_index [T]`` (-1: special token), ``sentence_id [S]`` (see
-    :func:`sentence_number`) of the Findings; ``report_ids [L]`` of Findings and Impression together. All int64. An
-    empty section gives special tokens only, and no sentence. Sentences beyond ``max_length`` tokens are dropped.
-
-    Args:
-        keys: the two sections, Findings first.
-        tokenizer: of the text encoder.
-        max_length: tokens at most, special tokens included.
-    """
-
-    def __init__(self, keys: KeysCollection, tokenizer: PreTrainedTokenizerBase, max_length: int = 512) -> None:
-        super().__init__(keys)
-        if len(self.keys) != 2:
-            raise InputError(f"TokenizeReportd takes two keys, Findings and Impression, not {self.keys}")
-        if max_length > tokenizer.model_max_length:
-            raise InputError(
-                f"max_length {max_length} exceeds the {tokenizer.model_max_length} tokens that the text encoder reads: "
-                "lower it"
-            )
-        self.tokenizer = tokenizer
-        self.max_length = max_length
-
-    def __call__(self, data: dict[str, Any]) -> dict[str, Any]:
-        data = dict(data)
-        findings, impression = (split_sentences(data[key]) for key in self.keys)
-        ids, index = tokenize_sentences(findings, self.tokenizer, self.max_length)
-        numbers = torch.tensor([sentence_number(s) for s in findings[: int(index.max()) + 1]], dtype=torch.long)
-        report_ids, _ = tokenize_sentences([*findings, *impression], self.tokenizer, self.max_length)
-        return data | {"findings_ids": ids, "sentence_index": index, "sentence_id": numbers, "report_ids": report_ids}
-
-
-class ReportCollate:
-    """Collate function: batches volumes as MONAI does, pads the texts, and masks the report; drops all other items.
-
-    Adds ``report_labels [B, L]`` int64: the true token at masked positions, -100 elsewhere; ``report_ids`` holds
-    [MASK] there. Masked tokens are drawn anew at every call, special tokens never.
-
-    Args:
-        tokenizer: of the text encoder.
-        mask_ratio: share of the report's tokens to mask; 0.75 in the authors' follow-up (ToniChopp/ASAP).
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_ratio: float = 0.75) -> None:
-        self.padding = {
-            "findings_ids": tokenizer.pad_token_id,
-            "sentence_index": -1,
-            "sentence_id": 0,
-        }
-        self.mask_tokens = DataCollatorForLanguageModeling(
-            tokenizer, mlm_probability=mask_ratio, mask_replace_prob=1.0, random_replace_prob=0.0
-        )
-
-    def __call__(self, items: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        batch = list_data_collate([{"image": item["image"]} for item in items])
-        for key, value in self.padding.items():
-            batch[key] = pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
-        masked = self.mask_tokens([{"input_ids": item["report_ids"]} for item in items])
-        return batch | {"report_ids": masked["input_ids"], "report_labels": masked["labels"]}
-
 
 def encode_sentences(
     sentences: Sequence[str], aligner: nn.Module, text_encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase
@@ -363,20 +407,3 @@ def encode_sentences(
         index = pad_sequence(list(index), batch_first=True, padding_value=-1).to(device)
         features.append(aligner.sentences(text_encoder(ids), index, 1)[:, 0].float())
     return torch.cat(features)
-
-
-def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | None = None) -> list[str]:
-    """The sentences to look for: those of a report text if one is given, else ``sentences``, in any of their forms.
-
-    Raises:
-        InputError: there is no sentence.
-    """
-    if report is not None:
-        found = split_sentences(report)
-    elif isinstance(sentences, str):
-        found = [sentences]
-    else:
-        found = list(sentences.values() if isinstance(sentences, Mapping) else sentences)
-    if not found:
-        raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
-    return found

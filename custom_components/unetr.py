@@ -14,7 +14,7 @@ from monai.networks.layers import Norm
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from custom_components.cpu import _TrainedInstanceNorm
+from custom_components.cpu import convolves_in_float32, instance_norm
 from custom_components.errors import InputError
 from custom_components.vit import SimCroPEncoder
 
@@ -33,10 +33,7 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, num_features, X, Y, Z]`` -> the same shape."""
-        if not torch.jit.is_scripting():
-            if x.requires_grad and x.device.type == "cpu":
-                return _TrainedInstanceNorm.apply(x, self.eps)
-        return F.group_norm(x, self.num_features, eps=self.eps)
+        return instance_norm(x, self.eps)
 
 
 NORM = "instance_channels_last"
@@ -77,7 +74,6 @@ class SimCroPUNETR(nn.Module):
             raise InputError("the UNETR's encoder has a class token that nothing reads: give class_token false")
         self.encoder = encoder
         self.grid = encoder.grid
-        self.has_amx = torch.cpu._is_amx_tile_supported()
         depth = len(encoder.blocks)
         self.skips = (depth // 4, depth // 2, 3 * depth // 4)  # indices of hidden states: block 4 of 12 is index 3
 
@@ -122,7 +118,7 @@ class SimCroPUNETR(nn.Module):
         """
         tokens, hidden_states = self.encoder(volume)
         if not torch.jit.is_scripting():
-            if volume.device.type == "cpu" and not self.has_amx and torch.is_autocast_enabled("cpu"):
+            if convolves_in_float32(volume.device):
                 with torch.autocast("cpu", enabled=False):
                     return self.decode(volume.float(), tokens.float(), [state.float() for state in hidden_states])
         return self.decode(volume, tokens, hidden_states)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from custom_components.cpu import cpu_attention
+from custom_components.cpu import attention
 from custom_components.errors import InputError
 
 
@@ -63,7 +63,7 @@ def gather_tokens(tokens: Tensor, index: Tensor) -> Tensor:
 
 
 def sincos3d_positions(grid: Sequence[int], hidden_size: int) -> Tensor:
-    """Fixed positions ``[N, hidden_size]`` that tell all three axes apart.
+    """Fixed positions ``[N, hidden_size]`` that encode all three axes.
 
     Per axis sin then cos with f_i = 10000^(-i / n), n = hidden_size // 6, axes in the volume's own order: the corrected
     table of the authors' follow-up (ToniChopp/ASAP). Channels that six does not divide stay zero.
@@ -134,13 +134,6 @@ class PatchEmbed(nn.Module):
         return tokens
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``scaled_dot_product_attention``; on CPUs in bfloat16 with the backward pass of :class:`CPUAttention`."""
-    if not torch.jit.is_scripting() and q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad:
-        return cpu_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
-
-
 class Attention(nn.Module):
     """Multi-head self-attention with a fused qkv projection."""
 
@@ -203,6 +196,14 @@ class Block(nn.Module):
     def compute(self, x: Tensor, first: int) -> Tensor:
         x = x[:, first:] + self.attn(self.norm1(x), first)
         return x + self.mlp(self.norm2(x))
+
+
+def compile_blocks(network: nn.Module, enabled: bool = True) -> nn.Module:
+    """``torch.compile`` for each transformer block of a network, at its first use; returns the network."""
+    for module in network.modules():
+        if enabled and isinstance(module, Block):
+            module.compile()
+    return network
 
 
 class SimCroPEncoder(nn.Module):

@@ -85,12 +85,13 @@ def make_network(
 def make_batch(seed: int = 0, sentences: tuple[int, ...] = (3, 1, 0)) -> dict[str, Tensor]:
     """A batch as ReportCollate makes it: ``sentences[i]`` sentences of three tokens each in report i."""
     generator = torch.Generator().manual_seed(seed)
-    findings, index, ids, reports, labels = [], [], [], [], []
-    for count in sentences:
+    findings, place, index, hashes, reports, labels = [], [], [], [], [], []
+    for row, count in enumerate(sentences):
         words = torch.randint(4, VOCAB_SIZE, (3 * count,), generator=generator)
         findings.append(torch.cat([torch.tensor([2]), words, torch.tensor([3])]))
         index.append(torch.cat([torch.tensor([-1]), torch.arange(count).repeat_interleave(3), torch.tensor([-1])]))
-        ids.append(torch.randint(1, 2**62, (count,), generator=generator))
+        place.append(torch.tensor([[row, column] for column in range(3 * count + 2)]))
+        hashes.append(torch.randint(1, 2**62, (count,), generator=generator))
         report = torch.cat([findings[-1], torch.randint(4, VOCAB_SIZE, (4,), generator=generator)])
         hidden = torch.arange(len(report)) % 4 != 0  # the first token is special and stays
         labels.append(torch.where(hidden, report, -100))
@@ -102,8 +103,9 @@ def make_batch(seed: int = 0, sentences: tuple[int, ...] = (3, 1, 0)) -> dict[st
     return {
         "volume": torch.rand(len(sentences), 1, 16, 8, 8, generator=generator) * 2 - 1,
         "findings_ids": pad(findings, PAD),
-        "sentence_index": pad(index, -1),
-        "sentence_id": pad(ids, 0),
+        "token_place": pad(place, 0),
+        "token_sentence": pad(index, -1),
+        "sentence_hash": pad(hashes, 0),
         "report_ids": pad(reports, PAD),
         "report_labels": pad(labels, -100),
     }

@@ -1,16 +1,18 @@
-"""What a training does beside its steps: progress, the learning rate by optimiser steps, clipping, the last step."""
+"""What a training does beside its steps: the losses' parts, progress, the learning rate by optimiser steps, clipping,
+the last step."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents, SupervisedTrainer
 from monai.utils.enums import CommonKeys
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
@@ -32,7 +34,7 @@ def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]
 
 def completes_step(engine: SupervisedTrainer) -> bool:
     """Whether the running iteration ends with a step of the optimiser: after ``accumulation_steps``, and at the end of
-    an epoch, where what is left over makes a step of its own, every item with the weight that it has in a full one."""
+    an epoch, where the iterations left over make a smaller step, each with the weight that it has in a full one."""
     done = (engine.state.iteration - 1) % engine.state.epoch_length + 1
     return done % engine.accumulation_steps == 0 or done == engine.state.epoch_length
 
@@ -64,17 +66,34 @@ class OptimizerSteps:
             self.lr_scheduler.step()
 
 
-class TrainingProgress:
-    """One bar over the whole training: epoch, each loss, time left.
+class LossParts:
+    """Puts what each part of a loss gave in an iteration into the engine's output: ``output["losses"]``, detached.
 
     Args:
-        loss: whose ``parts`` are shown, a dictionary of scalar tensors; None shows the trainer's loss alone.
+        loss: its parts are its own modules; one that an iteration does not call has no value there.
     """
 
-    def __init__(self, loss: nn.Module | None = None) -> None:
-        self.loss = loss
+    def __init__(self, loss: nn.Module) -> None:
+        self.values: dict[str, Tensor] = {}
+        for name, part in loss.named_children():
+            part.register_forward_hook(partial(self.record, name))
+
+    def record(self, name: str, part: nn.Module, args: tuple[Any, ...], value: Tensor) -> None:
+        self.values[name] = value.detach()
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.loss_completed)
+
+    def loss_completed(self, engine: SupervisedTrainer) -> None:
+        engine.state.output["losses"], self.values = self.values, {}
+
+
+class TrainingProgress:
+    """One bar over the whole training: epoch, the loss, its parts where :class:`LossParts` gives them, time left."""
+
+    def __init__(self) -> None:
         self.bar: tqdm | None = None
-        # a log file wants a line now and then, a terminal wants motion
+        # a log file needs a line now and then, a terminal needs motion
         self.seconds = 0.5 if sys.stderr.isatty() else 10.0
         self.shown = -math.inf
 
@@ -94,9 +113,9 @@ class TrainingProgress:
         if time.monotonic() - self.shown < self.seconds and engine.state.iteration < self.bar.total:
             return
         self.shown = time.monotonic()
-        parts = {"loss": engine.state.output[CommonKeys.LOSS]} if self.loss is None else self.loss.parts
+        losses = {"total": engine.state.output[CommonKeys.LOSS]} | engine.state.output.get("losses", {})
         self.bar.set_description(f"epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False)
-        self.bar.set_postfix({k: f"{v.item():.3f}" for k, v in parts.items()}, refresh=False)
+        self.bar.set_postfix({k: f"{v.item():.3f}" for k, v in losses.items()}, refresh=False)
         self.bar.update(engine.state.iteration - self.bar.n)
 
     def completed(self) -> None:

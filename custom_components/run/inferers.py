@@ -1,4 +1,4 @@
-"""Forward passes of inference: in bfloat16, by windows, and over scans of which some cannot be read."""
+"""Forward passes: in bfloat16, by windows, and over scans of which some cannot be read."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from custom_components.errors import InputError
 class AutocastInferer(SimpleInferer):
     """Forward pass in bfloat16 on any device. Needs no gradient scaler, unlike ``SupervisedTrainer(amp=True)``.
 
+    A network's tensor comes out in float32, so that any loss or metric may follow; any other output as it is.
+
     Args:
         amp: whether to autocast at all.
     """
@@ -31,11 +33,12 @@ class AutocastInferer(SimpleInferer):
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp):
-            return super().__call__(inputs, network, *args, **kwargs)
+            output = super().__call__(inputs, network, *args, **kwargs)
+        return output.float() if isinstance(output, Tensor) else output
 
 
 class WindowInferer(SlidingWindowInferer):
-    """MONAI's sliding window with Gaussian blending, made to bound memory and to save work.
+    """MONAI's sliding window with Gaussian blending, made to bound memory.
 
     Logits come out in float16. Tall volumes are done in slabs along the last axis: windows of different slabs that
     overlap are computed for both, so the result is that of one pass, but fp32 sums exist for one slab at a time.
@@ -44,14 +47,10 @@ class WindowInferer(SlidingWindowInferer):
         roi_size: the network's region, in voxels. Smaller volumes are padded with air.
         sw_batch_size: windows in one forward pass.
         overlap: share of a window that it has in common with the next.
-        amp: whether the network runs under bfloat16 autocast.
-        skip_air: windows without any voxel above this value, on the network's scale, are background without being
-            looked at; None looks at all.
+        amp: as :class:`AutocastInferer` has it.
         slab_windows: windows along the last axis in one slab.
         progress: whether to show a bar over windows.
     """
-
-    AIR_LOGIT = 10.0  # of background over all others in a skipped window: e^-10 is left for them
 
     def __init__(
         self,
@@ -59,15 +58,12 @@ class WindowInferer(SlidingWindowInferer):
         sw_batch_size: int = 4,
         overlap: float = 0.5,
         amp: bool = True,
-        skip_air: float | None = None,
         slab_windows: int = 8,
         progress: bool = False,
     ) -> None:
         super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cval=-1.0, progress=progress)
-        self.amp = amp
-        self.skip_air = skip_air
+        self.forward = AutocastInferer(amp)
         self.slab_windows = slab_windows
-        self.classes: int | None = None
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """``inputs [B, C, X, Y, Z]`` -> logits ``[B, classes, X, Y, Z]`` float16, a plain tensor."""
@@ -79,29 +75,15 @@ class WindowInferer(SlidingWindowInferer):
         # MONAI moves the last row back to the volume's end, into the row before it: it never is a slab of its own
         starts = [row for row in range(0, rows, self.slab_windows) if row == 0 or row < rows - max(before, 1)]
         output: Tensor | None = None
-        for start, stop in zip(starts, [*starts[1:], rows]):
+        for start, stop in zip(starts, [*starts[1:], rows], strict=True):
             first = max(0, start - before) * step
             last = size if stop == rows else (stop - 1) * step + roi
             own = slice(start * step, size if stop == rows else stop * step)
-            logits = super().__call__(inputs[..., first:last], partial(self._predict, network))
+            logits = super().__call__(inputs[..., first:last], partial(self.forward, network=network))
             if output is None:
                 output = logits.new_empty((*logits.shape[:2], *inputs.shape[2:]), dtype=torch.float16)
             output[..., own] = logits[..., own.start - first : own.stop - first]
         return output
-
-    def _predict(self, network: nn.Module, windows: Tensor) -> Tensor:
-        with torch.autocast(windows.device.type, torch.bfloat16, enabled=self.amp):
-            if self.skip_air is None:
-                return network(windows).float()
-            seen = windows.amax((1, 2, 3, 4)) > self.skip_air
-            if not seen.any() and self.classes is None:
-                seen[0] = True  # only the network knows how many classes there are
-            found = network(windows[seen]).float() if seen.any() else windows.new_empty(0)
-        self.classes = found.shape[1] if len(found) else self.classes
-        logits = windows.new_zeros((len(windows), self.classes, *windows.shape[2:]))
-        logits[:, 0] = self.AIR_LOGIT
-        logits[seen] = found.reshape(-1, *logits.shape[1:])
-        return logits
 
 
 class ReadableLoader:

@@ -100,8 +100,10 @@ def simcrop_step(
 
     def step() -> None:
         volume, *texts = batch.values()
-        loss(inferer(volume, network, *texts)).backward()
-        losses.append({name: value.item() for name, value in loss.parts.items()})
+        pred = inferer(volume, network, *texts)
+        loss(pred).backward()
+        if not losses:
+            losses.append({name: value.item() for name, value in loss.parts(pred).items()})
         optimizer.step()
         optimizer.zero_grad()
 
@@ -171,16 +173,16 @@ def breakdown(text_encoder: str, precision: str, batch_size: int, repeats: int, 
     hidden, padding = labels != -100, reports == network.text_encoder.pad_token_id
     logits = timed("report decoder", lambda: network.report_decoder(features, tokens[:, 1:], padding, hidden))
     patches = timed("alignment, patches", lambda: network.aligner.patches(tokens, tokens, [], 1))
-    count = batch["sentence_id"].shape[1]
+    count = batch["sentence_hash"].shape[1]
     sentences = timed(
-        "alignment, sentences", lambda: network.aligner.sentences(findings, batch["sentence_index"], count)
+        "alignment, sentences", lambda: network.aligner.sentences(findings, batch["token_sentence"], count)
     )
     output = {
         "volume_pred": pred,
         "volume_target": gather_tokens(patchify(volume, encoder.patch_size), masked),
         "patch_features": patches,
         "sentence_features": sentences,
-        "sentence_id": batch["sentence_id"],
+        "sentence_hash": batch["sentence_hash"],
         "report_logits": logits,
         "report_target": labels[hidden],
     }

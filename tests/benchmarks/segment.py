@@ -26,6 +26,7 @@ from monai.inferers import sliding_window_inference
 from monai.networks.nets import UNETR
 from torch import nn
 
+from custom_components import unetr
 from custom_components.cpu import keep_freed
 from custom_components.run.handlers import decay_groups
 from custom_components.run.inferers import WindowInferer
@@ -50,7 +51,7 @@ def make(name: str) -> nn.Module:
     if name == "simcrop":
         keep_freed(device())
         return network.to(device())
-    network.has_amx = True
+    unetr.convolves_in_float32 = lambda device: False
     for module in list(network.modules()):
         for key, child in module.named_children():
             if isinstance(child, InstanceNorm):
@@ -71,7 +72,7 @@ def step(name: str, precision: str, repeats: int) -> dict[str, Any]:
         optimizer.zero_grad()
         with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
             logits = network(volume)
-        loss(logits, label).backward()
+        loss(logits.float(), label).backward()
         optimizer.step()
 
     # memory is new to the process in the first two

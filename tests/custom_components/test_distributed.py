@@ -48,14 +48,16 @@ class Toy(nn.Module):
         torch.manual_seed(0)
         self.patch, self.sentence, self.token = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(6, 9)
 
-    def forward(self, patches: Tensor, sentences: Tensor, sentence_id: Tensor, tokens: Tensor, labels: Tensor) -> dict:
+    def forward(
+        self, patches: Tensor, sentences: Tensor, sentence_hash: Tensor, tokens: Tensor, labels: Tensor
+    ) -> dict:
         hidden = labels != -100
         return {
             "volume_pred": self.patch(patches),
             "volume_target": patches[..., :5],
             "patch_features": self.patch(patches),
             "sentence_features": self.sentence(sentences),
-            "sentence_id": sentence_id,
+            "sentence_hash": sentence_hash,
             "report_logits": self.token(tokens[hidden]),
             "report_target": labels[hidden],
         }
@@ -89,10 +91,11 @@ def losses(negatives: str, pool: str) -> SimCroPLoss:
 
 
 def result(network: nn.Module, loss: SimCroPLoss, batch: list[Tensor]) -> dict[str, Tensor]:
-    total = loss(network(*batch))
+    pred = network(*batch)
+    total = loss(pred)
     total.backward()
     gradients = {name.removeprefix("module."): p.grad for name, p in network.named_parameters()}
-    return loss.parts | gradients
+    return {"total": total.detach()} | {k: v.detach() for k, v in loss.parts(pred).items()} | gradients
 
 
 def check_losses(rank: int, expected: dict) -> None:

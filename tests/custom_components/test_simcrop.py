@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 BRANCHES = {"volume": "volume_decoder", "alignment": "aligner", "report": "report_decoder"}
 OUTPUTS = {
     "volume": {"volume_pred", "volume_target", "masked"},
-    "alignment": {"patch_features", "sentence_features", "sentence_id"},
+    "alignment": {"patch_features", "sentence_features", "sentence_hash"},
     "report": {"report_logits", "report_target"},
 }
 
@@ -41,11 +41,9 @@ def losses(negatives: str = "both", **weights: float) -> SimCroPLoss:
 
 
 def parts(network: SimCroP, batch: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
-    """The three losses and their sum, with masks drawn from ``seed``."""
-    loss = losses()
+    """The three losses, with masks drawn from ``seed``."""
     torch.manual_seed(seed)
-    loss(network(**batch))
-    return loss.parts
+    return losses().parts(network(**batch))
 
 
 # masks
@@ -95,7 +93,7 @@ def test_output_has_the_documented_shapes(network, batch):
         "masked": (3, 24),
         "patch_features": (3, 8, 16),
         "sentence_features": (3, 3, 16),
-        "sentence_id": (3, 3),
+        "sentence_hash": (3, 3),
         "report_logits": (hidden.sum(), 40),
         "report_target": (hidden.sum(),),
     }
@@ -133,13 +131,14 @@ def test_the_seed_decides_the_losses(network, batch):
 def test_padding_never_changes_a_loss(network, batch):
     model, inputs = network().eval(), batch()
     longer = inputs | {
-        name: torch.nn.functional.pad(inputs[name], (0, more), value=value)
+        name: torch.nn.functional.pad(inputs[name], more, value=value)
         for name, more, value in [
-            ("findings_ids", 5, 0),
-            ("sentence_index", 5, -1),
-            ("sentence_id", 2, 0),
-            ("report_ids", 6, 0),
-            ("report_labels", 6, -100),
+            ("findings_ids", (0, 5), 0),
+            ("token_place", (0, 0, 0, 5), 0),
+            ("token_sentence", (0, 5), -1),
+            ("sentence_hash", (0, 2), 0),
+            ("report_ids", (0, 6), 0),
+            ("report_labels", (0, 6), -100),
         ]
     }
     torch.testing.assert_close(parts(model, longer), parts(model, inputs), atol=1e-5, rtol=1e-5)
@@ -189,10 +188,9 @@ def test_a_branch_that_is_none_is_not_computed_and_the_others_do_not_notice(netw
     assert set(output) == set().union(*(names for branch, names in OUTPUTS.items() if branch != off))
     read = {"volume": ["findings_ids", "report_ids"], "alignment": ["report_ids"], "report": ["findings_ids"]}[off]
     assert len(texts) == len(read) and all(torch.equal(t, inputs[name]) for t, name in zip(texts, read, strict=True))
-    loss = losses(**{off: 0.0})
-    loss(output)
+    found = losses(**{off: 0.0}).parts(output)
     for name in set(BRANCHES) - {off}:
-        torch.testing.assert_close(loss.parts[name], expected[name])
+        torch.testing.assert_close(found[name], expected[name])
 
 
 def test_volume_modelling_alone_needs_no_text_encoder(network, batch):
@@ -220,23 +218,19 @@ def test_align_layer_beyond_the_last_block_is_an_error(network):
         network(align_layer=3)
 
 
-@pytest.mark.parametrize("context", ["report", "sentence"])
-def test_sentence_context_says_what_the_text_encoder_reads(network, batch, context):
+def test_a_sentence_is_read_where_its_tokens_stand(network, batch):
+    """Report 0 of three sentences, each of three tokens: as one text, and as three texts that stand in other rows."""
     model, inputs = network().eval(), batch()
-    model.sentence_context = context
-    features = model(**inputs)["sentence_features"]
-    words = inputs["findings_ids"][0, 4:7]  # the second of three sentences, of three tokens each
-    read = inputs["findings_ids"][:1] if context == "report" else torch.tensor([[2, *words, 3]])
-    tokens = model.text_encoder(read)[0]
-    tokens = tokens[4:7] if context == "report" else tokens[1:4]
-    expected = model.aligner.sentence_projection(tokens).mean(0)
-    torch.testing.assert_close(features[0, 1], expected, atol=1e-5, rtol=1e-4)
-    assert not features[inputs["sentence_id"] == 0].any()
-
-
-def test_unknown_sentence_context_is_named(network):
-    with pytest.raises(InputError, match="sentence_context 'volume'"):
-        SimCroP(network().encoder, sentence_context="volume")
+    whole, words = inputs["findings_ids"][:1], inputs["findings_ids"][0, 1:10].reshape(3, 3)
+    alone = torch.nn.functional.pad(torch.tensor([[2, *sentence, 3] for sentence in words]), (0, 6))
+    apart = inputs | {"findings_ids": torch.cat([inputs["findings_ids"], alone])}
+    apart["token_place"] = inputs["token_place"].clone()
+    apart["token_place"][0, 1:10] = torch.tensor([[3 + s, 1 + t] for s in range(3) for t in range(3)])
+    for given, expected in [(inputs, model.text_encoder(whole)[0, 4:7]), (apart, model.text_encoder(alone)[1, 1:4])]:
+        features = model(**given)["sentence_features"]
+        expected = model.aligner.sentence_projection(expected).mean(0)
+        torch.testing.assert_close(features[0, 1], expected, atol=1e-5, rtol=1e-4)
+        assert not features[inputs["sentence_hash"] == 0].any()
 
 
 def test_sentence_feature_is_the_mean_of_its_projected_tokens():
@@ -431,14 +425,16 @@ def test_one_step_at_the_published_size(tmp_path):
     output = network(
         volume=torch.rand(1, 1, 224, 224, 112) * 2 - 1,
         findings_ids=words,
-        sentence_index=(torch.arange(160) // 20)[None],
-        sentence_id=torch.arange(1, 9)[None],
+        token_place=torch.stack([torch.zeros(160).long(), torch.arange(160)], -1)[None],
+        token_sentence=(torch.arange(160) // 20)[None],
+        sentence_hash=torch.arange(1, 9)[None],
         report_ids=torch.where(hidden, 103, words),
         report_labels=torch.where(hidden, words, -100),
     )
     assert output["volume_pred"].shape == (1, 2058, 2048) and output["patch_features"].shape == (1, 686, 768)
-    loss(output).backward()
+    total = loss(output)
+    total.backward()
     optimizer.step()
-    assert all(value.isfinite() for value in loss.parts.values())
+    assert total.isfinite()
     for name, p in network.named_parameters():
         assert p.isfinite().all() and (p.grad is not None) == p.requires_grad, name

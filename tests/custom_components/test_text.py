@@ -27,7 +27,7 @@ from custom_components.text import (
     load_text_encoder,
     load_tokenizer,
     queries,
-    sentence_number,
+    sentence_hash,
     split_sentences,
     tokenize_sentences,
 )
@@ -103,10 +103,10 @@ def test_no_word_of_a_report_is_lost(phrases):
     assert letters("".join(split_sentences(text))) == letters(text)
 
 
-def test_sentence_number_is_that_of_the_words():
-    assert sentence_number("No  Effusion.") == sentence_number("no effusion.")
-    assert sentence_number("No effusion.") != sentence_number("Effusion.")
-    assert sentence_number("No effusion.") == 885827686028336322  # in every process
+def test_sentence_hash_is_that_of_the_words():
+    assert sentence_hash("No  Effusion.") == sentence_hash("no effusion.")
+    assert sentence_hash("No effusion.") != sentence_hash("Effusion.")
+    assert sentence_hash("No effusion.") == 885827686028336322  # in every process
 
 
 def test_queries_take_any_form_and_must_hold_a_sentence():
@@ -170,20 +170,44 @@ def test_long_texts_are_cut_at_max_length(tokenizer):
 def test_sentences_beyond_max_length_have_no_number(tokenizer):
     report = {"findings": FINDINGS, "impression": IMPRESSION}
     item = TokenizeReportd(["findings", "impression"], tokenizer, max_length=22)(report)
-    assert item["sentence_index"].max() == 1
-    assert item["sentence_id"].tolist() == [sentence_number(s) for s in split_sentences(FINDINGS)[:2]]
-    assert len(item["findings_ids"]) == len(item["report_ids"]) == 22
+    assert item["token_sentence"].max() == 1
+    assert item["sentence_hash"].tolist() == [sentence_hash(s) for s in split_sentences(FINDINGS)[:2]]
+    assert len(item["findings_ids"][0]) == len(item["report_ids"]) == 22
 
 
 def test_findings_make_the_sentences_and_both_sections_the_report(tokenizer):
     report = {"findings": FINDINGS, "impression": IMPRESSION, "name": "a"}
     item = TokenizeReportd(["findings", "impression"], tokenizer)(report)
     assert item["name"] == "a" and set(report) == {"findings", "impression", "name"}
-    assert_tokens_spell_their_sentences(
-        split_sentences(FINDINGS), item["findings_ids"], item["sentence_index"], tokenizer
-    )
-    assert item["sentence_id"].tolist() == [sentence_number(s) for s in split_sentences(FINDINGS)]
+    (findings,) = item["findings_ids"]
+    assert_tokens_spell_their_sentences(split_sentences(FINDINGS), findings, item["token_sentence"], tokenizer)
+    assert item["token_place"].tolist() == [[0, column] for column in range(len(findings))]
+    assert item["sentence_hash"].tolist() == [sentence_hash(s) for s in split_sentences(FINDINGS)]
     assert plain(tokenizer.decode(item["report_ids"], skip_special_tokens=True)) == plain(FINDINGS + IMPRESSION)
+
+
+@pytest.mark.parametrize("max_length", [512, 22, 15, 4])
+def test_a_sentence_alone_is_tokenised_alone_and_laid_out_as_in_its_report(tokenizer, max_length):
+    report = {"findings": FINDINGS, "impression": IMPRESSION}
+    whole, alone = (
+        TokenizeReportd(["findings", "impression"], tokenizer, max_length, context)(report)
+        for context in ("report", "sentence")
+    )
+    for key in ("token_sentence", "sentence_hash", "report_ids"):
+        assert torch.equal(alone[key], whole[key]), key
+    count = len(alone["sentence_hash"])
+    for text, sentence in zip(alone["findings_ids"], split_sentences(FINDINGS)[:count], strict=True):
+        expected = torch.tensor(tokenizer(sentence)["input_ids"])
+        assert torch.equal(text[:-1], expected[: len(text) - 1]) and text[-1] == tokenizer.sep_token_id
+        assert len(text) == len(expected) or text is alone["findings_ids"][-1]  # the last may be cut
+    row, column = alone["token_place"].T
+    tokens = torch.stack([alone["findings_ids"][r][c] for r, c in zip(row, column, strict=True)])
+    assert torch.equal(tokens, whole["findings_ids"][0])
+
+
+def test_an_unknown_sentence_context_is_named(tokenizer):
+    with pytest.raises(InputError, match="sentence_context 'volume'"):
+        TokenizeReportd(["findings", "impression"], tokenizer, sentence_context="volume")
 
 
 def test_two_sections_are_needed(tokenizer):
@@ -202,8 +226,8 @@ REPORTS = [
 ]
 
 
-def collate(tokenizer, reports=REPORTS, **keys):
-    transform = TokenizeReportd(["findings", "impression"], tokenizer)
+def collate(tokenizer, reports=REPORTS, context="report", **keys):
+    transform = TokenizeReportd(["findings", "impression"], tokenizer, sentence_context=context)
     items = [transform(report) | {"image": torch.full((1, 2, 2, 2), float(i))} for i, report in enumerate(reports)]
     return items, ReportCollate(tokenizer, **keys)(items)
 
@@ -211,18 +235,36 @@ def collate(tokenizer, reports=REPORTS, **keys):
 def test_full_partial_and_empty_reports_share_a_batch(tokenizer):
     items, batch = collate(tokenizer)
     assert batch["image"].shape == (4, 1, 2, 2, 2) and batch["image"][:, 0, 0, 0, 0].tolist() == [0, 1, 2, 3]
-    assert set(batch) == {"image", "findings_ids", "sentence_index", "sentence_id", "report_ids", "report_labels"}
-    assert [(row != 0).sum().item() for row in batch["sentence_id"]] == [3, 0, 1, 0]
+    assert set(batch) == {
+        "image", "findings_ids", "token_place", "token_sentence", "sentence_hash", "report_ids", "report_labels"
+    }  # fmt: skip
+    assert [(row != 0).sum().item() for row in batch["sentence_hash"]] == [3, 0, 1, 0]
     for i, item in enumerate(items):
-        for key, padding in {"findings_ids": tokenizer.pad_token_id, "sentence_index": -1, "sentence_id": 0}.items():
+        item = item | {
+            "findings_ids": item["findings_ids"][0],
+            "token_place": item["token_place"] + torch.tensor([i, 0]),
+        }
+        padded = {"findings_ids": tokenizer.pad_token_id, "token_place": 0, "token_sentence": -1, "sentence_hash": 0}
+        for key, padding in padded.items():
             length = len(item[key])
             assert torch.equal(batch[key][i, :length], item[key])
             assert (batch[key][i, length:] == padding).all()
 
 
-def test_a_batch_of_empty_reports_can_be_made(tokenizer):
-    _, batch = collate(tokenizer, [REPORTS[3]] * 2)
-    assert batch["sentence_id"].shape == (2, 0)
+@pytest.mark.parametrize("context", ["report", "sentence"])
+def test_every_token_of_a_batch_is_found_again(tokenizer, context):
+    _, batch = collate(tokenizer, context=context)
+    assert len(batch["findings_ids"]) == {"report": 4, "sentence": 6}[context]  # 3, 1 and 1 sentences, two empty texts
+    row, column = batch["token_place"].unbind(-1)
+    tokens, expected = batch["findings_ids"][row, column], collate(tokenizer)[1]["findings_ids"]
+    words = batch["token_sentence"] >= 0
+    assert words.any() and torch.equal(tokens[words], expected[words])
+
+
+@pytest.mark.parametrize("context", ["report", "sentence"])
+def test_a_batch_of_empty_reports_can_be_made(tokenizer, context):
+    _, batch = collate(tokenizer, [REPORTS[3]] * 2, context)
+    assert batch["sentence_hash"].shape == (2, 0) and (batch["token_sentence"] == -1).all()
     assert (batch["report_labels"] == -100).all()
 
 
@@ -343,14 +385,14 @@ def test_cache_keeps_no_more_than_asked_for(text_encoder, batch):
         assert len(text_encoder._cache) == size
 
 
-def test_sentencewise_reads_every_sentence_alone(real_encoder, tokenizer):
-    items, batch = collate(tokenizer)
-    features = real_encoder.sentencewise(batch["findings_ids"], batch["sentence_index"])
+def test_every_sentence_can_be_read_alone(real_encoder, tokenizer):
+    _, batch = collate(tokenizer, context="sentence")
+    row, column = batch["token_place"].unbind(-1)
+    features = real_encoder(batch["findings_ids"])[row, column]
     for b, report in enumerate(REPORTS):
         for s, sentence in enumerate(split_sentences(report["findings"])):
             alone = real_encoder(torch.tensor(tokenizer(sentence)["input_ids"])[None])[0, 1:-1]
-            torch.testing.assert_close(features[b, batch["sentence_index"][b] == s], alone, atol=1e-5, rtol=1e-4)
-    assert not features[batch["sentence_index"] == -1].any()
+            torch.testing.assert_close(features[b, batch["token_sentence"][b] == s], alone, atol=1e-5, rtol=1e-4)
 
 
 def test_a_sentence_read_alone_is_the_mean_of_its_projected_tokens(real_encoder, tokenizer):

@@ -11,13 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from custom_components.cpu import attention
 from custom_components.errors import InputError
 from custom_components.simcrop import Aligner, VolumeEmbedder
 from custom_components.vit import (
     Attention,
     Block,
     SimCroPEncoder,
-    attention,
+    compile_blocks,
     hu_statistics,
     patch_grid,
     patchify,
@@ -225,7 +226,7 @@ def test_attention_of_the_last_tokens_is_a_slice_of_that_of_all(first):
 
 
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.sampled_from([3, 16]))
-@settings(max_examples=20)
+@settings(max_examples=20, deadline=None)
 def test_bfloat16_attention_on_cpus_has_the_gradients_of_the_formula(batch, heads, queries, keys, channels):
     torch.manual_seed(0)
     shapes = [(batch, heads, tokens, channels) for tokens in (queries, keys, keys)]
@@ -242,6 +243,14 @@ def test_bfloat16_attention_on_cpus_has_the_gradients_of_the_formula(batch, head
         error = (x.grad.double() - reference.grad).norm()
         # rounding of one number is 2^-9; with one key the gradients of queries and keys are 0, and their noise is all
         assert error <= 0.03 * reference.grad.norm() + 0.02 * math.sqrt(x.numel())
+
+
+def test_every_block_is_compiled_if_asked_and_nothing_else():
+    for enabled in (False, True):
+        encoder = small_encoder()
+        assert compile_blocks(encoder, enabled) is encoder
+        compiled = {name for name, module in encoder.named_modules() if module._compiled_call_impl is not None}
+        assert compiled == ({"blocks.0", "blocks.1", "blocks.2"} if enabled else set())
 
 
 def test_recomputed_blocks_give_the_same_gradients_and_keep_less():

@@ -24,7 +24,7 @@ from torch import nn
 
 from custom_components.errors import InputError
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
-from custom_components.run.handlers import OptimizerSteps, TrainingProgress, decay_groups
+from custom_components.run.handlers import LossParts, OptimizerSteps, TrainingProgress, decay_groups
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.resume import Checkpointer, LossCheck
 from custom_components.run.seeded import EpochSampler, SeededDataLoader
@@ -146,9 +146,11 @@ def test_a_process_that_ends_in_an_input_error_has_exit_code_one(tmp_path):
 @pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
 def test_autocast_inferer_runs_the_network_in_bfloat16_if_asked(amp, dtype):
     network = nn.Linear(4, 2)
+    seen = []
+    network.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     output = AutocastInferer(amp)(torch.ones(3, 4), network)
-    assert output.dtype == dtype and network.weight.dtype == torch.float32
-    torch.testing.assert_close(output.float(), network(torch.ones(3, 4)), atol=0.02, rtol=0.02)
+    assert seen == [dtype] and output.dtype == network.weight.dtype == torch.float32
+    torch.testing.assert_close(output, network(torch.ones(3, 4)), atol=0.02, rtol=0.02)
 
 
 def test_weight_decay_spares_biases_norms_and_tokens_and_groups_hold_all_that_trains(network):
@@ -170,19 +172,37 @@ def test_weight_decay_spares_biases_norms_and_tokens_and_groups_hold_all_that_tr
 # progress
 
 
-def run_with_losses(*values: float) -> None:
-    loss = SimCroPLoss(
-        {"volume": 1, "alignment": 0, "report": 0}, MaskedVolumeLoss(), SimilarityAlignmentLoss(), MaskedReportLoss()
+class Volume(nn.Module):
+    """Predicts the image times a weight of 1, where zeros are true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+
+    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"volume_pred": self.weight * image, "volume_target": torch.zeros_like(image)}
+
+
+def test_progress_shows_epoch_steps_and_each_loss_without_a_second_look_at_the_batch(capsys):
+    weights = {"volume": 3, "alignment": 0, "report": 0}
+    loss = SimCroPLoss(weights, MaskedVolumeLoss(), SimilarityAlignmentLoss(), MaskedReportLoss())
+    seen, network = [], Volume()
+    loss.volume.register_forward_pre_hook(lambda module, args: seen.append(args))
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=1,
+        train_data_loader=[{"image": torch.tensor([value]), "label": torch.zeros(1)} for value in (1.0, 2.0)],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
+        loss_function=loss,
+        train_handlers=[LossParts(loss), TrainingProgress()],
+        decollate=False,
     )
-    engine = Engine(lambda _, value: loss({"volume_pred": torch.tensor([value]), "volume_target": torch.zeros(1)}))
-    TrainingProgress(loss).attach(engine)
-    engine.run(values, max_epochs=1)
-
-
-def test_progress_shows_epoch_steps_and_each_loss(capsys):
-    run_with_losses(1.0, 2.0)
+    trainer.run()
     shown = capsys.readouterr().err
-    assert "epoch 1/1" in shown and "2/2" in shown and "volume=4.000" in shown
+    assert "epoch 1/1" in shown and "2/2" in shown and "total=12.000, volume=4.000" in shown
+    assert trainer.state.output["losses"] == {"volume": 4.0}  # a part without weight is not called
+    assert not trainer.state.output["losses"]["volume"].requires_grad and len(seen) == 2
 
 
 def test_progress_reads_losses_only_when_it_shows_them():
