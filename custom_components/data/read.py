@@ -61,7 +61,7 @@ class LoadCTd(MapTransform):
             check_voxels(path, raw, self.check_hu)
             image = _tensor(path, raw)
             if self.hu_range is not None:
-                low, high = torch.aminmax(_in_memory_order(image))
+                low, high = map(float, torch.aminmax(_in_memory_order(image)))
                 if low < self.hu_range[0] or high > self.hu_range[1]:
                     image.clamp_(*self.hu_range)
             data[key] = image

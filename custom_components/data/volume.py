@@ -65,8 +65,8 @@ class Raw:
         return voxels
 
     def sample(self) -> np.ndarray:
-        """HU of some 100,000 voxels on a regular grid, float32 [N]."""
-        steps = [max(1, round(size / 48)) for size in self.voxels.shape]
+        """HU of some 14,000 voxels on a regular grid, float32 [N]."""
+        steps = [max(1, round(size / 24)) for size in self.voxels.shape]
         some = self.voxels[tuple(slice(step // 2, None, step) for step in steps)].astype(np.float32).ravel()
         return some * np.float32(self.slope) + np.float32(self.intercept)
 
