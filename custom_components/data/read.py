@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapLabelValue, MapTransform
 from torch import Tensor
 
-from custom_components.data.volume import Raw, check_geometry, check_voxels, read_volume
+from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, read_volume
 from custom_components.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -56,9 +57,10 @@ class LoadCTd(MapTransform):
         data = dict(data)
         for key in self.key_iterator(data):
             path = Path(data[key]).expanduser()
-            raw = read_volume(path)
-            check_geometry(path, raw)
-            check_voxels(path, raw, self.check_hu)
+            with _in_one_line():
+                raw = read_volume(path)
+                check_geometry(path, raw)
+                check_voxels(path, raw, self.check_hu)
             image = _tensor(path, raw)
             if self.hu_range is not None:
                 low, high = map(float, torch.aminmax(_in_memory_order(image)))
@@ -66,6 +68,15 @@ class LoadCTd(MapTransform):
                     image.clamp_(*self.hu_range)
             data[key] = image
         return data
+
+
+@contextmanager
+def _in_one_line() -> Iterator[None]:
+    """A data loader's worker sends an error as text, in which OneLineErrors knows InputError alone by its name."""
+    try:
+        yield
+    except Unfit as error:
+        raise InputError(str(error)) from error
 
 
 def _tensor(path: Path, raw: Raw) -> MetaTensor:
@@ -112,7 +123,8 @@ class LoadLabeld(MapTransform):
         data = dict(data)
         for key in self.key_iterator(data):
             path, image = Path(data[key]).expanduser(), data[self.image_key]
-            label = _tensor(path, read_volume(path))
+            with _in_one_line():
+                label = _tensor(path, read_volume(path))
             _check_same_grid(path, label, image)
             data[key] = MetaTensor(self._classes(path, label.as_tensor()), meta=label.meta)
         return data

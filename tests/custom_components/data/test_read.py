@@ -68,6 +68,7 @@ def refusal(path: Path, **arguments) -> str:
     with pytest.raises(InputError) as error:
         LoadCTd("image", **arguments)({"image": path})
     message = str(error.value)
+    assert type(error.value) is InputError, "or OneLineErrors does not know it in a data loader's text"
     assert "\n" not in message and message.count(str(path)) == 1 and len(message) < 400, message
     return message
 
