@@ -17,7 +17,7 @@ import os
 import shutil
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures import Future, TimeoutError
@@ -208,16 +208,14 @@ def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: Sequence[int], a
     values = np.unique(label.voxels)
     if (label.slope, label.intercept) != (1.0, 0.0) or (values != np.rint(values)).any() or not values.any():
         raise Unfit(f"{scan.label} is no label map, its values are {values[:5].tolist()}: download it again", "label")
+    if values.min() < 0 or values.max() > 255:
+        raise Unfit(
+            f"{scan.label} has values from {values.min():g} to {values.max():g}, and labels are 0 to 255: correct it",
+            "label",
+        )
     table = np.zeros(256, np.uint8)
-    for value in values:
-        if source.label_values:
-            table[int(value) % 256] = source.label_values.get(int(value), 0)
-        elif 0 <= value < 256:
-            table[int(value)] = int(value)
-        else:
-            raise Unfit(f"{scan.label} has the value {value:g}, and labels are 0 to 255: correct it", "label")
-    if not (0 <= values.min() and values.max() < 256):
-        raise Unfit(f"{scan.label} has the value {values.max():g}, and labels are 0 to 255: correct it", "label")
+    for value in values.astype(int).tolist():
+        table[value] = source.label_values.get(value, 0) if source.label_values else value
     return table[resample_label(label, shape, affine).astype(np.uint8)]
 
 
@@ -352,10 +350,8 @@ def _failure(scan: Scan, error: BaseException, timeout: float) -> dict[str, Any]
     if isinstance(error, Unfit):
         reason, message = error.reason, str(error)
     elif isinstance(error, TimeoutError):
-        reason, message = (
-            "timeout",
-            f"{scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes",
-        )
+        reason = "timeout"
+        message = f"{scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes"
     else:
         told = first_line(error)
         if isinstance(error, ProcessExpired):
@@ -602,25 +598,21 @@ def summarize(folder: Path, rows: Sequence[Mapping[str, str]], expected: int) ->
     lines = ["# Prepared volumes", "", f"{len(ok)} prepared, {len(failed)} failed, {expected - len(rows)} to come.", ""]
     if failed:
         lines += ["## Failures", "", "| reason | volumes | first | message |", "|---|---|---|---|"]
-        reasons = defaultdict(list)
-        for row in failed.values():
-            reasons[row["reason"]].append(row)
-        for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
-            message = members[0]["message"].replace("|", "/")
-            lines.append(f"| {reason} | {len(members)} | {members[0]['name']} | {message} |")
+        for reason, count in Counter(row["reason"] for row in failed.values()).most_common():
+            first = next(row for row in failed.values() if row["reason"] == reason)
+            lines.append(f"| {reason} | {count} | {first['name']} | {first['message'].replace('|', '/')} |")
         lines += ["", "All of them, with reasons: failed.csv.", ""]
     if len(ok):
         lines += ["## As published", "", "| version | volumes |", "|---|---|"]
         lines += [f"| {version} | {count} |" for version, count in Counter(ok["version"]).most_common(20)]
-        spacing = np.array([[float(s) for s in cell.split()] for cell in ok["spacing"]])
-        shape = np.array([[int(s) for s in cell.split()] for cell in ok["shape"]])
-        numbers = ok[["hu_p0.5", "hu_p50", "hu_p99.5", "lung_share", "seconds"]].astype(float)
-        measured = {f"spacing, axis {axis}, mm": spacing[:, axis] for axis in range(3)}
-        measured |= {f"voxels, axis {axis}": shape[:, axis] for axis in range(3)}
-        measured |= {name: numbers[name].to_numpy() for name in numbers}
+        measured = ok[["hu_p0.5", "hu_p50", "hu_p99.5", "lung_share", "seconds"]].astype(float)
+        for column, unit in (("shape", "voxels, axis {}"), ("spacing", "spacing, axis {}, mm")):
+            cells = ok[column].str.split(expand=True).astype(float)
+            for axis in (2, 1, 0):
+                measured.insert(0, unit.format(axis), cells[axis])
         lines += ["", "| | lowest | median | highest |", "|---|---|---|---|"]
         for name, values in measured.items():
-            lines.append(f"| {name} | {values.min():g} | {np.median(values):g} | {values.max():g} |")
+            lines.append(f"| {name} | {values.min():g} | {values.median():g} | {values.max():g} |")
         orientations = ", ".join(f"{code} {count}" for code, count in Counter(ok["orientation"]).most_common(8))
         size = sum(int(n) for cell in ok["output_bytes"] for n in str(cell).split()) / 1e9
         lines += ["", f"Orientation of the files: {orientations}. Prepared volumes: {size:.3g} GB.", ""]

@@ -7,7 +7,8 @@ processes that do nothing but read start by the dozen, and ITK only with the fir
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -223,21 +224,22 @@ def read_itk(path: str | os.PathLike) -> Raw:
     path = Path(path)
     if path.suffix.lower() == ".mhd":
         _check_mhd(path)
+    return _of_itk(path, _by_itk(itk.imread, str(path)))
+
+
+def _by_itk(read: Callable, *arguments: Any) -> Any:
     try:
-        image = itk.imread(str(path))
+        return read(*arguments)
     except Exception as error:  # its text is about ITK's own source files
         raise ValueError("its header or its voxels are missing, cut off or of another format") from error
-    return _of_itk(path, image)
 
 
 def _of_itk(path: Path, image: Any) -> Raw:
     import itk
 
-    components = image.GetNumberOfComponentsPerPixel()
-    shape = _three_axes(path, (*itk.size(image), components))
-    direction = itk.array_from_matrix(image.GetDirection())[:3, :3]
+    shape = _three_axes(path, (*itk.size(image), image.GetNumberOfComponentsPerPixel()))
     affine = np.eye(4)
-    affine[:3, :3] = direction * np.asarray(image.GetSpacing())[:3]
+    affine[:3, :3] = itk.array_from_matrix(image.GetDirection())[:3, :3] * np.asarray(image.GetSpacing())[:3]
     affine[:3, 3] = np.asarray(image.GetOrigin())[:3]
     # ITK's +x is left and +y posterior, NIfTI's right and anterior
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
@@ -246,25 +248,21 @@ def _of_itk(path: Path, image: Any) -> Raw:
 
 def _check_mhd(path: Path) -> None:
     """ITK reads a .raw that is too short without an error, and fills up with what the memory held."""
-    pairs = (line.split("=", 1) for line in path.read_text(encoding="latin-1").splitlines() if "=" in line)
-    header = {key.strip(): value.strip() for key, value in pairs}
-    absent = [key for key in ("DimSize", "ElementType", "ElementDataFile") if key not in header]
-    if absent:
-        raise ValueError(f"its header has no {', '.join(absent)}")
-    if header["ElementDataFile"] in ("LOCAL", "LIST") or "%" in header["ElementDataFile"]:
+    import itk
+
+    header = dict(re.findall(r"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$", path.read_text(encoding="latin-1")))
+    name = header.get("ElementDataFile", "LOCAL")
+    if name in ("LOCAL", "LIST") or "%" in name:
         return  # within the file, or one file a slice
-    data = path.parent / header["ElementDataFile"]
+    data = path.parent / name
     if not data.is_file():
         raise FileNotFoundError(f"its voxels, {data.name}, are not beside it")
-    sizes = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4, "FLOAT": 4}
-    expected = sizes.get(header["ElementType"].removeprefix("MET_"), 8) * int(
-        np.prod([int(n) for n in header["DimSize"].split()], dtype=object)
-    )
+    image = itk.MetaImageIO.New()
+    image.SetFileName(str(path))
+    _by_itk(image.ReadImageInformation)
     skipped = int(header.get("HeaderSize", 0))  # -1: as much as there is before the voxels
-    expected += max(skipped, 0)
-    size = data.stat().st_size
-    compressed = header.get("CompressedData", "False").lower() == "true"
-    if not compressed and (size < expected or size > expected and skipped >= 0):
+    expected, size = image.GetImageSizeInBytes() + max(skipped, 0), data.stat().st_size
+    if header.get("CompressedData", "").lower() != "true" and (size < expected or size > expected and skipped >= 0):
         raise EOFError(f"{data.name} has {size} bytes, and the header tells of {expected}")
 
 
@@ -285,10 +283,7 @@ def read_dicom(folder: str | os.PathLike) -> Raw:
             f"{folder} holds {len(series)} readable DICOM series ({counts} slices): "
             "give a folder with the files of exactly one"
         )
-    try:
-        image = itk.imread(list(series[0]))
-    except Exception as error:
-        raise ValueError("its header or its voxels are missing, cut off or of another format") from error
+    image = _by_itk(itk.imread, list(series[0]))
     # Largest distance in mm of a slice from where even spacing puts it; ITK leaves the key out where it is small.
     key, meta = "ITK_non_uniform_sampling_deviation", image.GetMetaDataDictionary()
     if key in meta.GetKeys() and meta[key] > 0.1 * image.GetSpacing()[2]:

@@ -254,6 +254,19 @@ def test_header_without_its_voxels(tmp_path, name, data):
     assert "cannot be read" in refusal(tmp_path / name)
 
 
+def test_a_raw_that_is_shorter_than_its_header_says_is_named(tmp_path):
+    path = write_itk(tmp_path / "ct.mhd", phantom())
+    whole = (tmp_path / "ct.raw").read_bytes()
+    (tmp_path / "ct.raw").write_bytes(whole[:-2])
+    assert f"ct.raw has {len(whole) - 2} bytes, and the header tells of {len(whole)}" in refusal(path)
+    (tmp_path / "ct.raw").write_bytes(b"preamble" + whole)
+    assert f"ct.raw has {len(whole) + 8} bytes" in refusal(path)
+    header = path.read_text()
+    for size in ("8", "-1"):
+        path.write_text(header.replace("ElementDataFile", f"HeaderSize = {size}\nElementDataFile"))
+        np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom().T)
+
+
 def test_wrong_paths(tmp_path):
     assert "does not exist" in refusal(tmp_path / "ct.nii.gz")
     (tmp_path / "ct.png").touch()
