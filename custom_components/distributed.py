@@ -1,6 +1,8 @@
 """Training in several processes, one per device: who this process is, how to start, and sums over all of them.
 
 Everything here also works in a single process without a process group, where the sums are those of that process.
+torch.distributed raises there; ignite.distributed does not, but its first call waits for all processes, and after the
+group has ended each raises. Neither gathers rows whose number differs with gradients, nor weights a mean by its counts.
 """
 
 from __future__ import annotations
@@ -8,6 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -80,6 +84,16 @@ def leave_to_rank_zero() -> None:
     """End all processes but one, successfully: for work that is not divided, under a launcher that starts many."""
     if _environment("RANK") > 0:
         sys.exit(0)
+
+
+@contextmanager
+def rank_zero_first() -> Iterator[None]:
+    """The block runs in rank 0, and in the others once it has ended there; for what one makes and all read."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if world_size() > 1 and rank() == 0:
+        dist.barrier()
 
 
 def accumulation_steps(effective_batch_size: int, batch_size: int) -> int:

@@ -1,4 +1,4 @@
-"""Files that are whole under their name at any moment, whenever a run is killed."""
+"""Files that are whole under their name at any moment, whenever a run is killed; and stamps that tell of a change."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+# of the files that hold the voxels of a header
+VOXEL_SUFFIXES = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz", ".raw.bz2")}
 
 
 @contextmanager
@@ -42,3 +45,21 @@ def remove_temporaries(folder: str | Path, paths: Iterable[str]) -> None:
             target = re.fullmatch(r"\.\d+\.tmp\.(.+)", name)
             if target and os.path.join(parent, target[1]) in own:
                 Path(parent, name).unlink(missing_ok=True)
+
+
+def file_stamp(path: str | Path) -> str:
+    """Number, size and latest time of change of a scan's files: a folder's, or a header's with its voxels' beside it.
+
+    Prepared data sets hold these stamps: another format of them would have all volumes prepared anew.
+
+    Raises:
+        OSError: there is no such file.
+    """
+    path = Path(path)
+    files = [path]
+    if path.is_dir():
+        files = [Path(entry.path) for entry in os.scandir(path) if entry.is_file()]
+    elif (suffixes := VOXEL_SUFFIXES.get(path.suffix.lower())) is not None:
+        files += [file for file in map(path.with_suffix, suffixes) if file.exists()]
+    found = [file.stat() for file in files]
+    return f"{len(found)}:{sum(f.st_size for f in found)}:{max((f.st_mtime_ns for f in found), default=0)}"

@@ -44,11 +44,13 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -908,7 +910,8 @@ def cohort(
 
     Beside CT-RATE's own files, ``dataset/masks`` holds for each volume ``organs.nii.gz``, a mask per finding that is
     present, and per split the sentence that speaks of each. The bytes depend on the arguments but not on
-    `num_workers`. A cohort of other parameters is replaced; any other folder that is not empty is left alone.
+    `num_workers`. A cohort of other parameters is replaced; any other folder that is not empty is left alone. Where
+    several processes train together, rank 0 writes it, and the others go on when it is there.
     """
     shape, spacing = tuple(int(n) for n in shape), tuple(float(s) for s in spacing)
     manifest = {
@@ -921,15 +924,28 @@ def cohort(
         "seed": seed,
     }
     target = Path(dataset_dir).resolve()
-    if (target / "phantom.json").is_file():
-        if json.loads((target / "phantom.json").read_text()) == manifest:
-            return str(dataset_dir)
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(
-            f"phantom.cohort: {target} holds something that is not a phantom cohort (it has no phantom.json): "
-            "set dataset_dir to a new or empty folder"
-        )
+    with _rank_zero_first():
+        if (target / "phantom.json").is_file():
+            if json.loads((target / "phantom.json").read_text()) == manifest:
+                return str(dataset_dir)
+        elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(
+                f"phantom.cohort: {target} holds something that is not a phantom cohort (it has no phantom.json): "
+                "set dataset_dir to a new or empty folder"
+            )
+        _write_cohort(target, manifest, num_workers)
+    return str(dataset_dir)
 
+
+def _rank_zero_first() -> AbstractContextManager:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torch takes seconds to import, and the workers want none of it
+        return nullcontext()
+    from custom_components.distributed import rank_zero_first
+
+    return rank_zero_first()
+
+
+def _write_cohort(target: Path, manifest: Mapping[str, Any], num_workers: int) -> None:
     # built beside the target and renamed at the end, so that a kill never leaves half a cohort under its name
     stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
     _remove(stage)
@@ -937,8 +953,9 @@ def cohort(
         (stage / "dataset" / folder).mkdir(parents=True)
     (stage / "phantom.json").write_text(json.dumps(manifest, indent=2) + "\n")
     try:
-        items = [("train", i) for i in range(num_train)] + [("valid", i) for i in range(num_valid)]
-        write = partial(_write_patient, str(stage), shape, spacing, seed)
+        items = [(split, i) for split in ("train", "valid") for i in range(manifest[f"num_{split}"])]
+        arguments = tuple(manifest["shape"]), tuple(manifest["spacing"]), manifest["seed"]
+        write = partial(_write_patient, str(stage), *arguments)
         bar = partial(tqdm, total=len(items), desc="phantom cohort", unit="patient")
         if num_workers > 1:
             # spawn: forking a process in which torch's threads run can hang
@@ -958,7 +975,6 @@ def cohort(
         os.rename(stage, target)
     finally:
         _remove(stage)
-    return str(dataset_dir)
 
 
 def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> str:

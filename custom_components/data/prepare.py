@@ -15,13 +15,16 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent import futures
+from concurrent.futures import Future, TimeoutError
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -30,12 +33,22 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from isal import igzip
+from pebble import ProcessExpired, ProcessPool
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
-from custom_components.data.sources import Raw, Scan, Source, Unfit
+from custom_components.data.sources import Scan, Source
+from custom_components.data.volume import (
+    Raw,
+    Unfit,
+    check_geometry,
+    check_voxels,
+    first_line,
+    linear_weights,
+    reading,
+)
 from custom_components.errors import InputError
-from custom_components.files import remove_temporaries, remove_temporary, replacing
+from custom_components.files import file_stamp, remove_temporaries, remove_temporary, replacing
 
 FORMAT_VERSION = 1  # raise it with every change of the voxels written, so that a restart prepares volumes anew
 
@@ -73,15 +86,6 @@ class Recipe:
 # ------------------------------------------------------------------------------------------------------------ geometry
 
 
-def _weights(size: int, step: float, new_size: int, new_step: float, antialias: bool) -> np.ndarray:
-    """Linear interpolation along one axis as a matrix [new_size, size], float32; both grids have the same centre."""
-    place = (size - 1) / 2 + (np.arange(new_size) - (new_size - 1) / 2) * (new_step / step)
-    place = place.clip(0, size - 1)[:, None]
-    width = max(1.0, new_step / step) if antialias else 1.0
-    weights = np.maximum(1 - np.abs(np.arange(size) - place) / width, 0)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-
-
 def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """int16 HU [X, Y, Z], C-contiguous, and its affine: the scan's own axes, named R, A, S, at `pixdim`.
 
@@ -93,10 +97,12 @@ def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     target = to_ras[:, 0].astype(int)
     steps = [recipe.pixdim[axis] for axis in target]
     new_sizes = [max(1, round(n * a / s)) for n, a, s in zip(raw.voxels.shape, axes, steps)]
-    matrices = [
-        _weights(n, a, m, s, recipe.antialias)[:: int(sign)]
-        for n, a, m, s, sign in zip(raw.voxels.shape, axes, new_sizes, steps, to_ras[:, 1])
-    ]
+    matrices = []
+    for old_size, old_step, size, step, sign in zip(raw.voxels.shape, axes, new_sizes, steps, to_ras[:, 1]):
+        ratio = step / old_step
+        places = (old_size - 1) / 2 + (np.arange(size) - (size - 1) / 2) * ratio  # both grids have the same centre
+        width = max(1.0, ratio) if recipe.antialias else 1.0
+        matrices.append(linear_weights(places, old_size, width)[:: int(sign)])
 
     # from the slowest axis in memory to the fastest: the first step then reads each voxel where it lies, once
     order = np.argsort([-abs(stride) for stride in raw.voxels.strides], kind="stable")
@@ -171,47 +177,6 @@ def resample_label(raw: Raw, shape: Sequence[int], affine: np.ndarray) -> np.nda
 # -------------------------------------------------------------------------------------------------------------- checks
 
 
-def _check_geometry(scan: Scan, raw: Raw) -> None:
-    shape = raw.voxels.shape
-    told = " x ".join(map(str, shape))
-    if min(shape) < 1:
-        raise Unfit("wrong_dimensions", f"{scan.image} is {told} voxels: download it again")
-    if min(shape) < 3:
-        raise Unfit("few_slices", f"{scan.image} is {told} voxels, and a volume has three slices or more: leave it out")
-    axes = raw.affine[:3, :3]
-    spacing = np.linalg.norm(axes, axis=0)
-    extent = spacing * shape
-    if not np.isfinite(raw.affine).all() or (spacing < 0.05).any() or (spacing > 20).any():
-        told = " x ".join(f"{s:g}" for s in spacing)
-        raise Unfit("spacing", f"{scan.image} has a voxel spacing of {told} mm, which no CT has: correct its header")
-    if (extent < 20).any() or (extent > 2500).any():
-        told = " x ".join(f"{e:.0f}" for e in extent)
-        raise Unfit("spacing", f"{scan.image} shows {told} mm of a patient, which no CT does: correct its header")
-    if abs(np.linalg.det(axes / spacing)) < 0.5:
-        raise Unfit("spacing", f"{scan.image} has an affine whose axes do not span space: correct its header")
-
-
-def _check_voxels(scan: Scan, raw: Raw, recipe: Recipe) -> np.ndarray:
-    """Percentiles 0.5, 50 and 99.5 of the scan's HU before clipping."""
-    if raw.voxels.dtype.kind == "f" and not np.isfinite(raw.voxels).all():
-        count = int((~np.isfinite(raw.voxels)).sum())
-        raise Unfit("non_finite", f"{scan.image} holds NaN or infinity in {count} voxels: download it again")
-    if not np.isfinite([raw.slope, raw.intercept]).all() or raw.slope == 0:
-        raise Unfit(
-            "not_hu", f"{scan.image} has a rescaling of {raw.slope:g} x + {raw.intercept:g}: correct its header"
-        )
-    low, middle, high = np.percentile(raw.sample(), (0.5, 50, 99.5))
-    if low == high:
-        raise Unfit("empty", f"{scan.image} holds {low:g} everywhere: download it again")
-    if recipe.check_hu and not (-5000 < low < -500 and 0 < high < 5000):
-        raise Unfit(
-            "not_hu",
-            f"{scan.image} has intensities from {low:.0f} to {high:.0f}, which are not HU (air is -1000, water 0): "
-            "a rescaling was applied twice, or never",
-        )
-    return np.array([low, middle, high])
-
-
 def _check_prepared(scan: Scan, volume: np.ndarray, recipe: Recipe) -> float:
     """Share of voxels of lung density."""
     some = volume[::2, ::2, ::2]
@@ -219,13 +184,13 @@ def _check_prepared(scan: Scan, volume: np.ndarray, recipe: Recipe) -> float:
     dense = some[some > -300]
     if recipe.check_hu and (np.abs(dense) < 250).mean() < 0.4:
         raise Unfit(
-            "not_hu", f"{scan.image} has hardly a voxel of soft tissue (-250 to 250 HU): its rescaling must be wrong"
+            f"{scan.image} has hardly a voxel of soft tissue (-250 to 250 HU): its rescaling must be wrong", "not_hu"
         )
     if lung_share < recipe.min_lung_share:
         raise Unfit(
-            "little_lung",
             f"{scan.image} has lung density in {lung_share:.1%} of its voxels, less than min_lung_share "
             f"{recipe.min_lung_share:g}: it may show no chest",
+            "little_lung",
         )
     return lung_share
 
@@ -239,20 +204,18 @@ def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: Sequence[int], a
     extents = [np.sort(size * part.voxels.shape) for size, part in zip(sizes, (raw, label))]
     off = np.linalg.norm(centres[0] - centres[1])
     if off > 1.5 * max(sizes[0]) or np.abs(extents[0] - extents[1]).max() > 3 * max(sizes[0]):
-        raise Unfit("label", f"{scan.label} lies elsewhere than {scan.image} ({off:.1f} mm): find out which is right")
+        raise Unfit(f"{scan.label} lies elsewhere than {scan.image} ({off:.1f} mm): find out which is right", "label")
     values = np.unique(label.voxels)
     if (label.slope, label.intercept) != (1.0, 0.0) or (values != np.rint(values)).any() or not values.any():
-        raise Unfit("label", f"{scan.label} is no label map, its values are {values[:5].tolist()}: download it again")
+        raise Unfit(f"{scan.label} is no label map, its values are {values[:5].tolist()}: download it again", "label")
+    if values.min() < 0 or values.max() > 255:
+        raise Unfit(
+            f"{scan.label} has values from {values.min():g} to {values.max():g}, and labels are 0 to 255: correct it",
+            "label",
+        )
     table = np.zeros(256, np.uint8)
-    for value in values:
-        if source.label_values:
-            table[int(value) % 256] = source.label_values.get(int(value), 0)
-        elif 0 <= value < 256:
-            table[int(value)] = int(value)
-        else:
-            raise Unfit("label", f"{scan.label} has the value {value:g}, and labels are 0 to 255: correct it")
-    if not (0 <= values.min() and values.max() < 256):
-        raise Unfit("label", f"{scan.label} has the value {values.max():g}, and labels are 0 to 255: correct it")
+    for value in values.astype(int).tolist():
+        table[value] = source.label_values.get(value, 0) if source.label_values else value
     return table[resample_label(label, shape, affine).astype(np.uint8)]
 
 
@@ -306,26 +269,19 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
     start = time.perf_counter()
     places = [Path(prepared_dir, path) for path in _outputs(scan, recipe)]
     try:
-        raw = source.read(scan)
-        _check_geometry(scan, raw)
-        percentiles = _check_voxels(scan, raw, recipe)
-        volume, affine = resample(raw, recipe)
-        lung_share = _check_prepared(scan, volume, recipe)
-        arrays = [volume]
-        if scan.label is not None:
-            arrays.append(_prepare_label(scan, source, raw, volume.shape, affine))
-    except CannotWrite:
-        raise
-    except Exception as error:
+        with reading(scan.image):
+            raw = source.read(scan)
+            check_geometry(scan.image, raw)
+            percentiles = check_voxels(scan.image, raw, recipe.check_hu)
+            volume, affine = resample(raw, recipe)
+            lung_share = _check_prepared(scan, volume, recipe)
+            arrays = [volume]
+            if scan.label is not None:
+                arrays.append(_prepare_label(scan, source, raw, volume.shape, affine))
+    except Unfit:
         for place in places:  # of an earlier run, when the source was another
             place.unlink(missing_ok=True)
-        if isinstance(error, Unfit):
-            raise
-        # nibabel, gzip, zipfile, NumPy, ITK and Pillow each raise their own for a damaged file
-        cause = (str(error).strip().splitlines() or [""])[0].replace(f"{scan.image}", Path(scan.image).name)
-        raise Unfit(
-            "unreadable", f"{scan.image} cannot be read ({type(error).__name__}: {cause[:200]}): download it again"
-        ) from error
+        raise
     # the label first: an image whose label is missing would look complete
     for place, array in reversed(list(zip(places, arrays))):
         _write(place, array, affine)
@@ -348,126 +304,63 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
 # ------------------------------------------------------------------------------------------------------ many processes
 
 
-def _serve(connection: Any, source: Source, recipe: Recipe, prepared_dir: str) -> None:
-    """A worker: scans come in, rows of the manifest go out, until the connection is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers itself
+def _begin_worker() -> None:
+    """One thread for BLAS, and an end with the parent, which, killed, could not end a worker that hangs."""
 
     def follow_parent() -> None:
         wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)  # killed, it can neither end a worker that hangs nor take an answer
+        os._exit(1)
 
     threading.Thread(target=follow_parent, daemon=True).start()
-    with threadpool_limits(1):
-        connection.send(None)
-        while True:
-            try:
-                scan = connection.recv()
-            except EOFError:
-                return
-            try:
-                answer: Any = prepare_scan(source, scan, recipe, prepared_dir)
-            except CannotWrite as error:
-                answer = error
-            except Unfit as error:
-                answer = {"status": "failed", "reason": error.reason, "message": str(error)}
-            connection.send(answer)
-
-
-class _Worker:
-    """A process that prepares one scan at a time. It may crash or hang: then it alone ends, and its scan is known."""
-
-    def __init__(self, *arguments: Any) -> None:
-        context = multiprocessing.get_context("spawn")  # forking a process in which threads run can hang
-        self.connection, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, *arguments), daemon=True)
-        self.process.start()
-        other.close()
-        self.ready = False
-        self.scan: Scan | None = None
-        self.deadline = float("inf")
-
-    def give(self, scan: Scan, timeout: float) -> None:
-        self.scan, self.deadline = scan, time.monotonic() + timeout
-        self.connection.send(scan)
-
-    def end(self) -> int:
-        """Its exit code; negative is the number of the signal that killed it."""
-        self.connection.close()
-        self.process.kill()
-        self.process.join()
-        return self.process.exitcode or 0
+    threadpool_limits(1)
 
 
 def _run_pool(
-    scans: Sequence[Scan], num_workers: int, timeout: float, *arguments: Any
+    scans: Sequence[Scan], num_workers: int, timeout: float, source: Source, recipe: Recipe, prepared_dir: str
 ) -> Iterator[tuple[Scan, dict[str, Any]]]:
     """Every scan with its row, in the order in which they finish; `timeout` is in seconds a scan."""
-    waiting = list(reversed(scans))
-    workers = [_Worker(*arguments) for _ in range(min(num_workers, len(waiting)))]
+    waiting = iter(scans)
+    working: dict[Future, Scan] = {}
+    # forking a process in which threads run can hang
+    pool = ProcessPool(
+        min(num_workers, len(scans)), initializer=_begin_worker, context=multiprocessing.get_context("spawn")
+    )
     try:
-        while workers:
-            until = min(worker.deadline for worker in workers) - time.monotonic()
-            answering = wait([worker.connection for worker in workers], max(0.0, min(until, 3600.0)))
-            for worker in list(workers):
-                answer: Any = None
-                if worker.connection in answering:
-                    try:
-                        answer = worker.connection.recv()
-                    except (EOFError, OSError):
-                        worker.process.join(5)
-                        code = worker.end()
-                        if not worker.ready:
-                            raise InputError(
-                                f"a worker process ended with exit code {code} before it began: lower num_workers, or "
-                                "see the error above"
-                            ) from None
-                        told = f"signal {-code}" if code < 0 else f"exit code {code}"
-                        message = f"{worker.scan.image} ended the process that read it ({told}): download it again"
-                        answer = {"status": "failed", "reason": "crashed", "message": message}
-                elif time.monotonic() > worker.deadline:
-                    worker.end()
-                    message = (
-                        f"{worker.scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes"
-                    )
-                    answer = {"status": "failed", "reason": "timeout", "message": message}
-                else:
-                    continue
-                if isinstance(answer, CannotWrite):
-                    raise answer
-                worker.ready = True
-                if answer is not None:
-                    done = worker.scan
-                    worker.scan, worker.deadline = None, float("inf")
-                    yield done, answer
-                if worker.connection.closed:
-                    workers.remove(worker)
-                    if waiting:
-                        workers.append(_Worker(*arguments))
-                elif waiting:
-                    worker.give(waiting.pop(), timeout)
-                else:
-                    worker.connection.close()  # it ends by itself
-                    workers.remove(worker)
+        while True:
+            # one a worker: the pool could not be stopped while it hands on more than a pipe holds
+            for scan in islice(waiting, num_workers - len(working)):
+                task = pool.schedule(prepare_scan, (source, scan, recipe, prepared_dir), timeout=timeout)
+                working[task] = scan
+            if not working:
+                return
+            for task in futures.wait(working, return_when=futures.FIRST_COMPLETED).done:
+                scan, error = working.pop(task), task.exception()
+                yield scan, _failure(scan, error, timeout) if error else task.result()
     finally:
-        for worker in workers:
-            worker.end()
+        pool.stop()
+        pool.join()
+
+
+def _failure(scan: Scan, error: BaseException, timeout: float) -> dict[str, Any]:
+    """The row of a scan that failed; what ends the whole run is raised."""
+    if isinstance(error, CannotWrite):
+        raise error
+    if isinstance(error, BrokenProcessPool):
+        raise InputError("a worker process ended before it began: lower num_workers, or see the error above") from None
+    if isinstance(error, Unfit):
+        reason, message = error.reason, str(error)
+    elif isinstance(error, TimeoutError):
+        reason = "timeout"
+        message = f"{scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes"
+    else:
+        told = first_line(error)
+        if isinstance(error, ProcessExpired):
+            told = f"signal {-error.exitcode}" if error.exitcode < 0 else f"exit code {error.exitcode}"
+        reason, message = "crashed", f"{scan.image} ended the process that read it ({told}): download it again"
+    return {"status": "failed", "reason": reason, "message": message}
 
 
 # ------------------------------------------------------------------------------------------------------------ manifest
-
-
-def stamp(path: str | os.PathLike | None) -> str:
-    """Size and time of change of a file, or of all files in a folder of slices or beside a .mhd; "" for None."""
-    if path is None:
-        return ""
-    path = Path(path)
-    files = [path]
-    if path.is_dir():
-        files = [Path(entry.path) for entry in os.scandir(path) if entry.is_file()]
-    elif path.suffix.lower() == ".mhd":
-        files = [entry for entry in (path, *(path.with_suffix(s) for s in (".raw", ".zraw"))) if entry.exists()]
-    found = [file.stat() for file in files]
-    return f"{len(found)}:{sum(f.st_size for f in found)}:{max((f.st_mtime_ns for f in found), default=0)}"
 
 
 def read_manifest(prepared_dir: str | os.PathLike) -> dict[str, dict[str, str]]:
@@ -510,13 +403,20 @@ class _Manifest:
         self.file.close()
 
 
+def _stamps(scan: Scan) -> str:
+    try:
+        return f"{file_stamp(scan.image)} {file_stamp(scan.label) if scan.label else ''}"
+    except OSError:  # gone since it was listed
+        return ""
+
+
 def _is_done(scan: Scan, row: Mapping[str, str] | None, recipe_hash: str, recipe: Recipe, folder: Path) -> bool:
     """Whether a row of the manifest still describes the source and the files that lie there."""
     if row is None or row["status"] != "ok" or row["recipe"] != recipe_hash:
         return False
     try:
         sizes = " ".join(str((folder / path).stat().st_size) for path in _outputs(scan, recipe))
-        return sizes == row["output_bytes"] and f"{stamp(scan.image)} {stamp(scan.label)}" == row["source_stamp"]
+        return sizes == row["output_bytes"] and _stamps(scan) == row["source_stamp"]
     except OSError:
         return False
 
@@ -597,10 +497,11 @@ def prepare(
     shown: list[tuple[str, Path]] = []
     failures = 0
     sheet = folder / f"contact_sheet{f'_{part + 1}' if parts > 1 else ''}.png"
-    arguments = (source, recipe, str(folder))
     with tqdm(total=len(mine), initial=len(mine) - len(waiting), desc="prepare", unit="volume", smoothing=0.05) as bar:
         try:
-            with closing(_run_pool(waiting, num_workers, 60 * timeout_minutes, *arguments)) as finished:
+            with closing(
+                _run_pool(waiting, num_workers, 60 * timeout_minutes, source, recipe, str(folder))
+            ) as finished:
                 for scan, row in finished:
                     outputs = _outputs(scan, recipe)
                     row = row | {
@@ -645,13 +546,6 @@ def prepare(
             f"{len(mine_failed)} of {len(mine)} volumes failed, the first by {first['reason']} ({first['message']}): "
             f"see {folder / 'summary.md'}"
         )
-
-
-def _stamps(scan: Scan) -> str:
-    try:
-        return f"{stamp(scan.image)} {stamp(scan.label)}"
-    except OSError:  # gone since it was listed
-        return ""
 
 
 def _wait_for_others(shard: str | None) -> None:
@@ -704,25 +598,21 @@ def summarize(folder: Path, rows: Sequence[Mapping[str, str]], expected: int) ->
     lines = ["# Prepared volumes", "", f"{len(ok)} prepared, {len(failed)} failed, {expected - len(rows)} to come.", ""]
     if failed:
         lines += ["## Failures", "", "| reason | volumes | first | message |", "|---|---|---|---|"]
-        reasons = defaultdict(list)
-        for row in failed.values():
-            reasons[row["reason"]].append(row)
-        for reason, members in sorted(reasons.items(), key=lambda item: -len(item[1])):
-            message = members[0]["message"].replace("|", "/")
-            lines.append(f"| {reason} | {len(members)} | {members[0]['name']} | {message} |")
+        for reason, count in Counter(row["reason"] for row in failed.values()).most_common():
+            first = next(row for row in failed.values() if row["reason"] == reason)
+            lines.append(f"| {reason} | {count} | {first['name']} | {first['message'].replace('|', '/')} |")
         lines += ["", "All of them, with reasons: failed.csv.", ""]
     if len(ok):
         lines += ["## As published", "", "| version | volumes |", "|---|---|"]
         lines += [f"| {version} | {count} |" for version, count in Counter(ok["version"]).most_common(20)]
-        spacing = np.array([[float(s) for s in cell.split()] for cell in ok["spacing"]])
-        shape = np.array([[int(s) for s in cell.split()] for cell in ok["shape"]])
-        numbers = ok[["hu_p0.5", "hu_p50", "hu_p99.5", "lung_share", "seconds"]].astype(float)
-        measured = {f"spacing, axis {axis}, mm": spacing[:, axis] for axis in range(3)}
-        measured |= {f"voxels, axis {axis}": shape[:, axis] for axis in range(3)}
-        measured |= {name: numbers[name].to_numpy() for name in numbers}
+        measured = ok[["hu_p0.5", "hu_p50", "hu_p99.5", "lung_share", "seconds"]].astype(float)
+        for column, unit in (("shape", "voxels, axis {}"), ("spacing", "spacing, axis {}, mm")):
+            cells = ok[column].str.split(expand=True).astype(float)
+            for axis in (2, 1, 0):
+                measured.insert(0, unit.format(axis), cells[axis])
         lines += ["", "| | lowest | median | highest |", "|---|---|---|---|"]
         for name, values in measured.items():
-            lines.append(f"| {name} | {values.min():g} | {np.median(values):g} | {values.max():g} |")
+            lines.append(f"| {name} | {values.min():g} | {values.median():g} | {values.max():g} |")
         orientations = ", ".join(f"{code} {count}" for code, count in Counter(ok["orientation"]).most_common(8))
         size = sum(int(n) for cell in ok["output_bytes"] for n in str(cell).split()) / 1e9
         lines += ["", f"Orientation of the files: {orientations}. Prepared volumes: {size:.3g} GB.", ""]

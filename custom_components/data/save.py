@@ -15,6 +15,7 @@ from monai.transforms import MapTransform
 from torch import Tensor
 from torch.nn import functional as F
 
+from custom_components.data.volume import linear_weights
 from custom_components.files import replacing
 
 
@@ -29,62 +30,44 @@ def save_nifti(array: np.ndarray, affine: np.ndarray, path: str | Path, scale: f
         nib.save(image, temporary)
 
 
-class SaveSimilarityd(MapTransform):
-    """Saves what was found in a scan to ``<output_dir>/<name>/``.
+class SaveMapsd(MapTransform):
+    """Saves the maps of a scan to ``<output_dir>/<name>/``.
 
-    ``similarity_01.nii.gz`` and so on: one map per sentence, float32 cosines in the geometry of the maps' own affine.
-    ``sentences.csv``: each sentence with its file, highest cosine and where that is (RAS+ mm). ``embedding.npy``.
+    ``<stem>_01.nii.gz`` and so on: one map per name, float32, in the geometry of the maps' own affine. ``<table>``:
+    each map's ``file``, ``map`` (its name), highest value ``max``, and ``x_mm``, ``y_mm``, ``z_mm``, where that is
+    (RAS+). ``embedding.npy`` where an embedding is asked for.
 
     Args:
         keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
-        sentences: the S sentences.
+        names: of the S maps, such as sentences or classes.
         output_dir: folder of all scans' results.
-        embedding_key, name_key: of the scan's embedding [C] and of its name.
+        stem: of the maps' files.
+        table: file name of the table.
+        columns: headers other than those above, as ``{"map": "class"}``.
+        embedding_key: of the scan's embedding [C], or None.
+        name_key: of the scan's name.
+        allow_missing_keys: whether to do nothing where no maps were made.
     """
 
     def __init__(
         self,
         keys: KeysCollection,
-        sentences: Sequence[str],
+        names: Sequence[str],
         output_dir: str,
-        embedding_key: str = "embedding",
+        stem: str,
+        table: str,
+        columns: Mapping[str, str],
+        embedding_key: str | None = None,
         name_key: str = "name",
+        allow_missing_keys: bool = False,
     ) -> None:
-        super().__init__(keys)
-        self.sentences = list(sentences)
+        super().__init__(keys, allow_missing_keys)
+        self.names = list(names)
         self.output_dir = Path(output_dir)
+        self.stem = stem
+        self.table = table
+        self.columns = dict(columns)
         self.embedding_key = embedding_key
-        self.name_key = name_key
-
-    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
-        data = dict(data)
-        folder = self.output_dir / data[self.name_key]
-        folder.mkdir(parents=True, exist_ok=True)
-        np.save(folder / "embedding.npy", data[self.embedding_key].float().cpu().numpy())
-        for key in self.key_iterator(data):
-            table = save_maps(data[key], self.sentences, folder, "similarity")
-            table = table.rename(columns={"map": "sentence", "max": "max_cosine"})
-            table.to_csv(folder / "sentences.csv", index=False)
-        return data
-
-
-class SaveSaliencyd(MapTransform):
-    """Saves the saliency map of each class to ``<output_dir>/<name>/``; does nothing where none was made.
-
-    ``saliency_01.nii.gz`` and so on: float32, what each place adds to the class' logit, in the geometry of the maps'
-    own affine. ``saliency.csv``: each class with its file, highest value and where that is (RAS+ mm).
-
-    Args:
-        keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
-        classes: names of the S maps.
-        output_dir: folder of all scans' results.
-        name_key: of the scan's name.
-    """
-
-    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name") -> None:
-        super().__init__(keys, allow_missing_keys=True)
-        self.classes = list(classes)
-        self.output_dir = Path(output_dir)
         self.name_key = name_key
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
@@ -92,26 +75,19 @@ class SaveSaliencyd(MapTransform):
         folder = self.output_dir / data[self.name_key]
         for key in self.key_iterator(data):
             folder.mkdir(parents=True, exist_ok=True)
-            table = save_maps(data[key], self.classes, folder, "saliency").rename(columns={"map": "class"})
-            table.to_csv(folder / "saliency.csv", index=False)
+            if self.embedding_key is not None:
+                np.save(folder / "embedding.npy", data[self.embedding_key].float().cpu().numpy())
+            values, affine = data[key].cpu().numpy(), data[key].affine.numpy()
+            rows = []
+            for i, (name, volume) in enumerate(zip(self.names, values, strict=True), 1):
+                file = f"{self.stem}_{i:02d}.nii.gz"
+                save_nifti(volume.astype(np.float32), affine, folder / file)
+                peak = np.unravel_index(volume.argmax(), volume.shape)
+                x, y, z = (affine @ [*peak, 1])[:3].round(1)
+                rows.append((file, name, round(float(volume.max()), 4), x, y, z))
+            table = pd.DataFrame(rows, columns=["file", "map", "max", "x_mm", "y_mm", "z_mm"])
+            table.rename(columns=self.columns).to_csv(folder / self.table, index=False)
         return data
-
-
-def save_maps(maps: MetaTensor, names: Sequence[str], folder: Path, stem: str) -> pd.DataFrame:
-    """Write one map ``[X, Y, Z]`` per name as ``<stem>_01.nii.gz`` and so on, float32, with the maps' own affine.
-
-    Returns:
-        Columns ``file``, ``map`` (name), ``max``, and ``x_mm``, ``y_mm``, ``z_mm``, the place of the maximum in RAS+.
-    """
-    values, affine = maps.cpu().numpy(), maps.affine.numpy()
-    rows = []
-    for i, (name, volume) in enumerate(zip(names, values, strict=True), 1):
-        file = f"{stem}_{i:02d}.nii.gz"
-        save_nifti(volume.astype(np.float32), affine, folder / file)
-        peak = np.unravel_index(volume.argmax(), volume.shape)
-        x, y, z = (affine @ [*peak, 1])[:3].round(1)
-        rows.append((file, name, round(float(volume.max()), 4), x, y, z))
-    return pd.DataFrame(rows, columns=["file", "map", "max", "x_mm", "y_mm", "z_mm"])
 
 
 class AppendProbabilitiesd(MapTransform):
@@ -156,12 +132,6 @@ class AppendProbabilitiesd(MapTransform):
 def argmax_labels(logits: Tensor) -> Tensor:
     """``[C, X, Y, Z]`` -> uint8 ``[X, Y, Z]``, by slabs: argmax itself answers in eight bytes a voxel."""
     return torch.cat([slab.argmax(0).byte() for slab in logits.split(16, dim=1)])
-
-
-def _linear_weights(place: Tensor, size: int) -> Tensor:
-    """Linear interpolation at places [n] of an axis as a matrix ``[n, size]``; what lies outside gets the outermost."""
-    place = place.clamp(0, size - 1)[:, None]
-    return (1 - (torch.arange(size) - place).abs()).clamp(min=0).float()
 
 
 def labels_in_scan(
@@ -214,8 +184,10 @@ def _slabs_along_axes(
     """Slices of the scan, and the logits ``[C, X, Y, slices]`` there, where the grids have their axes in common."""
     logits = logits.permute(0, *(1 + axis for axis in along))
     x, y, z = (
-        _linear_weights(to_network[k, j] * torch.arange(shape[j]) + to_network[k, 3], logits.shape[1 + j])
-        for j, k in enumerate(along)
+        torch.from_numpy(linear_weights(step * np.arange(size) + start, length))
+        for step, size, start, length in zip(
+            to_network[along, range(3)].tolist(), shape, to_network[along, 3].tolist(), logits.shape[1:], strict=True
+        )
     )
     x, y = x.to(logits.device), y.T.contiguous().to(logits.device)
     for start in range(0, shape[2], SLAB):

@@ -14,24 +14,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pandas as pd
-from isal import igzip
 from PIL import Image
 from tqdm import tqdm
 
+from custom_components.data.volume import Raw, Unfit, first_line, is_hu, read_itk, read_nifti
 from custom_components.errors import InputError
 
 SLICE_SUFFIXES = (".png", ".jpg", ".jpeg")
-
-
-class Unfit(InputError):
-    """A scan that cannot be used; `reason` is the word under which a summary counts it."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -46,97 +37,7 @@ class Scan:
     metadata: Mapping[str, str] | None = None  # CT-RATE's row of its metadata table
 
 
-@dataclass
-class Raw:
-    """Voxels as stored, [I, J, K] of any strides, with what turns them into HU at a place.
-
-    Attributes:
-        affine: [4, 4] float64, voxel index to RAS+ mm.
-        slope, intercept: HU = slope x voxel + intercept.
-        version: what kind of file it turned out to be, and what was assumed.
-    """
-
-    voxels: np.ndarray
-    affine: np.ndarray
-    slope: float = 1.0
-    intercept: float = 0.0
-    version: str = ""
-
-    def sample(self) -> np.ndarray:
-        """HU of some 100,000 voxels on a regular grid, float32 [N]."""
-        steps = [max(1, round(size / 48)) for size in self.voxels.shape]
-        some = self.voxels[tuple(slice(step // 2, None, step) for step in steps)].astype(np.float32).ravel()
-        return some * np.float32(self.slope) + np.float32(self.intercept)
-
-
-def is_hu(sample: np.ndarray) -> bool:
-    """Whether intensities can be HU of a trunk: it has air (below -500) and tissue (above 0), nothing far beyond."""
-    if not np.isfinite(sample).all():
-        return False
-    low, high = np.percentile(sample, (0.5, 99.5))
-    return bool(-5000 < low < -500 and 0 < high < 5000)
-
-
 # ------------------------------------------------------------------------------------------------------- file formats
-
-
-def read_nifti(path: str | os.PathLike) -> Raw:
-    """A .nii or .nii.gz; the slope and intercept of its header are in the result, not yet in its voxels."""
-    path = Path(path)
-    content = path.read_bytes()
-    if path.name.lower().endswith(".gz"):
-        content = igzip.decompress(content)  # checks length and CRC; 2.4 times as fast as the standard library's
-    image = nib.Nifti1Image.from_bytes(content)
-    proxy = image.dataobj
-    shape, dtype = tuple(int(n) for n in proxy.shape), proxy.dtype
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3:
-        raise Unfit("wrong_dimensions", f"{path} is not one 3D volume but {' x '.join(map(str, shape))}: split it")
-    if dtype.kind not in "iuf":
-        raise Unfit("wrong_dimensions", f"{path} holds {dtype}, not one number a voxel: export it as a CT")
-    count = int(np.prod(shape, dtype=np.int64))
-    if len(content) < proxy.offset + count * dtype.itemsize:
-        raise EOFError("its voxels are cut off")
-    # no copy: the array lies in the decompressed bytes
-    voxels = np.frombuffer(content, dtype, count, int(proxy.offset)).reshape(shape, order="F")
-    return Raw(voxels, np.asarray(image.affine, float), float(proxy.slope), float(proxy.inter), "NIfTI")
-
-
-def read_itk(path: str | os.PathLike) -> Raw:
-    """A .mhd with its .raw, or another file that ITK reads."""
-    import itk  # a second to import, and only two of the data sets want it
-
-    path = Path(path)
-    if path.suffix.lower() == ".mhd":
-        _check_mhd(path)
-    image = itk.imread(str(path))
-    if image.GetImageDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise Unfit("wrong_dimensions", f"{path} is not one 3D volume: split it")
-    direction = itk.array_from_matrix(image.GetDirection())
-    affine = np.eye(4)
-    affine[:3, :3] = direction * np.asarray(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    # ITK's +x is left and +y posterior, NIfTI's right and anterior
-    return Raw(itk.array_from_image(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, version="ITK")
-
-
-def _check_mhd(path: Path) -> None:
-    """ITK reads a .raw that is too short without an error, and fills up with what the memory held."""
-    pairs = (line.split("=", 1) for line in path.read_text(encoding="latin-1").splitlines() if "=" in line)
-    header = {key.strip(): value.strip() for key, value in pairs}
-    absent = [key for key in ("DimSize", "ElementType", "ElementDataFile") if key not in header]
-    if absent:
-        raise ValueError(f"its header has no {', '.join(absent)}")
-    data = path.parent / header["ElementDataFile"]
-    if header["ElementDataFile"] in ("LOCAL", "LIST") or not data.is_file():
-        raise FileNotFoundError(f"its voxels, {data.name}, are not beside it")
-    sizes = {"MET_CHAR": 1, "MET_UCHAR": 1, "MET_SHORT": 2, "MET_USHORT": 2, "MET_INT": 4, "MET_FLOAT": 4}
-    expected = sizes.get(header["ElementType"], 8) * int(
-        np.prod([int(n) for n in header["DimSize"].split()], dtype=object)
-    )
-    if header.get("CompressedData", "False").lower() != "true" and data.stat().st_size != expected:
-        raise EOFError(f"{data.name} has {data.stat().st_size} bytes, and the header tells of {expected}")
 
 
 def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Sequence[float]) -> Raw:
@@ -151,7 +52,7 @@ def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Se
     voxels = voxels.reshape([n for n in voxels.shape if n > 1] if voxels.ndim > 3 else voxels.shape)
     if voxels.ndim != 3 or voxels.dtype.kind not in "iuf":
         shape = " x ".join(map(str, voxels.shape))
-        raise Unfit("wrong_dimensions", f"{path} is not one 3D volume but {shape} of {voxels.dtype}: export it again")
+        raise Unfit(f"{path} is not one 3D volume but {shape} of {voxels.dtype}: export it again", "wrong_dimensions")
     return Raw(voxels, affine_from(axcodes, spacing, voxels.shape), version=f"npz, {_assumed(axcodes, spacing)}")
 
 
@@ -163,7 +64,7 @@ def read_slices(folder: str | os.PathLike, window: Sequence[float], axcodes: str
     paths = _slices(Path(folder))
     if len(paths) < 3:
         raise Unfit(
-            "few_slices", f"{folder} holds {len(paths)} slices, and a volume has three or more: download it again"
+            f"{folder} holds {len(paths)} slices, and a volume has three or more: download it again", "few_slices"
         )
     pictures = []
     for path in paths:
@@ -173,7 +74,7 @@ def read_slices(folder: str | os.PathLike, window: Sequence[float], axcodes: str
             with Image.open(path) as picture:
                 pictures.append(picture.convert("L"))
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and struct.error for damaged files
-            raise ValueError(f"{path.name}: {_first_line(error)}") from error
+            raise ValueError(f"{path.name}: {first_line(error)}") from error
     sizes = Counter(picture.size for picture in pictures)
     size = sizes.most_common(1)[0][0]
     resized = len(pictures) - sizes[size]
@@ -213,10 +114,6 @@ def _slices(folder: Path) -> list[Path]:
 
     files = (p for p in folder.iterdir() if p.suffix.lower() in SLICE_SUFFIXES and not p.name.startswith("."))
     return sorted(files, key=natural)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- data sets
@@ -334,7 +231,7 @@ class CTRate(Source):
         blank = np.allclose(raw.affine[:3, :3], np.eye(3), atol=1e-4)
         if scan.metadata is None:
             if blank:
-                raise Unfit("metadata", f"{scan.image} has a blank header, and no metadata table names it: download it")
+                raise Unfit(f"{scan.image} has a blank header, and no metadata table names it: download it", "metadata")
             raw.version = "v2"
             return raw
         spacing, slope, intercept = _rescaling(scan)
@@ -345,9 +242,9 @@ class CTRate(Source):
             header = np.linalg.norm(raw.affine[:3, :3], axis=0)
             if not np.allclose(np.sort(header), np.sort(spacing), rtol=0.02):
                 raise Unfit(
-                    "spacing",
                     f"{scan.image} has a spacing of {' x '.join(f'{s:g}' for s in header)} mm in its header, and "
                     f"{' x '.join(f'{s:g}' for s in spacing)} in the metadata table: find out which is right",
+                    "spacing",
                 )
         rescaled = Raw(raw.voxels, raw.affine, raw.slope * slope, raw.intercept * slope + intercept)
         # Where a header is blank, the rescaling most likely is missing too; where it is right, it most likely is done.
@@ -388,7 +285,7 @@ def _rescaling(scan: Scan) -> tuple[np.ndarray, float, float]:
             raise ValueError
     except (ValueError, SyntaxError, TypeError) as error:
         told = ", ".join(f"{key} {value!r}" for key, value in row.items())
-        raise Unfit("metadata", f"{scan.name} has {told} in the metadata table: correct it") from error
+        raise Unfit(f"{scan.name} has {told} in the metadata table: correct it", "metadata") from error
     return spacing, slope, intercept
 
 

@@ -20,10 +20,9 @@ from monai.transforms import Compose, Transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from custom_components.data.lists import CT_SUFFIXES
 from custom_components.distributed import rank, world_size
 from custom_components.errors import InputError
-from custom_components.files import replacing
+from custom_components.files import file_stamp, replacing
 from custom_components.probe import LinearProbe
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.seeded import SeededDataLoader, mixed_seed
@@ -69,22 +68,6 @@ def describe_network(network: nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def file_stamp(path: str) -> str:
-    """Path, size and time of change of a scan's file, and of those that belong to it: a header's voxels, a series."""
-    path = os.path.realpath(path)
-    files = [path]
-    if os.path.isdir(path):
-        files = sorted(entry.path for entry in os.scandir(path) if entry.is_file())
-    elif path.lower().endswith((".mhd", ".nhdr")):
-        stem = Path(path).stem
-        files = sorted(str(f) for f in Path(path).parent.glob(f"{stem}.*") if not f.name.endswith(CT_SUFFIXES[:2]))
-    stamps = []
-    for file in files:
-        status = os.stat(file)
-        stamps.append((file, status.st_size, status.st_mtime_ns))
-    return _hash(stamps)
 
 
 def _hash(content: Any) -> str:
@@ -298,7 +281,8 @@ class FeatureCache(OnlineFeatures):
         failures: dict[str, str] = {}
         for item in data:
             try:
-                stem = f"{Path(item['name']).name}-{file_stamp(item['image'])}"
+                stamp = _hash([os.path.realpath(item["image"]), file_stamp(item["image"])])
+                stem = f"{Path(item['name']).name}-{stamp}"
             except OSError as error:
                 failures[item["name"]] = f"{item['image']} cannot be read ({error.strerror}): restore it"
                 files.append(None)

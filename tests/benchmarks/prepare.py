@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from custom_components.data.phantom import patient
 from custom_components.data.prepare import Recipe, prepare_scan, resample
-from custom_components.data.sources import CTRate, Scan, read_nifti
+from custom_components.data.sources import CTRate, Scan
+from custom_components.data.volume import read_nifti
 from tests.benchmarks.measure import alone, environment, print_table, write_json
 
 VOLUMES, CORES = 50_000, 32

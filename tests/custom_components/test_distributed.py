@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from custom_components.data import phantom
 from custom_components.distributed import (
     accumulation_steps,
     gather_rows,
@@ -180,6 +182,17 @@ def check_randomness(rank: int) -> None:
     assert len(set(everything[0] + everything[1])) == 2 * len(drawn)
 
 
+def check_cohort(rank: int, folder: str) -> None:
+    """Rank 0 writes what both read, even if it comes last."""
+    if rank == 0:
+        time.sleep(0.5)
+    else:
+        phantom._write_patient = None  # would raise
+    made = phantom.cohort(f"{folder}/cohort", 1, 0, num_workers=1)
+    assert Path(made, "phantom.json").is_file()
+    assert phantom.cohort(made, 1, 0) == made
+
+
 def main() -> None:
     expected = {}
     for case in product(REPORTS, ("report", "volume", "both"), ("topk_mean", "lse")):
@@ -196,6 +209,7 @@ def main() -> None:
                 check_losses(rank, expected)
                 check_training(seen, trainer.network.weight)
                 check_randomness(rank)
+                check_cohort(rank, folder)
                 os.write(1, f"process {rank} agrees\n".encode())  # whole, where print may write its parts apart
                 os._exit(0)
             children.append(pid)

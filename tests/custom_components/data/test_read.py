@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import itk
@@ -51,7 +52,14 @@ def phantom(shape=(20, 16, 12)) -> np.ndarray:
 
 
 def write_nifti(path: Path, array: np.ndarray, affine: np.ndarray | None = None) -> Path:
-    nib.save(nib.Nifti1Image(array, np.diag([-0.7, -0.7, 2.5, 1]) if affine is None else affine), path)
+    nib.save(nib.Nifti1Image(array, np.diag([-2, -2, 2.5, 1]) if affine is None else affine), path)
+    return path
+
+
+def write_itk(path: Path, array: np.ndarray, **arguments) -> Path:
+    image = itk.image_from_array(np.ascontiguousarray(array))
+    image.SetSpacing([2.0] * array.ndim)
+    itk.imwrite(image, str(path), **arguments)
     return path
 
 
@@ -60,6 +68,7 @@ def refusal(path: Path, **arguments) -> str:
     with pytest.raises(InputError) as error:
         LoadCTd("image", **arguments)({"image": path})
     message = str(error.value)
+    assert type(error.value) is InputError, "or OneLineErrors does not know it in a data loader's text"
     assert "\n" not in message and message.count(str(path)) == 1 and len(message) < 400, message
     return message
 
@@ -124,10 +133,36 @@ def test_item_is_left_as_it_was_and_keys_may_be_missing(tmp_path):
 
 
 def test_slope_and_intercept_of_the_header_are_applied(tmp_path):
-    image = nib.Nifti1Image(phantom() + 1024, np.eye(4))
+    image = nib.Nifti1Image(phantom() + 1024, np.diag([2, 2, 2, 1]))
     image.header.set_slope_inter(1, -1024)
     nib.save(image, tmp_path / "ct.nii")
     torch.testing.assert_close(ras(tmp_path / "ct.nii")[0].as_tensor(), torch.from_numpy(phantom()).float())
+
+
+@pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz"])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("dtype", ["<i2", ">i2", "<u2", ">f4", "<f8"])
+def test_every_number_type_of_nifti(tmp_path, name, kind, dtype):
+    header = kind.header_class(endianness=dtype[0])
+    header.set_data_dtype(dtype)
+    image = kind(phantom().clip(-1000 if "u" not in dtype else 0).astype(dtype), np.diag([2, 2, 2, 1]), header)
+    image.to_filename(tmp_path / name)
+    assert nib.load(tmp_path / name).dataobj.dtype == dtype
+    found = LoadCTd("image", check_hu="u" not in dtype)({"image": tmp_path / name})["image"]
+    assert found.dtype == (torch.int16 if dtype == "<i2" else torch.float32)
+    np.testing.assert_array_equal(found[0], np.asarray(image.dataobj))
+
+
+def test_a_plain_file_stays_on_disk_until_its_voxels_are_used(tmp_path):
+    path = write_nifti(tmp_path / "ct.nii", phantom((32, 32, 32)).repeat(8, 0).repeat(8, 1).repeat(8, 2))
+    before = resident()
+    volume = LoadCTd("image")({"image": path})["image"]
+    assert volume.numel() * 2 == 32 << 20 and resident() - before < 16 << 20
+
+
+def resident() -> int:
+    """Bytes of memory that belong to this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("shape", [(20, 16, 12, 1), (20, 16, 12, 1, 1)])
@@ -137,7 +172,7 @@ def test_single_time_point_is_a_volume(tmp_path, shape):
 
 
 def test_single_time_point_of_an_itk_file_is_a_volume(tmp_path):
-    itk.imwrite(itk.image_from_array(phantom()[None]), str(tmp_path / "ct.mha"))
+    write_itk(tmp_path / "ct.mha", phantom()[None])
     assert LoadCTd("image")({"image": tmp_path / "ct.mha"})["image"].shape == (1, 12, 16, 20)
 
 
@@ -148,11 +183,13 @@ def test_single_time_point_of_an_itk_file_is_a_volume(tmp_path):
         (phantom()[..., 0], "not one 3D volume"),
         (phantom()[:, :, :1], "one voxel thick (20 x 16 x 1)"),
         (phantom()[:, :1], "one voxel thick (20 x 1 x 12)"),
-        (np.full((20, 16, 12), -1000, np.int16), "empty, every voxel is -1000"),
+        (phantom()[..., :2], "two voxels thick (20 x 16 x 2)"),
+        (np.full((20, 16, 12), -1000, np.int16), "empty, 99 % of its voxels are -1000"),
         (np.where(phantom() > 100, np.nan, phantom()).astype(np.float32), "NaN or infinity in"),
         (np.where(phantom() > 100, -np.inf, phantom()).astype(np.float32), "NaN or infinity in"),
         (phantom() + 1024, "which are not HU"),
         (phantom() - 8192, "which are not HU"),
+        (np.where(np.indices((20, 16, 12)).sum(0) < 3, -3024, phantom() + 1024).astype(np.int16), "which are not HU"),
         ((phantom() / 1000).astype(np.float32), "which are not HU"),
     ],
 )
@@ -170,7 +207,9 @@ def test_hu_check_can_be_left_out(tmp_path):
     [
         (np.diag([0.0007, 0.0007, 0.0025, 1]), "voxel spacing of 0.0007 x 0.0007 x 0.0025 mm"),
         (np.diag([700.0, 700, 2500, 1]), "voxel spacing of 700 x 700 x 2500 mm"),
-        (np.array([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 0, 1.01, 0], [0, 0, 0, 1]]), "do not span space"),
+        (np.diag([2.0, 2, 25, 1]), "voxel spacing of 2 x 2 x 25 mm"),
+        (np.diag([2.0, 2, 1, 1]), "shows 40 x 32 x 12 mm of a patient"),
+        (2 * np.array([[1.0, 0, 1, 0], [0, 1, 1, 0], [1, 0, 1.01, 0], [0, 0, 0, 0.5]]), "do not span space"),
     ],
 )
 def test_bad_affine(tmp_path, affine, message):
@@ -206,12 +245,26 @@ def test_other_content_than_the_name_says(tmp_path, name, content):
 
 @pytest.mark.parametrize("name, data", [("ct.mhd", "ct.raw"), ("ct.nhdr", "ct.raw")])
 def test_header_without_its_voxels(tmp_path, name, data):
-    itk.imwrite(itk.image_from_array(phantom()), str(tmp_path / name))
+    write_itk(tmp_path / name, phantom())
     whole = (tmp_path / data).read_bytes()
-    (tmp_path / data).write_bytes(whole[: len(whole) // 2])
-    assert "cannot be read" in refusal(tmp_path / name)
+    for length in (len(whole) - 2, len(whole) // 2):
+        (tmp_path / data).write_bytes(whole[:length])
+        assert "cannot be read" in refusal(tmp_path / name)
     (tmp_path / data).unlink()
     assert "cannot be read" in refusal(tmp_path / name)
+
+
+def test_a_raw_that_is_shorter_than_its_header_says_is_named(tmp_path):
+    path = write_itk(tmp_path / "ct.mhd", phantom())
+    whole = (tmp_path / "ct.raw").read_bytes()
+    (tmp_path / "ct.raw").write_bytes(whole[:-2])
+    assert f"ct.raw has {len(whole) - 2} bytes, and the header tells of {len(whole)}" in refusal(path)
+    (tmp_path / "ct.raw").write_bytes(b"preamble" + whole)
+    assert f"ct.raw has {len(whole) + 8} bytes" in refusal(path)
+    header = path.read_text()
+    for size in ("8", "-1"):
+        path.write_text(header.replace("ElementDataFile", f"HeaderSize = {size}\nElementDataFile"))
+        np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom().T)
 
 
 def test_wrong_paths(tmp_path):
@@ -224,7 +277,7 @@ def test_wrong_paths(tmp_path):
 
 def test_dicom_series_must_be_one_and_whole(tmp_path):
     image = itk.image_from_array(np.ascontiguousarray(phantom((24, 16, 10))))
-    image.SetSpacing((0.7, 0.7, 2.5))
+    image.SetSpacing((2, 2, 2.5))
     write_dicom(image, tmp_path / "whole")
     assert LoadCTd("image")({"image": tmp_path / "whole"})["image"].shape == (1, 10, 16, 24)
     write_dicom(image, tmp_path / "gap", leave_out=(12,))
@@ -239,7 +292,7 @@ def test_dicom_series_must_be_one_and_whole(tmp_path):
 @pytest.fixture(scope="module", params=["ct.nii.gz", "ct.nii", "ct.mha", "ct.nrrd"])
 def written(request, tmp_path_factory) -> tuple[Path, bytes, torch.Tensor]:
     path = tmp_path_factory.mktemp("cut") / request.param
-    itk.imwrite(itk.image_from_array(phantom()), str(path), compression=request.param == "ct.nrrd")
+    write_itk(path, phantom(), compression=request.param == "ct.nrrd")
     return path, path.read_bytes(), LoadCTd("image")({"image": path})["image"].as_tensor()
 
 

@@ -16,7 +16,7 @@ from monai import transforms as mt
 from custom_components.data.read import LoadCTd
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
-from custom_components.run.features import FeatureCache, FeatureLoader, describe, describe_network, file_stamp
+from custom_components.run.features import FeatureCache, FeatureLoader, describe, describe_network
 from custom_components.vit import SimCroPEncoder
 
 
@@ -145,15 +145,6 @@ def test_a_changed_file_is_encoded_anew(cache: Callable, items: list[dict]) -> N
     after = again.encode(items).features
     assert again.encoded == 1
     assert not torch.allclose(before[0], after[0]) and torch.equal(before[1:], after[1:])
-
-
-def test_stamp_of_a_header_sees_its_voxels(tmp_path: Path) -> None:
-    (tmp_path / "a.mhd").write_text("header")
-    (tmp_path / "a.raw").write_bytes(b"1234")
-    before = file_stamp(str(tmp_path / "a.mhd"))
-    assert file_stamp(str(tmp_path / "a.mhd")) == before
-    (tmp_path / "a.raw").write_bytes(b"12345")
-    assert file_stamp(str(tmp_path / "a.mhd")) != before
 
 
 def test_a_bad_volume_is_left_out_and_told_at_the_end(
