@@ -19,13 +19,7 @@ from matplotlib.lines import Line2D
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from sklearn.metrics import (
-    ConfusionMatrixDisplay,
-    average_precision_score,
-    precision_recall_curve,
-    roc_auc_score,
-    roc_curve,
-)
+from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocCurveDisplay
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -310,23 +304,16 @@ def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[st
     """
     figure = Figure(figsize=(11.0, 5.0), layout="constrained")
     roc, pr = figure.subplots(1, 2)
-    colours = [f"C{i}" for i in range(10)]
     for c, name in enumerate(classes):
-        if len(np.unique(truth[:, c])) < 2:
-            continue
-        style = {"color": colours[c % 10], "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}
-        false_positive, true_positive, _ = roc_curve(truth[:, c], score[:, c])
-        precision, recall, _ = precision_recall_curve(truth[:, c], score[:, c])
-        roc.plot(false_positive, true_positive, label=f"{name}: {roc_auc_score(truth[:, c], score[:, c]):.3f}", **style)
-        precision_of_class = average_precision_score(truth[:, c], score[:, c])
-        label = f"{name}: {precision_of_class:.3f} (share {truth[:, c].mean():.3f})"
-        pr.step(recall, precision, where="post", label=label, **style)
+        y, scored = truth[:, c], score[:, c]
+        if len(np.unique(y)) == 2:
+            style = {"curve_kwargs": {"color": f"C{c % 10}", "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}}
+            RocCurveDisplay.from_predictions(y, scored, ax=roc, name=name, **style)
+            PrecisionRecallDisplay.from_predictions(y, scored, ax=pr, name=f"{name}, {y.mean():.0%} positive", **style)
     roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    for axes, title, x, y in (
-        (roc, "ROC, with AUROC", "1 - specificity", "sensitivity"),
-        (pr, "precision-recall, with average precision", "sensitivity", "precision"),
-    ):
-        axes.set(title=title, xlabel=x, ylabel=y, xlim=(0, 1), ylim=(0, 1.01))
+    roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
+    pr.set(title="precision-recall", xlabel="sensitivity", ylabel="precision")
+    for axes in (roc, pr):
         axes.legend(fontsize=6)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

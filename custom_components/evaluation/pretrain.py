@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -25,7 +23,7 @@ from custom_components.data.lists import CT_RATE_CLASSES, mask_file_name
 from custom_components.evaluation import figures
 from custom_components.evaluation.controls import histogram_auc, hu_histogram, untrained
 from custom_components.evaluation.figures import HEAT, outline_axial, show_axial, spacing_of
-from custom_components.evaluation.report import print_table
+from custom_components.evaluation.report import write_report
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences
@@ -102,15 +100,11 @@ class PretrainEvaluation:
         self.network.eval()
         self.device = next(self.network.encoder.parameters()).device
         torch.manual_seed(self.seed)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-
-        metrics = {"seed": self.seed, "volumes": len(self.dataset), **self._metrics()}
-        (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        metrics, places = self._metrics()
+        metrics = {"seed": self.seed, "volumes": len(self.dataset), **metrics}
         rows = table_rows(metrics)
-        with open(self.output_dir / "metrics.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("metric", "of", "value", "beside"), *rows])
-        print_table(rows)
-        print(f"tables and figures: {self.output_dir.resolve()}")
+        write_report(self.output_dir, metrics, [("metric", "of", "value", "beside"), *rows], rows)
+        self._figures(places)
         self.network.train(was_training)
         return metrics
 
@@ -120,7 +114,8 @@ class PretrainEvaluation:
         for i, items in enumerate(tqdm(loader, desc=description, unit="batch")):
             yield i * self.batch_size, items
 
-    def _metrics(self) -> dict[str, Any]:
+    def _metrics(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The metrics, and the places of finding sentences that they speak of."""
         baseline = self._baseline()
         findings, places, prompts = list(self.sentences), [], list(self.sentences.values())
         if self.network.aligner is not None:
@@ -165,8 +160,7 @@ class PretrainEvaluation:
             if seen:
                 places = [places[i] for i in seen]
                 metrics["grounding"] = grounding(places, patches[len(findings) :][seen])
-        self._figures(places)
-        return metrics
+        return metrics, places
 
     def _baseline(self) -> dict[str, Any]:
         """What can be said of a volume and a report without looking at them, learned from training items."""
@@ -258,7 +252,7 @@ class PretrainEvaluation:
             figures.loss_curves(self.log_dir, self.output_dir / "losses.png")
         if self.network.volume_decoder is not None:
             items = [self.dataset[i] for i in range(min(3, len(self.dataset)))]
-            figures.reconstructions(self.network, self.loss, items, self.output_dir / "reconstructions.png")
+            reconstructions(self.network, self.loss, items, self.output_dir / "reconstructions.png")
         # the first of each finding, not the best
         first = {place["finding"]: place for place in reversed(places)}
         shown = []
@@ -266,7 +260,7 @@ class PretrainEvaluation:
             image = self.dataset[place["volume"]]["image"]
             shown.append({**place, "image": image, "mask": self._mask(place, image)[0] > 0})
         if shown and self.network.aligner is not None:
-            figures.sentence_maps(self.network, self.tokenizer, shown, self.output_dir / "sentences.png")
+            sentence_maps(self.network, self.tokenizer, shown, self.output_dir / "sentences.png")
 
 
 def grounding(places: Sequence[Mapping[str, Any]], most_similar: Tensor) -> dict[str, Any]:
