@@ -67,9 +67,9 @@ def predict(
 class ProbeEvaluation:
     """Metrics of a probe on a list of volumes, with intervals, tables and curves.
 
-    Writes to ``output_dir``: ``metrics.json`` and ``metrics.csv`` (see
-    :func:`custom_components.evaluation.metrics.classification_metrics`), ``predictions.csv`` (a row per volume: labels and
-    probabilities), ``roc_pr.png`` and, where classes exclude each other, ``confusion_matrix.png``.
+    Writes to ``output_dir``: ``metrics.json`` and ``metrics.csv`` (see :func:`classification_metrics`),
+    ``predictions.csv`` (a row per volume: labels and probabilities), ``roc_pr.png`` and, where classes exclude each
+    other, ``confusion_matrix.png``.
 
     Args:
         network: the probe.

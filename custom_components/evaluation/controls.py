@@ -13,9 +13,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from custom_components.probe import LinearProbe
-from custom_components.run.features import FeatureDataset
 from custom_components.vit import init_weights
 
 
@@ -49,8 +48,8 @@ def histogram_regression(histograms: np.ndarray, labels: np.ndarray) -> Pipeline
     return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(histograms, labels)
 
 
-def random_probe(probe: LinearProbe, seed: int) -> LinearProbe:
-    """The probe with an untrained encoder in place of its own, the same for every call with one seed."""
+def random_probe(probe: nn.Module, seed: int) -> nn.Module:
+    """A :class:`custom_components.probe.LinearProbe` with an untrained encoder in place of its own; one per seed."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         probe.encoder = untrained(probe).encoder
@@ -58,7 +57,7 @@ def random_probe(probe: LinearProbe, seed: int) -> LinearProbe:
 
 
 class HistogramProbe(nn.Module):
-    """Logistic regressions on the HU histogram in the place of a probe: what can be said without any features."""
+    """Logistic regressions on the HU histogram where a probe would stand: what can be said without any features."""
 
     frozen = True  # a FeatureCache may keep its histograms
 
@@ -70,13 +69,19 @@ class HistogramProbe(nn.Module):
         """``[B, 1, X, Y, Z]`` in [-1, 1] -> shares of 64 bins ``[B, 64]``."""
         return torch.stack([torch.from_numpy(hu_histogram(v.float().cpu())) for v in volume]).float()
 
-    def fit(self, dataset: FeatureDataset) -> None:
-        """Learn from the first view of each item; a class with a single label value scores zero."""
-        histograms = dataset.features[:, 0].numpy()
+    def fit(self, dataset: Dataset) -> None:
+        """Learn from ``image``, a volume or its histogram, and ``label``; a class with one label value scores zero."""
+        histograms, labels = [], []
+        for item in (dataset[i] for i in range(len(dataset))):
+            histograms.append(self.features(item["image"][None])[0] if item["image"].ndim > 1 else item["image"])
+            labels.append(item["label"])
         self.models = [
-            histogram_regression(histograms, column) if len(np.unique(column)) == 2 else None
-            for column in dataset.labels.T.numpy()
+            histogram_regression(np.stack(histograms), column) if len(np.unique(column)) == 2 else None
+            for column in np.stack(labels).T
         ]
+
+    def forward(self, volume: Tensor) -> Tensor:
+        return self.head(self.features(volume))
 
     def head(self, histograms: Tensor) -> Tensor:
         """``[B, 64]`` -> logits ``[B, num_classes]``, float64."""

@@ -55,16 +55,6 @@ def outline_plane(
         axes.contour(area, levels=[0.5], colors=colour, **({"linewidths": 1.2} | style))
 
 
-def show_axial(axes: Axes, volume: Tensor | np.ndarray, z: int, spacing: Sequence[float], **style: Any) -> None:
-    """Draw slice ``z`` of a RAS volume ``[X, Y, Z]``, anterior up, the patient's right on the left."""
-    show_plane(axes, volume, 2, z, spacing, **style)
-
-
-def outline_axial(axes: Axes, mask: Tensor | np.ndarray, z: int, colour: str = "#00e5ff") -> None:
-    """Outline a RAS mask ``[X, Y, Z]`` on slice ``z``, to go over :func:`show_axial`."""
-    outline_plane(axes, mask, 2, z, colour)
-
-
 def spacing_of(image: Tensor) -> tuple[float, float, float]:
     """Voxel spacing in mm of a MetaTensor; 1 mm for a tensor that knows none."""
     x, y, z = image.pixdim.tolist() if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
@@ -139,8 +129,8 @@ class SentencePaneld(MapTransform):
                 z = int(heat.amax((0, 1)).argmax())
                 low, high = float(heat.min()), float(heat.max())
                 for axes in row:
-                    show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
-                show_axial(row[1], heat, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
+                    show_plane(axes, image[0], 2, z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+                show_plane(row[1], heat, 2, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
                 row[0].set_title(sentence, fontsize=9, loc="left")
                 row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
             figure.savefig(folder / "panel.png", dpi=120)

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from custom_components.data.lists import CT_RATE_CLASSES, mask_file_name
 from custom_components.evaluation import figures
 from custom_components.evaluation.controls import histogram_auc, hu_histogram, untrained
-from custom_components.evaluation.figures import HEAT, outline_axial, show_axial, spacing_of
+from custom_components.evaluation.figures import HEAT, outline_plane, show_plane, spacing_of
 from custom_components.evaluation.report import write_report
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
@@ -344,7 +344,7 @@ def reconstructions(network: SimCroP, loss: SimCroPLoss, items: Sequence[Mapping
             unpatchify(stage, encoder.grid, encoder.patch_size)[0, 0].cpu() for stage in (patches, hidden, restored)
         ]
         for axes, stage, title in zip(row, stages, ("original", "masked", "reconstructed"), strict=True):
-            show_axial(axes, stage, stage.shape[2] // 2, spacing_of(item["image"]), cmap="gray", vmin=-1, vmax=0.4)
+            show_plane(axes, stage, 2, stage.shape[2] // 2, spacing_of(item["image"]), cmap="gray", vmin=-1, vmax=0.4)
             axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
@@ -371,10 +371,10 @@ def sentence_maps(
         at_mask = int(place["mask"].sum((0, 1)).argmax())
         at_peak = int(heat.amax((0, 1)).argmax())
         for axes, z, heated in zip(row, (at_mask, at_mask, at_peak), (False, True, True), strict=True):
-            show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+            show_plane(axes, image[0], 2, z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
             if heated:
-                show_axial(axes, heat, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
-            outline_axial(axes, place["mask"], z)
+                show_plane(axes, heat, 2, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
+            outline_plane(axes, place["mask"], 2, z)
         row[0].set_title(f"“{place['sentence']}”", fontsize=10, loc="left")
         for axes, text in zip(
             row, ("CT, true mask outlined", "similarity, same slice", "slice of its peak"), strict=True

@@ -12,6 +12,7 @@ import torch
 from monai.data import Dataset
 from monai.inferers import Inferer
 from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
+from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -75,8 +76,8 @@ def scan_scores(
             surface = 0.0
         if all(sizes) and index:
             # distances are between surfaces, so what lies around both need not be looked at
-            box = tuple(slice(*_extent((p | t), axis)) for axis in range(3))
-            p, t = (torch.nn.functional.pad(mask[box], (1,) * 6)[None, None] for mask in (p, t))
+            box = tuple(map(slice, *generate_spatial_bounding_box((p | t)[None])))
+            p, t = (mask[box][None, None] for mask in (p, t))
             options = {"include_background": True, "spacing": list(spacing)}
             hd95 = float(compute_hausdorff_distance(p, t, percentile=95, **options))
             surface = float(compute_surface_dice(p, t, class_thresholds=[tolerance], **options))
@@ -85,18 +86,9 @@ def scan_scores(
     return scores
 
 
-def _extent(mask: Tensor, axis: int) -> tuple[int, int]:
-    """First and one after the last index along an axis at which a mask ``[X, Y, Z]`` is set."""
-    others = [other for other in range(3) if other != axis]
-    found = mask.sum(others).nonzero().flatten()
-    return int(found[0]), int(found[-1]) + 1
-
-
 def mean_of_defined(scores: np.ndarray) -> np.ndarray:
     """``[scans, classes]`` -> ``[scans]``, NaN for a scan without any defined class."""
-    defined = np.isfinite(scores)
-    count = defined.sum(1)
-    return np.where(count, np.where(defined, scores, 0).sum(1) / np.maximum(count, 1), np.nan)
+    return np.ma.masked_invalid(scores).mean(1).filled(np.nan)
 
 
 class SegmentationEvaluation:
