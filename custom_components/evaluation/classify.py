@@ -272,8 +272,7 @@ def compare_auroc(
 
 def _auroc_of(folder: Path, num_resamples: int, seed: int) -> tuple[dict[str, Any], np.ndarray]:
     """:func:`auroc_table` of the ``predictions.csv`` of a run."""
-    # by default pandas may be off in a number's last digit
-    predictions = pd.read_csv(folder / "predictions.csv", dtype={"patient": str}, float_precision="round_trip")
+    predictions = pd.read_csv(folder / "predictions.csv", dtype={"patient": str})
     classes = [column.removesuffix(LABEL) for column in predictions if column.endswith(LABEL)]
     truth = predictions[[name + LABEL for name in classes]].to_numpy()
     weights = resample(predictions["patient"], num_resamples, seed)

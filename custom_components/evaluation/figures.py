@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from ignite.engine import Engine, Events
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -268,17 +269,13 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, p
     Args:
         values: group -> bar -> ``mean``, ``low``, ``high``.
     """
+    mean, low, high = (
+        pd.DataFrame({g: {bar: entry[part] for bar, entry in group.items()} for g, group in values.items()}).T
+        for part in ("mean", "low", "high")
+    )
     figure = Figure(figsize=(2.2 + 1.7 * len(values), 3.6), layout="constrained")
-    axes = figure.subplots()
-    names = list(next(iter(values.values())))
-    for i, name in enumerate(names):
-        entries = [group[name] for group in values.values()]
-        means = np.array([entry["mean"] for entry in entries])
-        reach = [means - [e["low"] for e in entries], [e["high"] for e in entries] - means]
-        x = np.arange(len(values)) + (i - (len(names) - 1) / 2) * 0.36
-        axes.bar(x, means, 0.34, yerr=reach, capsize=3, label=name, color=COLOURS[i])
-    axes.set_xticks(range(len(values)), list(values))
-    axes.set_ylabel(ylabel)
+    reach = np.stack([mean - low, high - mean]).transpose(2, 0, 1)  # bar, side, group
+    axes = mean.plot.bar(ax=figure.subplots(), yerr=reach, capsize=3, rot=0, ylabel=ylabel, color=COLOURS)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=9)
     figure.savefig(path, dpi=120)

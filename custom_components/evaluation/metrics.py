@@ -7,6 +7,7 @@ weights: a patient drawn twice counts twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -84,6 +85,11 @@ def resample(units: Sequence[Any], num_resamples: int, seed: int) -> np.ndarray:
     draws = np.random.RandomState(seed).randint(len(names), size=(num_resamples, len(names)))
     counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in draws])
     return counts[:, owner].astype(np.float64)
+
+
+def mean_of_defined(scores: np.ndarray) -> np.ndarray:
+    """Mean over classes, ``[N, C]`` -> ``[N]``, of what is not NaN; NaN where no class is defined."""
+    return np.ma.masked_invalid(scores).mean(1).filled(np.nan)
 
 
 def interval(values: np.ndarray) -> dict[str, float | None]:
@@ -178,16 +184,18 @@ def auroc_table(
     left_out = [name for name in classes if name not in per_class]
     if not per_class:
         return {"mean": None, "low": None, "high": None, "per_class": {}, "left_out": left_out}, np.array([])
-    means = _nanmean(np.stack(resampled, 1))
+    means = mean_of_defined(np.stack(resampled, 1))
     mean = float(np.mean([entry["value"] for entry in per_class.values()]))
     return {"mean": mean, **interval(means), "per_class": per_class, "left_out": left_out}, means
 
 
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean along the last axis without NaN; NaN where there is nothing else."""
-    count = np.isfinite(values).sum(-1)
-    with np.errstate(invalid="ignore"):
-        return np.nansum(values, -1) / count
+# name -> value of truth [N] and score [N], and the same by weights [R, N]
+SCORES = {
+    "auroc": (roc_auc_score, weighted_auroc),
+    "average_precision": (average_precision_score, weighted_average_precision),
+}
+# name of :func:`weighted_rates` -> value of truth [N] and decision [N]
+RATES = {"f1": f1_score, "sensitivity": recall_score, "specificity": partial(recall_score, pos_label=0)}
 
 
 def classification_metrics(
@@ -225,58 +233,50 @@ def classification_metrics(
             f"no class has both label values among {len(truth)} volumes ({', '.join(left_out)}): give a longer list"
         )
     kept = [c for c, name in enumerate(classes) if name not in left_out]
-    names = [classes[c] for c in kept]
     if exclusive:
         at_half = np.eye(len(classes))[probability.argmax(1)][:, kept]
     else:
         at_half = (probability[:, kept] >= 0.5).astype(float)
-    all_truth, truth, probability_of = truth, truth[:, kept], probability[:, kept]
+    all_truth, truth, score = truth, truth[:, kept], probability[:, kept]
     decisions = {"": at_half}
     if thresholds is not None:
-        decisions["_at_threshold"] = (probability_of >= np.asarray(thresholds)[kept]).astype(float)
+        decisions["_at_threshold"] = (score >= np.asarray(thresholds)[kept]).astype(float)
 
-    # name -> values [C] and their bootstrap [R, C]; then the same pooled over classes, a value and [R]
-    table: dict[str, tuple[list[float], np.ndarray]] = {}
-    pooled: dict[str, tuple[float, np.ndarray]] = {}
-    flat_truth, flat_score = truth.reshape(-1), probability_of.reshape(-1)
-    columns = range(len(kept))
-    for name, value_of, weighted in (
-        ("auroc", roc_auc_score, weighted_auroc),
-        ("average_precision", average_precision_score, weighted_average_precision),
-    ):
-        values = [float(value_of(truth[:, c], probability_of[:, c])) for c in columns]
-        table[name] = (values, np.stack([weighted(truth[:, c], probability_of[:, c], weights) for c in columns], 1))
+    # metric -> values [C] and their bootstrap [R, C]; then the same with all classes pooled, a value and [R]
+    table: dict[str, tuple[list[float], np.ndarray, float, np.ndarray]] = {}
+    for name, (value_of, weighted) in SCORES.items():
+        values = [value_of(t, s) for t, s in zip(truth.T, score.T, strict=True)]
+        resampled = [weighted(t, s, weights) for t, s in zip(truth.T, score.T, strict=True)]
         chunks = (np.repeat(weights[i : i + CHUNK], len(kept), axis=1) for i in range(0, len(weights), CHUNK))
-        resampled = np.concatenate([weighted(flat_truth, flat_score, chunk) for chunk in chunks])
-        pooled[name] = (float(value_of(flat_truth, flat_score)), resampled)
+        pooled = np.concatenate([weighted(truth.ravel(), score.ravel(), chunk) for chunk in chunks])
+        table[name] = values, np.stack(resampled, 1), value_of(truth.ravel(), score.ravel()), pooled
     for suffix, predicted in decisions.items():
         rates, pooled_rates = (weighted_rates(truth, predicted, weights, pool) for pool in (False, True))
-        for name, value_of, options in (
-            ("f1", f1_score, {}),
-            ("sensitivity", recall_score, {}),
-            ("specificity", recall_score, {"pos_label": 0}),
-        ):
-            values = [float(value_of(truth[:, c], predicted[:, c], zero_division=0, **options)) for c in columns]
-            value = float(value_of(flat_truth, predicted.reshape(-1), zero_division=0, **options))
-            table[name + suffix], pooled[name + suffix] = (values, rates[name]), (value, pooled_rates[name])
+        for name, value_of in RATES.items():
+            values = [value_of(t, p, zero_division=0) for t, p in zip(truth.T, predicted.T, strict=True)]
+            value = value_of(truth.ravel(), predicted.ravel(), zero_division=0)
+            table[name + suffix] = values, rates[name], value, pooled_rates[name]
 
-    metrics: dict[str, Any] = {"volumes": len(truth), "patients": len(set(patients)), "left_out": left_out}
-    metrics["macro"] = {
-        name: {"value": float(np.mean(values)), **interval(_nanmean(resampled))}
-        for name, (values, resampled) in table.items()
+    def entry(value: float, resampled: np.ndarray) -> dict[str, float | None]:
+        return {"value": float(value), **interval(resampled)}
+
+    metrics: dict[str, Any] = {
+        "volumes": len(truth),
+        "patients": len(set(patients)),
+        "left_out": left_out,
+        "macro": {n: entry(np.mean(values), mean_of_defined(many)) for n, (values, many, *_) in table.items()},
+        "micro": {n: entry(value, pooled) for n, (*_, value, pooled) in table.items()},
+        "per_class": {},
     }
-    metrics["micro"] = {name: {"value": value, **interval(resampled)} for name, (value, resampled) in pooled.items()}
-    metrics["per_class"] = {}
     for i, c in enumerate(kept):
-        entry: dict[str, Any] = {"positive": int(truth[:, i].sum())}
-        entry |= {n: {"value": values[i], **interval(resampled[:, i])} for n, (values, resampled) in table.items()}
+        found = metrics["per_class"][classes[c]] = {"positive": int(truth[:, i].sum())}
+        found |= {n: entry(values[i], resampled[:, i]) for n, (values, resampled, *_) in table.items()}
         if thresholds is not None:
-            entry["threshold"] = float(thresholds[c])
-        metrics["per_class"][names[i]] = entry
+            found["threshold"] = float(thresholds[c])
     if exclusive:
         codes, predicted = all_truth.argmax(1), probability.argmax(1)
         right = weights @ (codes == predicted) / weights.sum(1)
-        metrics["accuracy"] = {"value": float(accuracy_score(codes, predicted)), **interval(right)}
+        metrics["accuracy"] = entry(accuracy_score(codes, predicted), right)
         metrics["confusion_matrix"] = confusion_matrix(codes, predicted, labels=range(len(classes))).tolist()
     return metrics
 
@@ -286,10 +286,7 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     rows = []
     for name, entry in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
         for metric, value in entry.items():
-            if isinstance(value, Mapping):
-                rows.append((name, metric, value["value"], value["low"], value["high"]))
-            else:
-                rows.append((name, metric, value, None, None))
+            rows.append((name, metric, *(value.values() if isinstance(value, Mapping) else (value, None, None))))
     if "accuracy" in metrics:
         rows.append(("all", "accuracy", *metrics["accuracy"].values()))
     return rows

@@ -153,7 +153,8 @@ class PretrainEvaluation:
         if similar:
             scores, patches, spread = (torch.cat(part, -1) for part in zip(*similar, strict=True))
             random_scores = torch.cat([part[0] for part in random], -1)
-            metrics["patch_patch_cosine"] = spread.mean().item()  # near 1: the patches have collapsed
+            # near 1: all patches are alike, which monai's EmbeddingCollapseMetric, that centres them, cannot see
+            metrics["patch_patch_cosine"] = spread.mean().item()
             metrics["presence_auc"] = self._presence(findings, scores, random_scores, baseline, histograms)
             # a finding outside of the cropped volume, or too small for its grid, cannot be hit
             seen = [i for i, place in enumerate(places) if place["patches"].any()]

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from custom_components.data.save import argmax_labels, labels_in_scan
 from custom_components.evaluation import figures
 from custom_components.evaluation.figures import spacing_of
-from custom_components.evaluation.metrics import mean_interval
+from custom_components.evaluation.metrics import mean_interval, mean_of_defined
 from custom_components.evaluation.report import read_metrics, write_report
 
 METRICS = ("dice", "hd95", "surface_dice")
@@ -84,11 +84,6 @@ def scan_scores(
         for name, value in zip(METRICS, (dice, hd95, surface if index else math.nan), strict=True):
             scores[name].append(value)
     return scores
-
-
-def mean_of_defined(scores: np.ndarray) -> np.ndarray:
-    """``[scans, classes]`` -> ``[scans]``, NaN for a scan without any defined class."""
-    return np.ma.masked_invalid(scores).mean(1).filled(np.nan)
 
 
 class SegmentationEvaluation:
