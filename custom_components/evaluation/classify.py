@@ -2,45 +2,37 @@
 
 from __future__ import annotations
 
-import csv
-import json
 import logging
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from ignite.metrics import EpochMetric
-from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.handlers import ValidationHandler, from_engine
-from monai.optimizers import WarmupCosineSchedule
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from custom_components.errors import InputError
 from custom_components.evaluation import figures
-from custom_components.evaluation.controls import histogram_scores
 from custom_components.evaluation.metrics import (
-    accuracy,
     auroc_table,
     best_f1_thresholds,
     classification_metrics,
-    mean_auroc,
+    interval,
     metric_rows,
-    resample_patients,
+    resample,
 )
-from custom_components.evaluation.report import print_table
-from custom_components.probe import ClassificationLoss, LinearProbe, probe_head
-from custom_components.run.features import FeatureCache, FeatureDataset, FeatureLoader
-from custom_components.run.handlers import ClipGradients, LastStep, OptimizerSteps
+from custom_components.evaluation.report import read_metrics, write_report
+from custom_components.files import replacing
+from custom_components.probe import LinearProbe
+from custom_components.run.features import FeatureDataset
 from custom_components.run.inferers import ReadableLoader
-from custom_components.run.resume import KeepBest
 from custom_components.run.weights import load_weights
 
 logger = logging.getLogger(__name__)
+
+LABEL = " (label)"  # ends the name of a column of labels in predictions.csv
 
 
 @torch.inference_mode()
@@ -75,9 +67,9 @@ def predict(
 class ProbeEvaluation:
     """Metrics of a probe on a list of volumes, with intervals, tables and curves.
 
-    Writes to ``output_dir``: ``metrics.json`` and ``metrics.csv`` (see
-    :func:`custom_components.evaluation.metrics.classification_metrics`), ``predictions.csv`` (per volume: labels and
-    probabilities), ``roc_pr.png`` and, where classes exclude each other, ``confusion_matrix.png``.
+    Writes to ``output_dir``: ``metrics.json`` and ``metrics.csv`` (see :func:`classification_metrics`),
+    ``predictions.csv`` (a row per volume: labels and probabilities), ``roc_pr.png`` and, where classes exclude each
+    other, ``confusion_matrix.png``.
 
     Args:
         network: the probe.
@@ -144,7 +136,6 @@ class ProbeEvaluation:
         """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
         if self.checkpoint is not None:
             load_weights(self.network, self.checkpoint)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
         probability_of_all, truth, items, failures = self._outputs(self.dataset)
         probability = self._merge(probability_of_all)
         thresholds, on_test = None, None
@@ -169,16 +160,13 @@ class ProbeEvaluation:
         }
         if any(len(parts) > 1 for parts in self.sources.values()):
             metrics["auroc_published"] = self._published(truth, probability_of_all, patients)
-        (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        rows = metric_rows(metrics)
-        with open(self.output_dir / "metrics.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("class", "metric", "value", "low", "high"), *rows])
+        rows = [("class", "metric", "value", "low", "high"), *metric_rows(metrics)]
+        write_report(self.output_dir, metrics, rows, *_table(metrics))
         self._write_predictions(items, truth, probability)
         figures.roc_and_pr_curves(truth, probability, self.classes, self.output_dir / "roc_pr.png")
         if self.exclusive:
             path = self.output_dir / "confusion_matrix.png"
             figures.confusion_matrix(metrics["confusion_matrix"], self.classes, path)
-        self._print(metrics)
         return metrics
 
     def _outputs(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, list, list]:
@@ -194,7 +182,7 @@ class ProbeEvaluation:
 
     def _published(self, truth: np.ndarray, probability: np.ndarray, patients: Sequence[str]) -> dict[str, Any]:
         """AUROCs where a merged class counts by its best part, chosen on these very labels."""
-        weights = resample_patients(patients, self.num_resamples, self.seed)
+        weights = resample(patients, self.num_resamples, self.seed)
         chosen, parts_of = [], {}
         for c, (name, parts) in enumerate(self.sources.items()):
             names = [self.network_classes[part] for part in parts]
@@ -210,24 +198,28 @@ class ProbeEvaluation:
     def _write_predictions(self, items: Sequence[Mapping], truth: np.ndarray, probability: np.ndarray) -> None:
         frame = pd.DataFrame({"name": [item["name"] for item in items], "patient": [item["patient"] for item in items]})
         for c, name in enumerate(self.classes):
-            frame[f"{name} (label)"] = truth[:, c].astype(int)
+            frame[name + LABEL] = truth[:, c].astype(int)
             frame[name] = probability[:, c]
-        frame.to_csv(self.output_dir / "predictions.csv", index=False)
+        with replacing(self.output_dir / "predictions.csv") as temporary:
+            frame.to_csv(temporary, index=False)
 
-    def _print(self, metrics: Mapping[str, Any]) -> None:
-        shown = ("auroc", "average_precision", "f1", "f1_at_threshold")
-        rows = [("class", "positive", *shown)]
-        for name, entry in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
-            rows.append((name, str(entry.get("positive", "")), *(_text(entry.get(metric)) for metric in shown)))
-        print_table(rows)
-        if self.exclusive:
-            print(f"accuracy {_text(metrics['accuracy'])}")
-        if "auroc_published" in metrics:
-            published = metrics["auroc_published"]
-            print(f"mean AUROC, best part of merged classes chosen on test labels: {published['mean']:.3f}")
-        if metrics["left_out"]:
-            print(f"left out of every mean, since the list has a single label value: {', '.join(metrics['left_out'])}")
-        print(f"tables and figures: {self.output_dir.resolve()}")
+
+def _table(metrics: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """What is printed of ``metrics.json``: rows of text, and lines below them."""
+    shown = ("auroc", "average_precision", "f1", "f1_at_threshold")
+    table = [("class", "positive", *shown)]
+    for name, entry in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
+        table.append((name, str(entry.get("positive", "")), *(_text(entry.get(metric)) for metric in shown)))
+    notes = []
+    if "accuracy" in metrics:
+        notes.append(f"accuracy {_text(metrics['accuracy'])}")
+    if "auroc_published" in metrics:
+        mean = metrics["auroc_published"]["mean"]
+        notes.append(f"mean AUROC, best part of merged classes chosen on test labels: {mean:.3f}")
+    if metrics["left_out"]:
+        left_out = ", ".join(metrics["left_out"])
+        notes.append(f"left out of every mean, since the list has a single label value: {left_out}")
+    return table, notes
 
 
 def _text(entry: Mapping[str, float | None] | None) -> str:
@@ -238,165 +230,50 @@ def _text(entry: Mapping[str, float | None] | None) -> str:
     return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
-def fit_head(
-    train: FeatureDataset,
-    valid: FeatureDataset,
-    num_classes: int,
-    max_steps: int,
-    batch_size: int,
-    learning_rate: float,
-    warmup_steps: int,
-    weight_decay: float,
-    max_norm: float,
-    patience: int | None,
-    exclusive: bool = False,
-    seed: int = 42,
-) -> nn.Linear:
-    """The linear layer of a probe, trained on features by the recipe of the bundle's ``train.json``; the best one."""
-    torch.manual_seed(seed)
-    head = probe_head(train.features.shape[-1], num_classes)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=learning_rate, weight_decay=weight_decay)
-    scheduler = WarmupCosineSchedule(optimizer, warmup_steps, max_steps)
-    device = torch.device("cpu")
-    metric = EpochMetric(accuracy if exclusive else mean_auroc, from_engine(["pred", "label"]), False)
-    validator = SupervisedEvaluator(
-        device,
-        DataLoader(valid, len(valid)),
-        head,
-        key_val_metric={"score": metric},
-        decollate=False,
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        best = KeepBest(head, validator, "score", f"{folder}/head.pt", patience)
-        loader = FeatureLoader(train, batch_size, seed)
-        trainer = SupervisedTrainer(
-            device,
-            max_epochs=-(-max_steps // len(loader)),
-            train_data_loader=loader,
-            network=head,
-            optimizer=optimizer,
-            loss_function=ClassificationLoss(num_classes, exclusive),
-            train_handlers=[
-                LastStep(max_steps),
-                ClipGradients(head, max_norm),
-                OptimizerSteps(scheduler),
-                best,
-                ValidationHandler(1, validator),
-            ],
-            decollate=False,
-        )
-        trainer.run()
-        best.restore()
-    return head
-
-
-class ProbeComparison:
-    """Probes on several encoders, and a logistic regression on HU histograms, at several shares of the labels.
+def compare_auroc(
+    runs: Mapping[float, Mapping[str, Path]], output_dir: str | Path, num_resamples: int = 1000, seed: int = 42
+) -> dict[str, Any]:
+    """AUROC of probes side by side, for :class:`custom_components.evaluation.compare.Comparison`.
 
     Adds ``auroc`` to ``metrics.json`` in ``output_dir``: fraction -> contender -> ``mean``, ``low``, ``high``,
-    ``per_class``, ``left_out``; and ``auroc_gain``: fraction -> ``simcrop`` minus each other contender, paired over the
-    same bootstrap resamples. Writes the table as ``auroc.csv``.
+    ``per_class``, ``left_out``; and ``auroc_gain``: fraction -> first contender minus each other, paired over the same
+    bootstrap resamples. Writes the table as ``auroc.csv``.
 
     Args:
-        encoders: contender -> its cache of features; ``simcrop`` first.
-        histogram: cache of :class:`HuHistogram`.
-        datalist: called with ``split`` and ``data_fraction``, returns items.
-        fractions: shares of the training data.
-        classes: names.
-        num_views: views per training volume.
-        output_dir: of ``metrics.json``.
-        recipe: further arguments of :func:`fit_head`.
+        runs: fraction -> contender -> folder with its ``predictions.csv``, all of the same volumes.
         num_resamples, seed: of the bootstrap.
+
+    Returns:
+        What ``auroc`` holds.
     """
+    auroc: dict[str, Any] = {}
+    gains: dict[str, Any] = {}
+    first, *others = next(iter(runs.values()))
+    rows, notes = [("labels", "class", first, *others)], []
+    for fraction, folders in runs.items():
+        tables = {name: _auroc_of(folder, num_resamples, seed) for name, folder in folders.items()}
+        entries = auroc[str(fraction)] = {name: entry for name, (entry, _) in tables.items()}
+        for name in entries[first]["per_class"]:
+            rows.append((str(fraction), name, *(_text(entry["per_class"][name]) for entry in entries.values())))
+        means = ({**entry, "value": entry["mean"]} for entry in entries.values())
+        rows.append((str(fraction), "mean", *map(_text, means)))
+        gains[str(fraction)] = {}
+        for other in others if entries[first]["per_class"] else ():
+            gain = {"value": entries[first]["mean"] - entries[other]["mean"]}
+            gain |= interval(tables[first][1] - tables[other][1])
+            gains[str(fraction)][other] = gain
+            notes.append(f"{fraction} of the labels: mean AUROC of {first} minus {other}: {_text(gain)}")
+    if entries[first]["left_out"]:
+        notes.append(f"left out, since the test list has a single label value: {', '.join(entries[first]['left_out'])}")
+    metrics = read_metrics(output_dir) | {"auroc": auroc, "auroc_gain": gains}
+    write_report(output_dir, metrics, rows, rows, notes, "auroc.csv")
+    return auroc
 
-    def __init__(
-        self,
-        encoders: Mapping[str, FeatureCache],
-        histogram: FeatureCache,
-        datalist: Callable[..., list[dict]],
-        fractions: Sequence[float],
-        classes: Sequence[str],
-        num_views: int,
-        output_dir: str,
-        recipe: Mapping[str, Any],
-        num_resamples: int = 1000,
-        seed: int = 42,
-    ) -> None:
-        self.encoders = dict(encoders)
-        self.histogram = histogram
-        self.datalist = datalist
-        self.fractions = list(fractions)
-        self.classes = list(classes)
-        self.num_views = num_views
-        self.output_dir = Path(output_dir)
-        self.recipe = dict(recipe)
-        self.num_resamples = num_resamples
-        self.seed = seed
 
-    def __call__(self) -> dict[str, Any]:
-        """Compare, print the table, write it; returns what ``auroc`` of ``metrics.json`` holds."""
-        scores: dict[str, dict[str, np.ndarray]] = {str(fraction): {} for fraction in self.fractions}
-        valid, test = self.datalist(split="valid"), self.datalist(split="test")
-        for contender, cache in {**self.encoders, "hu_histogram": self.histogram}.items():
-            views = self.num_views if contender in self.encoders else 1
-            test_features = cache.encode(test, 1, f"{contender}: test")
-            valid_features = cache.encode(valid, 1, f"{contender}: validation")
-            for fraction in self.fractions:
-                train = self.datalist(split="train", data_fraction=fraction)
-                features = cache.encode(train, views, f"{contender}: training at {fraction:.0%}")
-                if contender in self.encoders:
-                    head = fit_head(features, valid_features, len(self.classes), seed=self.seed, **self.recipe)
-                    with torch.inference_mode():
-                        score = head(test_features.features[:, 0]).numpy()
-                else:
-                    score = self._histogram_scores(features, test_features)
-                scores[str(fraction)][contender] = score
-        return self._tell(scores, test_features)
-
-    def _histogram_scores(self, train: FeatureDataset, test: FeatureDataset) -> np.ndarray:
-        """``[N, C]``; zeros for a class with a single label value in training."""
-        scores = np.zeros((len(test), len(self.classes)))
-        for c in range(len(self.classes)):
-            labels = train.labels[:, c].numpy()
-            if len(np.unique(labels)) == 2:
-                scores[:, c] = histogram_scores(train.features[:, 0].numpy(), labels, test.features[:, 0].numpy())
-        return scores
-
-    def _tell(self, scores: Mapping[str, Mapping[str, np.ndarray]], test: FeatureDataset) -> dict[str, Any]:
-        weights = resample_patients([item["patient"] for item in test.data], self.num_resamples, self.seed)
-        truth = test.labels.numpy()
-        table: dict[str, Any] = {}
-        gains: dict[str, Any] = {}
-        for fraction, contenders in scores.items():
-            tables = {name: auroc_table(truth, score, self.classes, weights) for name, score in contenders.items()}
-            table[fraction] = {name: entry for name, (entry, _) in tables.items()}
-            first, resampled = tables["simcrop"]
-            gains[fraction] = {}
-            for name, (entry, other) in tables.items():
-                if name != "simcrop" and first["mean"] is not None:
-                    low, high = np.percentile(resampled - other, [2.5, 97.5])
-                    gain = {"value": first["mean"] - entry["mean"], "low": float(low), "high": float(high)}
-                    gains[fraction][name] = gain
-        path = self.output_dir / "metrics.json"
-        metrics = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps(metrics | {"auroc": table, "auroc_gain": gains}, indent=2) + "\n")
-
-        contenders = list(next(iter(scores.values())))
-        rows = [("labels", "class", *contenders)]
-        for fraction, entries in table.items():
-            for name in entries["simcrop"]["per_class"]:
-                rows.append((fraction, name, *(_text(entries[c]["per_class"][name]) for c in contenders)))
-            means = (
-                {"value": entries[c]["mean"], "low": entries[c]["low"], "high": entries[c]["high"]} for c in contenders
-            )
-            rows.append((fraction, "mean", *(_text(mean) for mean in means)))
-        with open(self.output_dir / "auroc.csv", "w", newline="") as file:
-            csv.writer(file).writerows(rows)
-        print_table(rows)
-        for fraction, entries in gains.items():
-            for name, gain in entries.items():
-                print(f"{fraction} of the labels: mean AUROC of simcrop minus {name}: {_text(gain)}")
-        left_out = table[str(self.fractions[0])]["simcrop"]["left_out"]
-        if left_out:
-            print(f"left out, since the test list has a single label value: {', '.join(left_out)}")
-        return table
+def _auroc_of(folder: Path, num_resamples: int, seed: int) -> tuple[dict[str, Any], np.ndarray]:
+    """:func:`auroc_table` of the ``predictions.csv`` of a run."""
+    predictions = pd.read_csv(folder / "predictions.csv", dtype={"patient": str})
+    classes = [column.removesuffix(LABEL) for column in predictions if column.endswith(LABEL)]
+    truth = predictions[[name + LABEL for name in classes]].to_numpy()
+    weights = resample(predictions["patient"], num_resamples, seed)
+    return auroc_table(truth, predictions[classes].to_numpy(), classes, weights)

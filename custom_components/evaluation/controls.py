@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
-from sklearn.pipeline import make_pipeline
+from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-from custom_components.probe import LinearProbe
 from custom_components.vit import init_weights
 
 
@@ -39,26 +39,27 @@ def histogram_auc(baseline: Mapping[str, Any], column: int, histograms: np.ndarr
     """AUROC of a logistic regression on HU histograms; None where the training items' labels do not allow one."""
     if baseline["labels"] is None or len(set(baseline["labels"][:, column])) < 2:
         return None
-    return roc_auc_score(truth, histogram_scores(baseline["histograms"], baseline["labels"][:, column], histograms))
+    model = histogram_regression(baseline["histograms"], baseline["labels"][:, column])
+    return roc_auc_score(truth, model.decision_function(histograms))
 
 
-def histogram_scores(train: np.ndarray, labels: np.ndarray, histograms: np.ndarray) -> np.ndarray:
-    """Scores ``[N]`` of a logistic regression that learned binary ``labels [T]`` from histograms ``train [T, B]``."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-    return model.fit(train, labels).decision_function(histograms)
+def histogram_regression(histograms: np.ndarray, labels: np.ndarray) -> Pipeline:
+    """A logistic regression that learned binary ``labels [N]`` from ``histograms [N, B]``."""
+    return make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000)).fit(histograms, labels)
 
 
-def random_probe(probe: LinearProbe, seed: int) -> LinearProbe:
-    """A copy of a probe whose encoder is untrained, the same for every call with one seed."""
+def random_probe(probe: nn.Module, seed: int) -> nn.Module:
+    """A :class:`custom_components.probe.LinearProbe` with an untrained encoder in place of its own; one per seed."""
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
-        return untrained(probe)
+        probe.encoder = untrained(probe).encoder
+    return probe
 
 
-class HuHistogram(nn.Module):
-    """HU histogram in the place of an encoder: what can be told without any features. Goes into a FeatureCache."""
+class HistogramProbe(nn.Module):
+    """Logistic regressions on the HU histogram where a probe would stand: what can be said without any features."""
 
-    frozen = True
+    frozen = True  # a FeatureCache may keep its histograms
 
     @property
     def encoder(self) -> nn.Module:
@@ -67,3 +68,23 @@ class HuHistogram(nn.Module):
     def features(self, volume: Tensor) -> Tensor:
         """``[B, 1, X, Y, Z]`` in [-1, 1] -> shares of 64 bins ``[B, 64]``."""
         return torch.stack([torch.from_numpy(hu_histogram(v.float().cpu())) for v in volume]).float()
+
+    def fit(self, dataset: Dataset) -> None:
+        """Learn from ``image``, a volume or its histogram, and ``label``; a class with one label value scores zero."""
+        histograms, labels = [], []
+        for item in (dataset[i] for i in range(len(dataset))):
+            histograms.append(self.features(item["image"][None])[0] if item["image"].ndim > 1 else item["image"])
+            labels.append(item["label"])
+        self.models = [
+            histogram_regression(np.stack(histograms), column) if len(np.unique(column)) == 2 else None
+            for column in np.stack(labels).T
+        ]
+
+    def forward(self, volume: Tensor) -> Tensor:
+        return self.head(self.features(volume))
+
+    def head(self, histograms: Tensor) -> Tensor:
+        """``[B, 64]`` -> logits ``[B, num_classes]``, float64."""
+        values = histograms.cpu().numpy()
+        scores = [m.decision_function(values) if m is not None else np.zeros(len(values)) for m in self.models]
+        return torch.from_numpy(np.stack(scores, 1))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from ignite.engine import Engine, Events
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -19,13 +20,7 @@ from matplotlib.lines import Line2D
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from sklearn.metrics import (
-    ConfusionMatrixDisplay,
-    average_precision_score,
-    precision_recall_curve,
-    roc_auc_score,
-    roc_curve,
-)
+from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocCurveDisplay
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -59,16 +54,6 @@ def outline_plane(
     area = plane(mask, axis, index).astype(float)
     if area.any():
         axes.contour(area, levels=[0.5], colors=colour, **({"linewidths": 1.2} | style))
-
-
-def show_axial(axes: Axes, volume: Tensor | np.ndarray, z: int, spacing: Sequence[float], **style: Any) -> None:
-    """Draw slice ``z`` of a RAS volume ``[X, Y, Z]``, anterior up, the patient's right on the left."""
-    show_plane(axes, volume, 2, z, spacing, **style)
-
-
-def outline_axial(axes: Axes, mask: Tensor | np.ndarray, z: int, colour: str = "#00e5ff") -> None:
-    """Outline a RAS mask ``[X, Y, Z]`` on slice ``z``, to go over :func:`show_axial`."""
-    outline_plane(axes, mask, 2, z, colour)
 
 
 def spacing_of(image: Tensor) -> tuple[float, float, float]:
@@ -145,8 +130,8 @@ class SentencePaneld(MapTransform):
                 z = int(heat.amax((0, 1)).argmax())
                 low, high = float(heat.min()), float(heat.max())
                 for axes in row:
-                    show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
-                show_axial(row[1], heat, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
+                    show_plane(axes, image[0], 2, z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+                show_plane(row[1], heat, 2, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
                 row[0].set_title(sentence, fontsize=9, loc="left")
                 row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
             figure.savefig(folder / "panel.png", dpi=120)
@@ -284,17 +269,13 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, p
     Args:
         values: group -> bar -> ``mean``, ``low``, ``high``.
     """
+    mean, low, high = (
+        pd.DataFrame({g: {bar: entry[part] for bar, entry in group.items()} for g, group in values.items()}).T
+        for part in ("mean", "low", "high")
+    )
     figure = Figure(figsize=(2.2 + 1.7 * len(values), 3.6), layout="constrained")
-    axes = figure.subplots()
-    names = list(next(iter(values.values())))
-    for i, name in enumerate(names):
-        entries = [group[name] for group in values.values()]
-        means = np.array([entry["mean"] for entry in entries])
-        reach = [means - [e["low"] for e in entries], [e["high"] for e in entries] - means]
-        x = np.arange(len(values)) + (i - (len(names) - 1) / 2) * 0.36
-        axes.bar(x, means, 0.34, yerr=reach, capsize=3, label=name, color=COLOURS[i])
-    axes.set_xticks(range(len(values)), list(values))
-    axes.set_ylabel(ylabel)
+    reach = np.stack([mean - low, high - mean]).transpose(2, 0, 1)  # bar, side, group
+    axes = mean.plot.bar(ax=figure.subplots(), yerr=reach, capsize=3, rot=0, ylabel=ylabel, color=COLOURS)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=9)
     figure.savefig(path, dpi=120)
@@ -310,23 +291,16 @@ def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[st
     """
     figure = Figure(figsize=(11.0, 5.0), layout="constrained")
     roc, pr = figure.subplots(1, 2)
-    colours = [f"C{i}" for i in range(10)]
     for c, name in enumerate(classes):
-        if len(np.unique(truth[:, c])) < 2:
-            continue
-        style = {"color": colours[c % 10], "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}
-        false_positive, true_positive, _ = roc_curve(truth[:, c], score[:, c])
-        precision, recall, _ = precision_recall_curve(truth[:, c], score[:, c])
-        roc.plot(false_positive, true_positive, label=f"{name}: {roc_auc_score(truth[:, c], score[:, c]):.3f}", **style)
-        precision_of_class = average_precision_score(truth[:, c], score[:, c])
-        label = f"{name}: {precision_of_class:.3f} (share {truth[:, c].mean():.3f})"
-        pr.step(recall, precision, where="post", label=label, **style)
+        y, scored = truth[:, c], score[:, c]
+        if len(np.unique(y)) == 2:
+            style = {"curve_kwargs": {"color": f"C{c % 10}", "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}}
+            RocCurveDisplay.from_predictions(y, scored, ax=roc, name=name, **style)
+            PrecisionRecallDisplay.from_predictions(y, scored, ax=pr, name=f"{name}, {y.mean():.0%} positive", **style)
     roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    for axes, title, x, y in (
-        (roc, "ROC, with AUROC", "1 - specificity", "sensitivity"),
-        (pr, "precision-recall, with average precision", "sensitivity", "precision"),
-    ):
-        axes.set(title=title, xlabel=x, ylabel=y, xlim=(0, 1), ylim=(0, 1.01))
+    roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
+    pr.set(title="precision-recall", xlabel="sensitivity", ylabel="precision")
+    for axes in (roc, pr):
         axes.legend(fontsize=6)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -1,4 +1,4 @@
-"""Classification metrics with bootstrap intervals.
+"""Metrics with bootstrap intervals.
 
 Values come from scikit-learn. Intervals need each metric a thousand times, so the resamples are computed at once, as
 weights: a patient drawn twice counts twice.
@@ -7,6 +7,7 @@ weights: a patient drawn twice counts twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -74,12 +75,45 @@ def best_f1_thresholds(truth: np.ndarray, probability: np.ndarray) -> np.ndarray
     return thresholds
 
 
-def resample_patients(patients: Sequence[str], num_resamples: int, seed: int) -> np.ndarray:
-    """How often each volume counts in each bootstrap resample of the patients, ``[R, N]`` float64."""
-    names, owner = np.unique(np.asarray(patients), return_inverse=True)
+def resample(units: Sequence[Any], num_resamples: int, seed: int) -> np.ndarray:
+    """How often each of N observations counts in each bootstrap resample of their units, ``[R, N]`` float64.
+
+    Args:
+        units: N patients or scans; what belongs to one stays together.
+    """
+    names, owner = np.unique(np.asarray(units), return_inverse=True)
     draws = np.random.RandomState(seed).randint(len(names), size=(num_resamples, len(names)))
     counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in draws])
     return counts[:, owner].astype(np.float64)
+
+
+def mean_of_defined(scores: np.ndarray) -> np.ndarray:
+    """Mean over classes, ``[N, C]`` -> ``[N]``, of what is not NaN; NaN where no class is defined."""
+    return np.ma.masked_invalid(scores).mean(1).filled(np.nan)
+
+
+def interval(values: np.ndarray) -> dict[str, float | None]:
+    """95 % percentile interval of a metric's values over resamples; None where no resample gives one."""
+    values = values[np.isfinite(values)]
+    low, high = np.percentile(values, [2.5, 97.5]).tolist() if len(values) else (None, None)
+    return {"low": low, "high": high}
+
+
+def mean_interval(values: np.ndarray, seed: int, num_resamples: int = 2000) -> dict[str, Any]:
+    """Mean over the scans for which there is a value, with its interval.
+
+    Args:
+        values: one per scan, NaN where it is not defined.
+
+    Returns:
+        ``mean``, ``low``, ``high`` (None if nothing is defined), and ``scans``, how many are.
+    """
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    if not len(values):
+        return {"mean": None, "low": None, "high": None, "scans": 0}
+    means = resample(range(len(values)), num_resamples, seed) @ values / len(values)
+    return {"mean": float(values.mean()), **interval(means), "scans": len(values)}
 
 
 def weighted_auroc(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -110,27 +144,21 @@ def _by_score(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tupl
     )
 
 
-def weighted_rates(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """F1, sensitivity and specificity per class under each row of ``weights [R, N]``, ``[R, C]`` each.
+def weighted_rates(
+    truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray, pooled: bool = False
+) -> dict[str, np.ndarray]:
+    """F1, sensitivity and specificity under each row of ``weights [R, N]``: per class ``[R, C]``, or pooled ``[R]``.
 
     ``truth`` and ``predicted`` are ``[N, C]`` of zeros and ones. NaN where nothing could have been counted.
     """
-    truth, predicted = truth.astype(np.float64), predicted.astype(np.float64)
-    hit = weights @ (truth * predicted)
-    positive, called, total = weights @ truth, weights @ predicted, weights.sum(1, keepdims=True)
+    counts = [weights @ part.astype(np.float64) for part in (truth * predicted, truth, predicted, np.ones_like(truth))]
+    hit, positive, called, total = (count.sum(1) for count in counts) if pooled else counts
     with np.errstate(invalid="ignore", divide="ignore"):
         return {
             "f1": 2 * hit / (positive + called),
             "sensitivity": hit / positive,
             "specificity": (total - positive - called + hit) / (total - positive),
         }
-
-
-def interval(values: np.ndarray) -> dict[str, float | None]:
-    """95 % percentile interval of bootstrap values; None where no resample gives one."""
-    values = values[np.isfinite(values)]
-    low, high = np.percentile(values, [2.5, 97.5]) if len(values) else (None, None)
-    return {"low": None if low is None else float(low), "high": None if high is None else float(high)}
 
 
 def auroc_table(
@@ -141,7 +169,7 @@ def auroc_table(
     Args:
         truth, score: ``[N, C]``.
         classes: C names.
-        weights: of :func:`resample_patients`.
+        weights: of :func:`resample`.
 
     Returns:
         ``mean``, ``low``, ``high``, ``per_class`` (class -> ``value``, ``low``, ``high``), ``left_out`` (classes with a
@@ -156,16 +184,18 @@ def auroc_table(
     left_out = [name for name in classes if name not in per_class]
     if not per_class:
         return {"mean": None, "low": None, "high": None, "per_class": {}, "left_out": left_out}, np.array([])
-    means = _nanmean(np.stack(resampled, 1))
+    means = mean_of_defined(np.stack(resampled, 1))
     mean = float(np.mean([entry["value"] for entry in per_class.values()]))
     return {"mean": mean, **interval(means), "per_class": per_class, "left_out": left_out}, means
 
 
-def _nanmean(values: np.ndarray) -> np.ndarray:
-    """Mean along the last axis without NaN; NaN where there is nothing else."""
-    count = np.isfinite(values).sum(-1)
-    with np.errstate(invalid="ignore"):
-        return np.nansum(values, -1) / count
+# name -> value of truth [N] and score [N], and the same by weights [R, N]
+SCORES = {
+    "auroc": (roc_auc_score, weighted_auroc),
+    "average_precision": (average_precision_score, weighted_average_precision),
+}
+# name of :func:`weighted_rates` -> value of truth [N] and decision [N]
+RATES = {"f1": f1_score, "sensitivity": recall_score, "specificity": partial(recall_score, pos_label=0)}
 
 
 def classification_metrics(
@@ -196,89 +226,59 @@ def classification_metrics(
         ``micro`` (all class decisions pooled), ``left_out``: classes with a single label value, which have neither
         AUROC nor average precision, and enter no mean.
     """
-    weights = resample_patients(patients, num_resamples, seed)
+    weights = resample(patients, num_resamples, seed)
     left_out = [name for c, name in enumerate(classes) if len(np.unique(truth[:, c])) < 2]
     if len(left_out) == len(classes):
         raise InputError(
             f"no class has both label values among {len(truth)} volumes ({', '.join(left_out)}): give a longer list"
         )
     kept = [c for c, name in enumerate(classes) if name not in left_out]
-    names = [classes[c] for c in kept]
     if exclusive:
         at_half = np.eye(len(classes))[probability.argmax(1)][:, kept]
     else:
         at_half = (probability[:, kept] >= 0.5).astype(float)
-    all_truth, truth, probability_of = truth, truth[:, kept], probability[:, kept]
+    all_truth, truth, score = truth, truth[:, kept], probability[:, kept]
     decisions = {"": at_half}
     if thresholds is not None:
-        decisions["_at_threshold"] = (probability_of >= np.asarray(thresholds)[kept]).astype(float)
+        decisions["_at_threshold"] = (score >= np.asarray(thresholds)[kept]).astype(float)
 
-    # name -> values [C] and their bootstrap [R, C]; then the same pooled over classes, [1] and [R, 1]
-    table: dict[str, tuple[list[float], np.ndarray]] = {}
-    pooled: dict[str, tuple[float, np.ndarray]] = {}
-    flat_truth, flat_score = truth.reshape(-1), probability_of.reshape(-1)
-    for name, value_of, weighted in (
-        ("auroc", roc_auc_score, weighted_auroc),
-        ("average_precision", average_precision_score, weighted_average_precision),
-    ):
-        columns = range(len(kept))
-        values = [float(value_of(truth[:, c], probability_of[:, c])) for c in columns]
-        table[name] = (values, np.stack([weighted(truth[:, c], probability_of[:, c], weights) for c in columns], 1))
-        pooled[name] = (
-            float(value_of(flat_truth, flat_score)),
-            _in_chunks(lambda w, f=weighted: f(flat_truth, flat_score, np.repeat(w, len(kept), axis=1)), weights),
-        )
+    # metric -> values [C] and their bootstrap [R, C]; then the same with all classes pooled, a value and [R]
+    table: dict[str, tuple[list[float], np.ndarray, float, np.ndarray]] = {}
+    for name, (value_of, weighted) in SCORES.items():
+        values = [value_of(t, s) for t, s in zip(truth.T, score.T, strict=True)]
+        resampled = [weighted(t, s, weights) for t, s in zip(truth.T, score.T, strict=True)]
+        chunks = (np.repeat(weights[i : i + CHUNK], len(kept), axis=1) for i in range(0, len(weights), CHUNK))
+        pooled = np.concatenate([weighted(truth.ravel(), score.ravel(), chunk) for chunk in chunks])
+        table[name] = values, np.stack(resampled, 1), value_of(truth.ravel(), score.ravel()), pooled
     for suffix, predicted in decisions.items():
-        rates = weighted_rates(truth, predicted, weights)
-        flat = predicted.reshape(-1)
-        pooled_rates = weighted_pooled_rates(truth, predicted, weights)
-        for name, options in (
-            ("f1", {}),
-            ("sensitivity", {}),
-            ("specificity", {"pos_label": 0}),
-        ):
-            value_of = f1_score if name == "f1" else recall_score
-            options = {"zero_division": 0, **options}
-            values = [float(value_of(truth[:, c], predicted[:, c], **options)) for c in range(len(kept))]
-            table[name + suffix] = (values, rates[name])
-            pooled[name + suffix] = (float(value_of(flat_truth, flat, **options)), pooled_rates[name])
+        rates, pooled_rates = (weighted_rates(truth, predicted, weights, pool) for pool in (False, True))
+        for name, value_of in RATES.items():
+            values = [value_of(t, p, zero_division=0) for t, p in zip(truth.T, predicted.T, strict=True)]
+            value = value_of(truth.ravel(), predicted.ravel(), zero_division=0)
+            table[name + suffix] = values, rates[name], value, pooled_rates[name]
 
-    metrics: dict[str, Any] = {"volumes": len(truth), "patients": len(set(patients)), "left_out": left_out}
-    metrics["macro"] = {
-        name: {"value": float(np.mean(values)), **interval(_nanmean(resampled))}
-        for name, (values, resampled) in table.items()
+    def entry(value: float, resampled: np.ndarray) -> dict[str, float | None]:
+        return {"value": float(value), **interval(resampled)}
+
+    metrics: dict[str, Any] = {
+        "volumes": len(truth),
+        "patients": len(set(patients)),
+        "left_out": left_out,
+        "macro": {n: entry(np.mean(values), mean_of_defined(many)) for n, (values, many, *_) in table.items()},
+        "micro": {n: entry(value, pooled) for n, (*_, value, pooled) in table.items()},
+        "per_class": {},
     }
-    metrics["micro"] = {name: {"value": value, **interval(resampled)} for name, (value, resampled) in pooled.items()}
-    metrics["per_class"] = {}
     for i, c in enumerate(kept):
-        entry: dict[str, Any] = {"positive": int(truth[:, i].sum())}
-        entry |= {n: {"value": values[i], **interval(resampled[:, i])} for n, (values, resampled) in table.items()}
+        found = metrics["per_class"][classes[c]] = {"positive": int(truth[:, i].sum())}
+        found |= {n: entry(values[i], resampled[:, i]) for n, (values, resampled, *_) in table.items()}
         if thresholds is not None:
-            entry["threshold"] = float(thresholds[c])
-        metrics["per_class"][names[i]] = entry
+            found["threshold"] = float(thresholds[c])
     if exclusive:
         codes, predicted = all_truth.argmax(1), probability.argmax(1)
         right = weights @ (codes == predicted) / weights.sum(1)
-        metrics["accuracy"] = {"value": float(accuracy_score(codes, predicted)), **interval(right)}
+        metrics["accuracy"] = entry(accuracy_score(codes, predicted), right)
         metrics["confusion_matrix"] = confusion_matrix(codes, predicted, labels=range(len(classes))).tolist()
     return metrics
-
-
-def weighted_pooled_rates(truth: np.ndarray, predicted: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
-    """As :func:`weighted_rates`, with the decisions on all classes pooled: ``[R]`` each."""
-    hit = weights @ (truth * predicted).sum(1)
-    positive, called = weights @ truth.sum(1), weights @ predicted.sum(1)
-    total = weights.sum(1) * truth.shape[1]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return {
-            "f1": 2 * hit / (positive + called),
-            "sensitivity": hit / positive,
-            "specificity": (total - positive - called + hit) / (total - positive),
-        }
-
-
-def _in_chunks(weighted: Callable[[np.ndarray], np.ndarray], weights: np.ndarray) -> np.ndarray:
-    return np.concatenate([weighted(weights[i : i + CHUNK]) for i in range(0, len(weights), CHUNK)])
 
 
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
@@ -286,28 +286,7 @@ def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     rows = []
     for name, entry in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
         for metric, value in entry.items():
-            if isinstance(value, Mapping):
-                rows.append((name, metric, value["value"], value["low"], value["high"]))
-            else:
-                rows.append((name, metric, value, None, None))
+            rows.append((name, metric, *(value.values() if isinstance(value, Mapping) else (value, None, None))))
     if "accuracy" in metrics:
         rows.append(("all", "accuracy", *metrics["accuracy"].values()))
     return rows
-
-
-def mean_interval(values: np.ndarray, seed: int, repeats: int = 2000) -> dict[str, Any]:
-    """Mean of what is defined, and the 2.5th and 97.5th percentile of that mean over resampled scans.
-
-    Args:
-        values: one per scan, NaN where it is not defined.
-
-    Returns:
-        ``mean``, ``low``, ``high`` (None if nothing is defined), and ``scans``, how many are.
-    """
-    values = np.asarray(values, dtype=float)
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return {"mean": None, "low": None, "high": None, "scans": 0}
-    means = np.random.default_rng(seed).choice(values, (repeats, len(values))).mean(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"mean": float(values.mean()), "low": float(low), "high": float(high), "scans": len(values)}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from custom_components.data.lists import CT_RATE_CLASSES, mask_file_name
 from custom_components.evaluation import figures
 from custom_components.evaluation.controls import histogram_auc, hu_histogram, untrained
-from custom_components.evaluation.figures import HEAT, outline_axial, show_axial, spacing_of
-from custom_components.evaluation.report import print_table
+from custom_components.evaluation.figures import HEAT, outline_plane, show_plane, spacing_of
+from custom_components.evaluation.report import write_report
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences
@@ -102,15 +100,11 @@ class PretrainEvaluation:
         self.network.eval()
         self.device = next(self.network.encoder.parameters()).device
         torch.manual_seed(self.seed)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-
-        metrics = {"seed": self.seed, "volumes": len(self.dataset), **self._metrics()}
-        (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        metrics, places = self._metrics()
+        metrics = {"seed": self.seed, "volumes": len(self.dataset), **metrics}
         rows = table_rows(metrics)
-        with open(self.output_dir / "metrics.csv", "w", newline="") as file:
-            csv.writer(file).writerows([("metric", "of", "value", "beside"), *rows])
-        print_table(rows)
-        print(f"tables and figures: {self.output_dir.resolve()}")
+        write_report(self.output_dir, metrics, [("metric", "of", "value", "beside"), *rows], rows)
+        self._figures(places)
         self.network.train(was_training)
         return metrics
 
@@ -120,7 +114,8 @@ class PretrainEvaluation:
         for i, items in enumerate(tqdm(loader, desc=description, unit="batch")):
             yield i * self.batch_size, items
 
-    def _metrics(self) -> dict[str, Any]:
+    def _metrics(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """The metrics, and the places of finding sentences that they speak of."""
         baseline = self._baseline()
         findings, places, prompts = list(self.sentences), [], list(self.sentences.values())
         if self.network.aligner is not None:
@@ -158,15 +153,15 @@ class PretrainEvaluation:
         if similar:
             scores, patches, spread = (torch.cat(part, -1) for part in zip(*similar, strict=True))
             random_scores = torch.cat([part[0] for part in random], -1)
-            metrics["patch_patch_cosine"] = spread.mean().item()  # near 1: the patches have collapsed
+            # near 1: all patches are alike, which monai's EmbeddingCollapseMetric, that centres them, cannot see
+            metrics["patch_patch_cosine"] = spread.mean().item()
             metrics["presence_auc"] = self._presence(findings, scores, random_scores, baseline, histograms)
             # a finding outside of the cropped volume, or too small for its grid, cannot be hit
             seen = [i for i, place in enumerate(places) if place["patches"].any()]
             if seen:
                 places = [places[i] for i in seen]
                 metrics["grounding"] = grounding(places, patches[len(findings) :][seen])
-        self._figures(places)
-        return metrics
+        return metrics, places
 
     def _baseline(self) -> dict[str, Any]:
         """What can be said of a volume and a report without looking at them, learned from training items."""
@@ -258,7 +253,7 @@ class PretrainEvaluation:
             figures.loss_curves(self.log_dir, self.output_dir / "losses.png")
         if self.network.volume_decoder is not None:
             items = [self.dataset[i] for i in range(min(3, len(self.dataset)))]
-            figures.reconstructions(self.network, self.loss, items, self.output_dir / "reconstructions.png")
+            reconstructions(self.network, self.loss, items, self.output_dir / "reconstructions.png")
         # the first of each finding, not the best
         first = {place["finding"]: place for place in reversed(places)}
         shown = []
@@ -266,7 +261,7 @@ class PretrainEvaluation:
             image = self.dataset[place["volume"]]["image"]
             shown.append({**place, "image": image, "mask": self._mask(place, image)[0] > 0})
         if shown and self.network.aligner is not None:
-            figures.sentence_maps(self.network, self.tokenizer, shown, self.output_dir / "sentences.png")
+            sentence_maps(self.network, self.tokenizer, shown, self.output_dir / "sentences.png")
 
 
 def grounding(places: Sequence[Mapping[str, Any]], most_similar: Tensor) -> dict[str, Any]:
@@ -350,7 +345,7 @@ def reconstructions(network: SimCroP, loss: SimCroPLoss, items: Sequence[Mapping
             unpatchify(stage, encoder.grid, encoder.patch_size)[0, 0].cpu() for stage in (patches, hidden, restored)
         ]
         for axes, stage, title in zip(row, stages, ("original", "masked", "reconstructed"), strict=True):
-            show_axial(axes, stage, stage.shape[2] // 2, spacing_of(item["image"]), cmap="gray", vmin=-1, vmax=0.4)
+            show_plane(axes, stage, 2, stage.shape[2] // 2, spacing_of(item["image"]), cmap="gray", vmin=-1, vmax=0.4)
             axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=120)
 
@@ -377,10 +372,10 @@ def sentence_maps(
         at_mask = int(place["mask"].sum((0, 1)).argmax())
         at_peak = int(heat.amax((0, 1)).argmax())
         for axes, z, heated in zip(row, (at_mask, at_mask, at_peak), (False, True, True), strict=True):
-            show_axial(axes, image[0], z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+            show_plane(axes, image[0], 2, z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
             if heated:
-                show_axial(axes, heat, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
-            outline_axial(axes, place["mask"], z)
+                show_plane(axes, heat, 2, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
+            outline_plane(axes, place["mask"], 2, z)
         row[0].set_title(f"“{place['sentence']}”", fontsize=10, loc="left")
         for axes, text in zip(
             row, ("CT, true mask outlined", "similarity, same slice", "slice of its peak"), strict=True

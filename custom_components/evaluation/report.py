@@ -2,11 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from custom_components.files import replacing
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of text in aligned columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)] if rows else []
-    for row in rows:
-        print("  ".join([*(cell.ljust(width) for cell, width in zip(row[:-1], widths, strict=True)), row[-1]]))
+def write_report(
+    output_dir: str | Path,
+    metrics: Mapping[str, Any],
+    rows: Sequence[Sequence[Any]],
+    table: Sequence[Sequence[str]],
+    notes: Sequence[str] = (),
+    csv_name: str = "metrics.csv",
+) -> None:
+    """Write ``metrics.json`` and a CSV file to ``output_dir``, each whole at any moment, and print a table.
+
+    Args:
+        rows: of the CSV file, its header first.
+        table: rows of text.
+        notes: lines to print below it.
+    """
+    output_dir = Path(output_dir)
+    with replacing(output_dir / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+    with replacing(output_dir / csv_name) as temporary, open(temporary, "w", newline="") as file:
+        csv.writer(file).writerows(rows)
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*notes, f"tables and figures: {output_dir.resolve()}", sep="\n")
+
+
+def read_metrics(folder: str | Path) -> dict[str, Any]:
+    """What ``metrics.json`` in a folder holds; nothing if there is none."""
+    path = Path(folder, "metrics.json")
+    return json.loads(path.read_text()) if path.is_file() else {}

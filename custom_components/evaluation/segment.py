@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +12,15 @@ import torch
 from monai.data import Dataset
 from monai.inferers import Inferer
 from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
+from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from custom_components.data.save import argmax_labels, labels_in_scan
 from custom_components.evaluation import figures
 from custom_components.evaluation.figures import spacing_of
-from custom_components.evaluation.metrics import mean_interval
-from custom_components.evaluation.report import print_table
-
-logger = logging.getLogger(__name__)
+from custom_components.evaluation.metrics import mean_interval, mean_of_defined
+from custom_components.evaluation.report import read_metrics, write_report
 
 METRICS = ("dice", "hd95", "surface_dice")
 
@@ -80,28 +76,14 @@ def scan_scores(
             surface = 0.0
         if all(sizes) and index:
             # distances are between surfaces, so what lies around both need not be looked at
-            box = tuple(slice(*_extent((p | t), axis)) for axis in range(3))
-            p, t = (torch.nn.functional.pad(mask[box], (1,) * 6)[None, None] for mask in (p, t))
+            box = tuple(map(slice, *generate_spatial_bounding_box((p | t)[None])))
+            p, t = (mask[box][None, None] for mask in (p, t))
             options = {"include_background": True, "spacing": list(spacing)}
             hd95 = float(compute_hausdorff_distance(p, t, percentile=95, **options))
             surface = float(compute_surface_dice(p, t, class_thresholds=[tolerance], **options))
         for name, value in zip(METRICS, (dice, hd95, surface if index else math.nan), strict=True):
             scores[name].append(value)
     return scores
-
-
-def _extent(mask: Tensor, axis: int) -> tuple[int, int]:
-    """First and one after the last index along an axis at which a mask ``[X, Y, Z]`` is set."""
-    others = [other for other in range(3) if other != axis]
-    found = mask.sum(others).nonzero().flatten()
-    return int(found[0]), int(found[-1]) + 1
-
-
-def mean_of_defined(scores: np.ndarray) -> np.ndarray:
-    """``[scans, classes]`` -> ``[scans]``, NaN for a scan without any defined class."""
-    defined = np.isfinite(scores)
-    count = defined.sum(1)
-    return np.where(count, np.where(defined, scores, 0).sum(1) / np.maximum(count, 1), np.nan)
 
 
 class SegmentationEvaluation:
@@ -160,9 +142,7 @@ class SegmentationEvaluation:
         self.network.train(was_training)
 
         metrics = self._metrics({name: np.array([score[name] for score in scores]) for name in METRICS})
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        (self.output_dir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-        self._write_scans(names, scores)
+        write_report(self.output_dir, metrics, self._rows(names, scores), table_rows(metrics))
         titles = ("Dice", "HD95 (mm)", f"surface Dice at {self.tolerance:g} mm")
         panels = {
             title: {c: [score[name][k] for score in scores] for k, c in enumerate(self.classes, 1)}
@@ -170,8 +150,6 @@ class SegmentationEvaluation:
         }
         figures.box_plots(panels, self.output_dir / "box_plots.png")
         figures.contours(rows, self.classes).savefig(self.output_dir / "contours.png", dpi=120)
-        print_table(table_rows(metrics))
-        print(f"tables and figures: {self.output_dir.resolve()}")
         return metrics
 
     def _row(self, item: Mapping[str, Any], logits: Tensor, dice: Sequence[float]) -> dict[str, Any]:
@@ -199,14 +177,14 @@ class SegmentationEvaluation:
         metrics["surface_dice"]["tolerance_mm"] = self.tolerance
         return metrics
 
-    def _write_scans(self, names: Sequence[str], scores: Sequence[Mapping[str, Sequence[float]]]) -> None:
-        with open(self.output_dir / "metrics.csv", "w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["scan", "class", "dice", "hd95_mm", "surface_dice"])
-            for name, score in zip(names, scores, strict=True):
-                for k, c in enumerate(["background", *self.classes]):
-                    values = ["" if math.isnan(score[metric][k]) else round(score[metric][k], 5) for metric in METRICS]
-                    writer.writerow([name, c, *values])
+    def _rows(self, names: Sequence[str], scores: Sequence[Mapping[str, Sequence[float]]]) -> list[Sequence[Any]]:
+        """What ``metrics.csv`` holds."""
+        rows: list[Sequence[Any]] = [("scan", "class", "dice", "hd95_mm", "surface_dice")]
+        for name, score in zip(names, scores, strict=True):
+            for k, c in enumerate(["background", *self.classes]):
+                values = ["" if math.isnan(score[metric][k]) else round(score[metric][k], 5) for metric in METRICS]
+                rows.append([name, c, *values])
+        return rows
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -224,3 +202,37 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         if "with_background" in metrics[name]:
             rows.append(row(name, "with background", metrics[name]["with_background"]))
     return rows
+
+
+def compare_dice(runs: Mapping[float, Mapping[str, Path]], output_dir: str | Path) -> dict[str, Any]:
+    """Dice of networks side by side, for :class:`custom_components.evaluation.compare.Comparison`.
+
+    Writes ``metrics.json``: ``dice`` by fraction and contender (``mean``, ``low``, ``high``, ``per_class``), and
+    ``difference`` of the first contender to each other, paired over scans; ``metrics.csv`` and ``comparison.png``.
+
+    Args:
+        runs: fraction -> contender -> folder with its ``metrics.json``, all of the same scans.
+
+    Returns:
+        What ``metrics.json`` holds.
+    """
+    metrics: dict[str, Any] = {"seed": None, "dice": {}, "difference": {}}
+    rows = [("fraction", "contender", "of", "dice", "interval")]
+    for fraction, folders in runs.items():
+        found = {name: read_metrics(folder) for name, folder in folders.items()}
+        dice = {name: run["dice"] for name, run in found.items()}
+        scans = {name: np.array(entry["per_scan"], dtype=float) for name, entry in dice.items()}
+        first, *others = dice
+        seed = metrics["seed"] = found[first]["seed"]
+        differences = {f"{first} - {other}": mean_interval(scans[first] - scans[other], seed) for other in others}
+        metrics["dice"][f"{fraction:g}"], metrics["difference"][f"{fraction:g}"] = dice, differences
+        for name, entry in dice.items():
+            for of, e in {"foreground mean": entry, **entry["per_class"]}.items():
+                rows.append((f"{fraction:g}", name, of, f"{e['mean']:.3f}", f"{e['low']:.3f} to {e['high']:.3f}"))
+        for name, e in differences.items():
+            values = f"{e['mean']:+.3f}", f"{e['low']:+.3f} to {e['high']:+.3f}"
+            rows.append((f"{fraction:g}", name, "paired", *values))
+    write_report(output_dir, metrics, rows, rows[1:])
+    groups = {f"{float(fraction):.0%} of the labels": dice for fraction, dice in metrics["dice"].items()}
+    figures.bars(groups, "foreground Dice", Path(output_dir) / "comparison.png")
+    return metrics

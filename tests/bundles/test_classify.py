@@ -90,10 +90,23 @@ def test_demo_compares_encoders_at_both_fractions(bundle: Path) -> None:
         for entry in contenders.values():
             assert {"mean", "low", "high", "per_class"} <= set(entry)
             assert entry["low"] <= entry["mean"] <= entry["high"]
-    # the comparison trains by train.json's recipe: at all labels its probe is the bundle's own
+    # a contender is a run of the bundle: at all labels the first one is the run that compares, again
     compared = metrics["auroc"]["1.0"]["simcrop"]["mean"]
-    assert compared == pytest.approx(metrics["macro"]["auroc"]["value"], abs=0.05)
+    assert compared == metrics["macro"]["auroc"]["value"]
+    gain = metrics["auroc_gain"]["1.0"]["hu_histogram"]
+    assert gain["value"] == pytest.approx(compared - metrics["auroc"]["1.0"]["hu_histogram"]["mean"])
+    assert gain["low"] <= gain["value"] <= gain["high"]
     assert "of the labels: mean AUROC of simcrop minus hu_histogram" in (bundle / "stdout.txt").read_text()
+
+
+def test_overrides_reach_every_run_of_the_demo(bundle: Path) -> None:
+    for name in ("simcrop_0.5", "random_encoder_0.5", "simcrop_1", "random_encoder_1"):
+        checkpoint = torch.load(bundle / "models" / name / "checkpoint.pt", weights_only=True)
+        assert checkpoint["trainer"]["iteration"] == TINY["max_steps"]
+        assert checkpoint["recipe"]["num_views"] == TINY["num_views"]
+    assert not (bundle / "models" / "hu_histogram_1").exists()  # it has no weights, and no training of the bundle's
+    table = pd.read_csv(bundle / "eval" / "auroc.csv")
+    assert list(table) == ["labels", "class", "simcrop", "random_encoder", "hu_histogram"]
 
 
 def test_a_second_run_encodes_nothing(bundle: Path, run_here: Callable) -> None:

@@ -27,6 +27,8 @@ TRAIN = ["train.json", "demo.json"]
 COHORT = {"dataset_dir#num_train": 4, "dataset_dir#num_valid": 3, "datalist#num_validation": 1}
 TINY = COHORT | {"max_epochs": 2, "val_interval": 1, "warmup_epochs": 0, "feature_size": 4}
 
+ADAM = {"_target_": "torch.optim.Adam", "params": "$@network.parameters()", "betas": [0.5, 0.6]}
+
 
 @pytest.fixture(scope="session")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -38,9 +40,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = SimCroPEncoder(num_layers=3, num_heads=3, **sizes)
     (folder.parent / "pretrain" / "models").mkdir(parents=True)
     torch.save(encoder.state_dict(), folder.parent / "pretrain" / "models" / "encoder.pt")
-    overrides = {f"comparison#overrides#{k}": TINY[k] for k in ("val_interval", "warmup_epochs", "feature_size")}
-    keys = COHORT | overrides | {"comparison#overrides#max_epochs": 1, "fractions": "[0.5, 1.0]"}
-    result = run(folder, TRAIN, **keys)
+    result = run(folder, TRAIN, **TINY | {"max_epochs": 1, "fractions": "[0.5, 1.0]"})
     assert result.returncode == 0, result.stdout + result.stderr
     (folder / "log.txt").write_text(result.stdout + result.stderr)
     return folder
@@ -84,11 +84,26 @@ def test_demo_says_what_was_loaded(bundle: Path) -> None:
 
 
 def test_demo_without_an_encoder_says_so(run_here: Callable, cohort: dict, caplog: pytest.LogCaptureFixture) -> None:
-    keys = {k: v for k, v in cohort.items() if k in ("dataset_dir", "datalist")}
-    overrides = {f"comparison#overrides#{k}": TINY[k] for k in ("val_interval", "warmup_epochs", "feature_size")}
-    keys |= overrides | {"comparison#overrides#max_epochs": 1, "fractions": [0.3], "pretrained": "absent.pt"}
-    run_here(TRAIN, **keys)
+    run_here(TRAIN, **cohort | {"max_epochs": 1, "fractions": [0.3], "pretrained": "absent.pt"})
     assert "absent.pt DOES NOT EXIST" in caplog.text
+
+
+def test_overrides_and_overlays_reach_every_run_of_the_demo(
+    bundle: Path, run_here: Callable, cohort: dict, tmp_path: Path
+) -> None:
+    """From the command line, from a file of one's own, and from a program, whose values need not be JSON."""
+    overlay = bundle / "configs" / "my_changes.json"
+    overlay.write_text(json.dumps({"num_layers": 1, "optimizer": {**ADAM, "lr": "@learning_rate"}}))
+    keys = {"max_epochs": 1, "feature_size": 4, "fractions": [0.5], "device": torch.device("cpu")}
+    run_here([*TRAIN, overlay.name], **cohort | keys | {"evaluate_after_training": False})
+    for name in ("pretrained_0.5", "scratch_0.5"):
+        checkpoint = torch.load(tmp_path / "models" / name / "checkpoint.pt", weights_only=True)
+        assert checkpoint["trainer"]["epoch"] == 1
+        assert checkpoint["optimizer"]["param_groups"][0]["betas"] == (0.5, 0.6)
+        weights = torch.load(tmp_path / "models" / name / "model.pt", weights_only=True)
+        assert {key.split(".")[2] for key in weights if key.startswith("encoder.blocks.")} == {"0"}
+        assert weights["out.conv.conv.weight"].shape[1] == 4
+        assert json.loads((tmp_path / "eval" / name / "metrics.json").read_text())["scans"] == 2
 
 
 def test_training_resumes_and_draws(run_here: Callable, cohort: dict, tmp_path: Path) -> None:

@@ -15,9 +15,11 @@ from custom_components.evaluation.metrics import (
     auroc_table,
     best_f1_thresholds,
     classification_metrics,
+    interval,
     mean_auroc,
+    mean_interval,
     metric_rows,
-    resample_patients,
+    resample,
     selection_metric,
     weighted_auroc,
     weighted_average_precision,
@@ -36,7 +38,7 @@ def data() -> tuple[np.ndarray, np.ndarray, list[str]]:
 
 def test_resamples_equal_scikit_learn_with_weights(data: tuple) -> None:
     truth, score, patients = data
-    weights = resample_patients(patients, 20, seed=3)
+    weights = resample(patients, 20, seed=3)
     auroc = weighted_auroc(truth[:, 1], score[:, 1], weights)
     precision = weighted_average_precision(truth[:, 1], score[:, 1], weights)
     rates = weighted_rates(truth, score >= 0.5, weights)
@@ -51,10 +53,31 @@ def test_resamples_equal_scikit_learn_with_weights(data: tuple) -> None:
 
 
 def test_resamples_keep_a_patients_volumes_together(data: tuple) -> None:
-    weights = resample_patients(data[2], 50, seed=0)
+    weights = resample(data[2], 50, seed=0)
     assert (weights[:, ::2] == weights[:, 1::2]).all()
     assert (weights.sum(1) == 90).all() and weights.max() >= 4
-    assert (weights == resample_patients(data[2], 50, seed=0)).all()
+    assert (weights == resample(data[2], 50, seed=0)).all()
+
+
+def test_intervals_of_means_are_of_the_same_resamples() -> None:
+    """Scans are drawn as patients are, and an interval is between percentiles, whatever it is of."""
+    values = np.random.RandomState(0).rand(12)
+    means = [np.average(values, weights=w) for w in resample([f"scan {i:02d}" for i in range(12)], 300, seed=4)]
+    found = mean_interval(values, seed=4, num_resamples=300)
+    assert (found["low"], found["high"]) == pytest.approx(np.quantile(means, [0.025, 0.975]))
+    assert interval(np.array([*means, np.nan])) == pytest.approx({"low": found["low"], "high": found["high"]})
+    assert interval(np.array([np.nan])) == {"low": None, "high": None}
+
+
+def test_pooled_rates_are_of_all_decisions(data: tuple) -> None:
+    truth, score, patients = data
+    weights = resample(patients, 10, seed=0)
+    rates = weighted_rates(truth, score >= 0.5, weights, pooled=True)
+    for i, w in enumerate(np.repeat(weights, 4, axis=1)):
+        called = (score >= 0.5).ravel()
+        assert rates["f1"][i] == pytest.approx(f1_score(truth.ravel(), called, sample_weight=w))
+        specificity = recall_score(truth.ravel(), called, pos_label=0, sample_weight=w)
+        assert rates["specificity"][i] == pytest.approx(specificity)
 
 
 def test_metrics_hold_the_values_and_intervals_around_them(data: tuple) -> None:
@@ -93,7 +116,7 @@ def test_a_class_with_one_label_value_is_named_and_left_out(data: tuple) -> None
     assert metrics["macro"]["auroc"]["value"] == pytest.approx(np.mean(others))
     logits = torch.as_tensor(score).logit(1e-3)
     assert mean_auroc(logits, torch.as_tensor(truth)) == pytest.approx(np.mean(others), abs=1e-6)
-    table, _ = auroc_table(truth, score, ["a", "b", "c", "d"], resample_patients(patients, 20, 0))
+    table, _ = auroc_table(truth, score, ["a", "b", "c", "d"], resample(patients, 20, 0))
     assert table["left_out"] == ["c"] and table["mean"] == pytest.approx(np.mean(others))
     with pytest.raises(InputError, match="no class has both label values"):
         classification_metrics(np.zeros((4, 1)), np.zeros((4, 1)), ["a"], list("abcd"))

@@ -22,8 +22,8 @@ from custom_components.data.lists import labelled, msd
 from custom_components.data.read import LoadCTd, LoadLabeld
 from custom_components.data.save import LabelsInScand, SaveLabelsd, labels_in_scan
 from custom_components.errors import InputError
-from custom_components.evaluation.metrics import mean_interval
-from custom_components.evaluation.segment import PresentDice, mean_of_defined, scan_scores
+from custom_components.evaluation.metrics import mean_interval, mean_of_defined
+from custom_components.evaluation.segment import PresentDice, scan_scores
 from custom_components.run.inferers import WindowInferer
 
 

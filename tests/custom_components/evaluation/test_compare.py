@@ -1,0 +1,119 @@
+"""Comparisons as runs of small configs, whose training writes down the keys that reach it; real ones run in bundles."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import monai.bundle
+import pytest
+import torch
+
+from custom_components.errors import InputError
+from custom_components.evaluation.compare import Comparison, running_config
+from custom_components.evaluation.report import read_metrics
+
+CONFIG = {
+    "imports": ["$import os", "$import json"],
+    "pretrained": None,
+    "data_fraction": 1.0,
+    "max_epochs": 400,
+    "val_interval": "$@max_epochs // 20",
+    "optimizer": {"lr": 0.1, "name": "adam"},
+    "device": "cpu",
+    "evaluate_after_training": False,
+    "checkpoint": "$@models_dir + '/model.pt'",
+    "found": {
+        "pretrained": "@pretrained", "fraction": "@data_fraction", "epochs": "@max_epochs", "interval": "@val_interval",
+        "optimizer": "@optimizer", "device": "$str(@device)", "evaluated": "@evaluate_after_training",
+    },
+    "training": [
+        "$os.makedirs(@models_dir)",
+        "$os.makedirs(@output_dir)",
+        "$open(@checkpoint, 'w').write(@output_dir)",
+        "$json.dump(@found, open(@output_dir + '/metrics.json', 'w'))",
+    ],
+    "contenders": {"first": {}, "second": {"optimizer#lr": "$@val_interval / 10", "max_epochs": 40}},
+    "comparison": {
+        "_target_": "custom_components.evaluation.compare.Comparison",
+        "report": "$lambda runs, folder: @runs.update(runs)",
+        "fractions": [1.0, 0.1],
+        "models_dir": "@models_dir",
+        "output_dir": "@output_dir",
+        "checkpoint": "@checkpoint",
+    },
+    "run": ["$@comparison()"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def compare(tmp_path: Path) -> Callable[..., dict[float, dict[str, dict]]]:
+    """Runs a comparison; gives fraction -> contender -> the keys that its training found."""
+
+    def run(*overlays: dict, **keys: object) -> dict[float, dict[str, dict]]:
+        files = []
+        for i, content in enumerate((CONFIG, *overlays)):
+            files.append(str(tmp_path / f"{i}.json"))
+            Path(files[-1]).write_text(json.dumps(content))
+        runs: dict[float, dict[str, Path]] = {}
+        folders = {"models_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")}
+        (tmp_path / "models").mkdir()
+        monai.bundle.run(config_file=files, logging_file=False, runs=Runs(runs), **folders, **keys)
+        return {fraction: {name: read_metrics(f) for name, f in found.items()} for fraction, found in runs.items()}
+
+    return run
+
+
+class Runs:
+    """An override that JSON cannot hold, nor a copy replace."""
+
+    def __init__(self, runs: dict) -> None:
+        self.update = runs.update
+
+    def __deepcopy__(self, memo: dict) -> Runs:
+        return self
+
+
+def test_contenders_are_runs_of_the_config_with_keys_of_their_own(compare: Callable, tmp_path: Path) -> None:
+    found = compare()
+    assert list(found) == [0.1, 1.0] and all(list(runs) == ["first", "second"] for runs in found.values())
+    first, second = found[0.1].values()
+    assert first["fraction"] == 0.1 and first["evaluated"] is True
+    assert (first["epochs"], first["interval"], first["optimizer"]) == (400, 20, {"lr": 0.1, "name": "adam"})
+    # what a contender's keys refer to is in its own run
+    assert (second["epochs"], second["interval"], second["optimizer"]) == (40, 2, {"lr": 0.2, "name": "adam"})
+    weights = (tmp_path / "models" / "model.pt").read_text()
+    assert weights == (tmp_path / "models" / "first_1" / "model.pt").read_text() == str(tmp_path / "eval" / "first_1")
+
+
+def test_every_override_and_overlay_reaches_every_run(compare: Callable) -> None:
+    overlay = {"val_interval": 7, "optimizer#name": "sgd", "contenders#third": {"pretrained": None}}
+    found = compare(overlay, max_epochs=3, device=torch.device("meta"), **{"optimizer#lr": 0.5})
+    for runs in found.values():
+        first, second, third = runs.values()
+        assert first == third and first["optimizer"] == {"lr": 0.5, "name": "sgd"}
+        assert (first["epochs"], first["interval"], first["device"]) == (3, 7, "meta")
+        # a contender's own key counts for more
+        assert (second["epochs"], second["interval"], second["optimizer"]["lr"]) == (40, 7, 0.7)
+
+
+def test_a_contender_without_its_file_is_left_out(compare: Callable, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        found = compare({"contenders": {"pretrained": {}, "scratch": {"pretrained": None}}}, pretrained="absent.pt")
+    assert "absent.pt DOES NOT EXIST: contender pretrained is left out" in caplog.text
+    assert list(found[1.0]) == ["scratch"]
+
+
+def test_no_contender_at_all_is_told(compare: Callable) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        compare(pretrained="absent.pt")
+    assert isinstance(raised.value.__cause__, InputError) and "none whose pretrained" in str(raised.value.__cause__)
+
+
+def test_a_comparison_belongs_to_a_config() -> None:
+    with pytest.raises(RuntimeError, match="no config is running"):
+        running_config()
+    with pytest.raises(RuntimeError, match="no config is running"):
+        Comparison(dict, [1.0], "models", "eval")()
