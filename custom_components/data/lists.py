@@ -40,7 +40,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
 _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
 # at the start of a line or sentence in any case, elsewhere in capitals: "no significant findings: ..." is no heading
-HEADING = re.compile(rf"(?:(?:^|(?<=[.;]))\s*(?P<any>(?i:{SECTIONS}))|\b(?P<capital>{SECTIONS.upper()}))\s*:", re.M)
+HEADING = re.compile(rf"(?:(?:^|(?<=[.;]))\s*((?i:{SECTIONS}))|\b({SECTIONS.upper()}))\s*:", re.M)
 
 
 def no_classes() -> list[str]:
@@ -363,7 +363,7 @@ def scans(path: str | os.PathLike) -> list[dict]:
         names = [entry.name for entry in paths]
     if len(set(names)) < len(names):  # of a list: one name in a folder per case
         top = os.path.commonpath(paths)
-        names = ["_".join(entry.relative_to(top).parts) for entry in paths]
+        names = ["_".join([*entry.relative_to(top).parts[:-1], _stem(entry)]) for entry in paths]
     return [{"image": str(entry), "name": name} for entry, name in zip(paths, names, strict=True)]
 
 
@@ -507,11 +507,10 @@ def _report_text(texts: pd.Series) -> list[str]:
 def _sections(report: str) -> tuple[str, str] | None:
     """Findings and impression of a whole report, without its other sections; None where it has no such heading."""
     found: dict[str, list[str]] = defaultdict(list)
-    headings = list(HEADING.finditer(report))
-    for heading, following in zip(headings, [*headings[1:], None], strict=True):
-        name = (heading["any"] or heading["capital"]).lower().rstrip("s")
-        text = report[heading.end() : following.start() if following else None].strip()
-        found[{"conclusion": "impression"}.get(name, name)].append(text)
+    _, *parts = HEADING.split(report)
+    for word, capitals, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        name = (word or capitals).lower().rstrip("s")
+        found["impression" if name == "conclusion" else name].append(text.strip())
     if not found.keys() & {"finding", "impression"}:
         return None
     return "\n".join(found["finding"]), "\n".join(found["impression"])
