@@ -261,7 +261,7 @@ class PretrainEvaluation:
             figures.loss_curves(self.log_dir, self.output_dir / "losses.png")
         if self.network.volume_decoder is not None:
             items = [self.dataset[i] for i in range(min(3, len(self.dataset)))]
-            figures.reconstructions(self.network, self.loss, items, self.output_dir / "reconstructions.png")
+            reconstructions(self.network, self.loss, items, self.output_dir / "reconstructions.png")
         # the first of each finding, not the best
         first = {place["finding"]: place for place in reversed(places)}
         shown = []
@@ -269,7 +269,7 @@ class PretrainEvaluation:
             image = self.dataset[place["volume"]]["image"]
             shown.append({**place, "image": image, "mask": self._mask(place, image)[0] > 0})
         if shown and self.network.aligner is not None:
-            figures.sentence_maps(self.network, self.tokenizer, shown, self.output_dir / "sentences.png")
+            sentence_maps(self.network, self.tokenizer, shown, self.output_dir / "sentences.png")
 
 
 def grounding(places: Sequence[Mapping[str, Any]], most_similar: Tensor) -> dict[str, Any]:
