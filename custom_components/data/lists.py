@@ -153,6 +153,7 @@ def volumes(
         owners = [part.get("patient", name) for part, name in zip(parts, names, strict=True)]
         patients, splits = _header(frame, patient_column), _header(frame, split_column)
         cells = frame[[header for header in frame if header in mentioned]].to_dict("records")
+        cells = [{header: cell for header, cell in row.items() if cell == cell} for row in cells]  # without NaN
         content: dict[str, Any] = {
             "name": names,
             "patient": owners if patients is None else frame[patients].fillna(names),
@@ -268,7 +269,7 @@ def msd(
 
     items = []
     for entry in lists[split]:
-        if not all(isinstance(entry.get(key, ""), str) for key in ("image", "label")):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key, ""), str) for key in ("image", "label")):
             raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
         if not entry.get("image"):
             raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
@@ -378,11 +379,7 @@ def _json_lists(path: Path) -> dict[str, list[dict]]:
         raise InputError(f"datalist {path} is not JSON ({error}): download it again") from error
     content = content if isinstance(content, dict) else {"": content}
     lists = {key: entries for key, entries in content.items() if isinstance(entries, list)}
-    records = {k: [{"image": e} if isinstance(e, str) else e for e in entries] for k, entries in lists.items()}
-    for key, entry in ((key, entry) for key, entries in records.items() for entry in entries):
-        if not isinstance(entry, dict):
-            raise InputError(f"datalist {path}: {key} holds {entry!r}, not a file name or an image with its label")
-    return records
+    return {k: [{"image": e} if isinstance(e, str) else e for e in entries] for k, entries in lists.items()}
 
 
 def _read_table(path: Path) -> pd.DataFrame:
@@ -399,7 +396,7 @@ def _read_table(path: Path) -> pd.DataFrame:
         return pd.read_csv(io.StringIO(text), dtype=str, sep=max(",;\t", key=header.count))
     except InputError:
         raise
-    except (OSError, ValueError, AttributeError) as error:  # those of pandas and of decoding are ValueErrors
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # of pandas and of decoding are ValueErrors
         raise InputError(
             f"{path} cannot be read as a CSV or JSON file in UTF-8 ({str(error).strip().splitlines()[0]}): download it "
             "again, or save it so"
@@ -554,7 +551,9 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
     """Rows of which each names another volume, within its split; a report that is only repeated is left out."""
     first: dict[tuple, dict] = {}
     repeated = []
+    scans: dict[str, set[tuple]] = defaultdict(set)
     for row in rows:
+        scans[row["words"].get("scan", row["name"])].add((row.get("findings"), row.get("impression")))
         other = first.setdefault((row["split"], row["name"]), row)
         if other is row:
             continue
@@ -563,6 +562,8 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
             raise InputError(f"{path} names {row['name']} twice: keep one row per volume")
         if any(row[key] != other[key] for key in ("findings", "impression")):
             raise InputError(f"{path} has two different reports of {row['name']}: keep one row per volume")
+    if several := [scan for scan, reports in scans.items() if len(reports) > 1]:
+        _warn_once(f"{path}: {len(several)} scans have several reports ({_some(several)}): each volume keeps its own")
     if repeated:
         _warn_once(f"{path}: {len(repeated)} rows repeat a volume with the same report ({_some(repeated)}), used once")
     return list(first.values())

@@ -573,6 +573,21 @@ def test_a_report_that_is_repeated_and_one_that_differs(mine: dict, caplog: pyte
         volumes("pretrain", (), reports="reports.jsonl", **mine)
 
 
+def test_reconstructions_of_one_scan_with_several_reports_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_ct_rate(tmp_path, NAMES)
+    with caplog.at_level(logging.WARNING):
+        assert len(ct_rate(tmp_path)) == 4
+    assert "train_reports.csv: 1 scans have several reports (train_1_a)" in caplog.text
+
+
+def test_a_volume_whose_path_is_not_given(mine: dict) -> None:
+    write_lines(mine["dataset_dir"] / "reports.jsonl", [row | {"path": None} for row in REPORTS])
+    with pytest.raises(InputError, match="'a' does not have all words of {path}: correct it, name_pattern, or images"):
+        volumes("pretrain", (), reports="reports.jsonl", **mine | {"images": "{path}"})
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
