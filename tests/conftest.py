@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -41,6 +42,11 @@ def minilm() -> str:
 @pytest.fixture(scope="session")
 def tokenizer(minilm: str) -> PreTrainedTokenizerBase:
     return load_tokenizer(minilm)
+
+
+def classes_of(overlay: str) -> list[str]:
+    """The classes that an overlay of the classify bundle names."""
+    return json.loads((BUNDLES / "classify" / "configs" / f"{overlay}.json").read_text())["classes"]
 
 
 def untrained(name: str, folder: Path) -> Path:

@@ -1,20 +1,24 @@
-"""Readers of public data sets and of folders of scans: files as published in, MONAI datalist (a list of dicts) out.
+"""Tables of reports and labels, datalists, and folders of scans: files as published in, MONAI datalist (dicts) out.
 
-A datalist holds paths, text and small arrays; voxels are read later, by the transforms. Nothing here imports torch or
-MONAI, so that a process that wants only the list starts fast.
+A datalist holds paths, text and small arrays; voxels are read later, by the transforms. Nothing here knows a data set:
+columns, paths and splits are arguments, which the configs name. Nothing here imports torch or MONAI, so that a process
+that wants only the list starts fast.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
+import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from string import Formatter
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,164 +27,207 @@ from custom_components.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# The classes of CT-RATE in the order of its label files, which is the order of `abnormalities` and of every logit.
-CT_RATE_CLASSES: tuple[str, ...] = (
-    "Medical material",
-    "Arterial wall calcification",
-    "Cardiomegaly",
-    "Pericardial effusion",
-    "Coronary artery wall calcification",
-    "Hiatal hernia",
-    "Lymphadenopathy",
-    "Emphysema",
-    "Atelectasis",
-    "Lung nodule",
-    "Lung opacity",
-    "Pulmonary fibrotic sequela",
-    "Pleural effusion",
-    "Mosaic attenuation pattern",
-    "Peribronchial thickening",
-    "Consolidation",
-    "Bronchiectasis",
-    "Interlobular septal thickening",
-)
-
-
-@dataclass(frozen=True)
-class LabelledSet:
-    """What a public classification data set looks like on disk.
-
-    Attributes:
-        classes: in the order of the logits; where they exclude each other, that of the codes 0, 1, ...
-        id_column: header of the column that names volumes, as published.
-        images: where volumes lie below `dataset_dir`, tried in turn, with `{name}` and, where names have parts as
-            CT-RATE's do, `{split}`, `{patient}`, `{scan}` and `{letter}` ("train", "train_1", "train_1_a", "a").
-        columns: class -> header of its column, where the two differ.
-    """
-
-    classes: tuple[str, ...]
-    id_column: str
-    images: tuple[str, ...]
-    columns: Mapping[str, str] = field(default_factory=dict)
-
-
-LABELLED_SETS: dict[str, LabelledSet] = {
-    "ct_rate": LabelledSet(
-        classes=CT_RATE_CLASSES,
-        id_column="VolumeName",
-        images=(
-            "dataset/{split}_fixed/{patient}/{scan}/{name}.nii.gz",
-            "{split}_fixed/{patient}/{scan}/{name}.nii.gz",
-            "{split}_preprocessed/{patient}/{patient}{letter}/{name}.nii.gz",
-            "dataset/{split}/{patient}/{scan}/{name}.nii.gz",
-            "{split}/{patient}/{scan}/{name}.nii.gz",
-            "{name}.nii.gz",
-        ),
-    ),
-    "rad_chest_ct": LabelledSet(
-        classes=(
-            "Medical material",
-            "Calcification",
-            *(c for c in CT_RATE_CLASSES[2:] if "calcification" not in c and c != "Mosaic attenuation pattern"),
-        ),
-        id_column="NoteAcc_DEID",
-        images=("images/{name}.nii.gz", "{name}.nii.gz"),
-        columns={"Hiatal hernia": "Hietal Hernia"},
-    ),
-    # Which of the codes 1 and 2 is COVID-19 is not told by the published lists: the key `classes` swaps the names.
-    "cc_ccii": LabelledSet(
-        classes=("Normal", "Common pneumonia", "COVID-19 pneumonia"),
-        id_column="img_list",
-        images=("images_resized/{name}.nii.gz", "images/{name}.nii.gz", "{name}.nii.gz"),
-    ),
-    "luna16": LabelledSet(
-        classes=("Lung nodule",),
-        id_column="image_id",
-        images=("images/{name}.nii.gz", "{name}.nii.gz", *(f"subset{i}/{{name}}.mhd" for i in range(10))),
-        columns={"Lung nodule": "label"},
-    ),
-    # anybody's own: a CSV whose first column names volumes, by path or without ending, and a column per class
-    "csv": LabelledSet(classes=(), id_column="", images=("{name}", "{name}.nii.gz", "{name}.nrrd", "{name}.mha")),
-}
-
 NIFTI_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz")
 ITK_SUFFIXES: tuple[str, ...] = (".nrrd", ".nhdr", ".mha", ".mhd")
 CT_SUFFIXES: tuple[str, ...] = NIFTI_SUFFIXES + ITK_SUFFIXES
 
+# split -> what tables and datalists call it
+SPLITS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "valid": ("valid", "val", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+_SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
+# at the start of a line or sentence in any case, elsewhere in capitals: "no significant findings: ..." is no heading
+HEADING = re.compile(rf"(?:(?:^|(?<=[.;]))\s*((?i:{SECTIONS}))|\b({SECTIONS.upper()}))\s*:", re.M)
 
-def ct_rate(
-    dataset_dir: str | os.PathLike,
-    split: str = "train",
-    data_fraction: float = 1.0,
-    seed: int = 42,
-    exclude: str | os.PathLike | None = None,
-) -> list[dict]:
-    """CT-RATE as downloaded from Hugging Face: one item per volume of the split's report CSV, in that file's order.
 
-    Every item holds `image` (path), `name` (volume name, "train_1_a_1"), `patient` ("train_1"), `findings` and
-    `impression` (text, "" where the report gives none). Where the folder has them, it also holds `abnormalities`
-    (float32 array of 18 zeros and ones, see :data:`CT_RATE_CLASSES`), `masks` (path of a folder of finding masks) and
-    `sentences` (dict finding -> sentence). Several reconstructions of one scan share its report, and all are listed.
-
-    Args:
-        dataset_dir: folder that contains `dataset/`, or that folder itself. Volumes of the second version
-            (`train_fixed`) are preferred to those of the first (`train`), where both are there.
-        split: "train" or "valid".
-        data_fraction: share of the patients to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
-        seed: of the order in which patients are taken.
-        exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest.
+def no_classes() -> list[str]:
+    """Stands for `classes` where no data set is named.
 
     Raises:
-        InputError: a file, a folder, a column, a label or a volume is missing, or an argument is out of range.
+        InputError: always.
     """
-    if split not in ("train", "valid"):
-        raise InputError(f"split is {split!r}, and CT-RATE has two: give train or valid")
-    if not 0 < data_fraction <= 1:
-        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
+    raise InputError(
+        "no data set: add the overlay of one behind train.json, such as 'configs/ct_rate.json', or name the columns "
+        "of your own labels with the key classes"
+    )
+
+
+def volumes(
+    dataset_dir: str | os.PathLike,
+    tables: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None,
+    split: str,
+    images: str | Sequence[str],
+    id_column: str | None = None,
+    name_pattern: str | None = None,
+    patient_column: str | None = "patient",
+    split_column: str | None = "split",
+    classes: Sequence[str] = (),
+    columns: Mapping[str, str] | None = None,
+    exclusive: bool = False,
+    findings_column: str | None = None,
+    impression_column: str | None = None,
+    report_column: str | None = None,
+    labels: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+    masks: str | Sequence[str] = (),
+    finding_sentences: Mapping[str, str | Sequence[str]] | None = None,
+    lists_dir: str | os.PathLike | None = None,
+    data_fraction: float = 1.0,
+    validation_share: float = 0.0,
+    test_share: float = 0.0,
+    exclude: str | os.PathLike | None = None,
+    seed: int = 42,
+) -> list[dict]:
+    """Volumes of a split with their labels, their reports or both, in the order of the table that names them.
+
+    Every item holds `image` (path), `name` and `patient` and, as the arguments ask,
+
+    - `label`: float32 array of zeros and ones in the order of `classes`; an int, the class' code, where `exclusive`.
+      Beside reports, labels are optional: a class without a column is NaN, and no item has `label` without any table;
+    - `findings` and `impression`: text, "" where there is none, for which CT-RATE has blanks and "Not given.";
+    - `masks` (path of the volume's folder of finding masks) and `sentences` (finding -> its sentence of the report).
+
+    A table is a CSV file (commas, semicolons or tabs), a JSON file (a list of records, or split -> list of them, as in
+    the Medical Segmentation Decathlon) or JSON lines, in UTF-8. Its splits are
+
+    - those that `tables` maps to files. Of `valid` and `test`, one may be absent, and the other stands for both;
+      `train_0.1` may name the training list of a `data_fraction` of 0.1, which is drawn from `train` otherwise;
+    - or those of one file's `split_column` or JSON lists, see :data:`SPLITS`;
+    - or one file without either, from which `test_share` of the patients are held out for testing.
+
+    With a `validation_share`, validation is that share of the training patients, who are then not trained on. No
+    patient stands on both sides of a split that is drawn here. For one seed, the training patients of a smaller
+    `data_fraction` are among those of a larger one, and leaving out a patient moves no other.
+
+    Args:
+        dataset_dir: folder that relative paths of volumes start from.
+        tables: one file, or split -> file; of several files for one split, the first that there is.
+        split: "train", "valid" or "test".
+        images: where volumes lie below `dataset_dir`, tried in turn, with `{name}`, any column of the table, and the
+            named groups of `name_pattern` in braces.
+        id_column: header of the column that names volumes, with or without .nii.gz; the first column when None.
+        name_pattern: regular expression of names that tell more; its group `patient` does for `patient_column`.
+        patient_column, split_column: used where the table has them; a patient is the volume itself otherwise.
+        classes: of `label`, in the order of the logits; where they exclude each other, that of the codes 0, 1, ...
+        columns: class -> header of its column, where the two differ; `label` -> that of the codes.
+        exclusive: whether exactly one class is true of a volume; the column `label` then holds its code.
+        findings_column, impression_column: headers of the report's two sections.
+        report_column: header of whole reports, whose sections start with "FINDINGS:" and "IMPRESSION:"; in place of
+            the other two.
+        labels: tables of labels beside those of reports, in the same forms; where there are none, classes are sought
+            in the table of reports itself.
+        masks: where folders of finding masks lie, as `images`.
+        finding_sentences: split -> table with the columns Finding and Sentence beside `id_column`.
+        lists_dir: folder that relative paths of tables start from; `dataset_dir` when None.
+        data_fraction: share of the training patients to keep, in (0, 1].
+        exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest.
+        seed: of the order in which patients are drawn.
+
+    Raises:
+        InputError: a file, a folder, a column or a volume is missing, a name occurs twice or has two reports, a label
+            is not 0 or 1 (or no code of a class), nothing is left of a split, or an argument is out of range.
+    """
+    if split not in SPLITS:
+        raise InputError(f"split is {split!r}: give train, valid or test")
+    for key, share in (("validation_share", validation_share), ("test_share", test_share)):
+        if not 0 <= share < 1:
+            raise InputError(f"{key} is {share}: give a share from 0 up to, not including, 1, such as 0.1 for 10 %")
+    _check_fraction(data_fraction)
     dataset_dir = Path(dataset_dir).expanduser()
     if not dataset_dir.is_dir():
-        raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that CT-RATE was downloaded to")
-    root = dataset_dir / "dataset" if (dataset_dir / "dataset").is_dir() else dataset_dir
+        raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that holds the volumes")
+    folder = dataset_dir if lists_dir is None else Path(lists_dir).expanduser()
+    sections = {"report": report_column} if report_column else {}
+    sections = sections or {k: v for k, v in (("findings", findings_column), ("impression", impression_column)) if v}
+    what = "reports" if sections else "labels"
+    columns = columns or {}
+    parse = _name_parser(name_pattern)
+    images, masks = ([places] if isinstance(places, str) else list(places) for places in (images, masks))
+    mentioned = {word for place in (*images, *masks) for _, word, *_ in Formatter().parse(place) if word}
 
-    every_item = _ct_rate_reports(root, split)
-    excluded = set() if exclude is None else _volume_names(Path(exclude).expanduser())
-    items = [item for item in every_item if item["name"] not in excluded]
-    if not items:
+    def read(path: Path, sections: Mapping[str, str] = sections) -> list[dict]:
+        frame, names = _named(path, id_column)
+        parts = [parse(name) for name in names]
+        owners = [part.get("patient", name) for part, name in zip(parts, names, strict=True)]
+        patients, splits = _header(frame, patient_column), _header(frame, split_column)
+        cells = frame[[header for header in frame if header in mentioned]].to_dict("records")
+        cells = [{header: cell for header, cell in row.items() if cell == cell} for row in cells]  # without NaN
+        content: dict[str, Any] = {
+            "name": names,
+            "patient": owners if patients is None else frame[patients].fillna(names),
+            "split": [None] * len(frame) if splits is None else _split_of(path, frame[splits]),
+            "words": [{**cell, **part, "name": name} for cell, part, name in zip(cells, parts, names, strict=True)],
+        }
+        if sections:
+            content |= _reports(path, frame, names, sections)
+        if not sections or any(_header(frame, columns.get(name), name) for name in classes):
+            used = {names.name, patients, splits, *mentioned}
+            content["label"] = _labels(path, frame, names, classes, columns, exclusive, what == "reports", used)
+        return _once(path, [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)])
+
+    part: Callable[[str], list[dict] | None]
+    if isinstance(tables, Mapping):
+        part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
+    else:
+        part = _parts(read(_required(tables, folder, what)), test_share, seed).get
+    own = order = None
+    source = "train" if split == "train" or (split == "valid" and validation_share) else split
+    if source == "train":
+        every = part("train") or []
+        order = _order([row["patient"] for row in every], seed)
+        held_out = set(order[len(order) - max(1, round(validation_share * len(order))) :] if validation_share else ())
+        own = part(f"train_{data_fraction:g}") if split == "train" and data_fraction < 1 else None
+        found = [row for row in own or every if (row["patient"] in held_out) == (split == "valid")]
+    else:
+        source = split if part(split) else "test" if split == "valid" else "valid"
+        found = part(source)
+    if not found:
+        sought = tables.get(split, "none is named") if isinstance(tables, Mapping) else tables
+        sought = sought if isinstance(sought, str) else ", ".join(sought)
+        raise InputError(
+            f"{'dataset_dir' if lists_dir is None else 'lists_dir'} {folder} has no {what} of split {split} ({sought}; "
+            f"validation_share {validation_share}, test_share {test_share}): put them there, or change these keys or "
+            f"{what}"
+        )
+    excluded = _excluded(exclude)
+    rows = [row for row in found if row["name"] not in excluded]
+    if not rows:
         raise InputError(f"exclude {exclude} names every volume of split {split}: take out those to be used")
+    if split == "train" and not own:
+        # The order of the patients was drawn before any was left out: an exclusion does not reshuffle it.
+        rows = _share(rows, [row["patient"] for row in rows], order, data_fraction)
 
-    # The order in which patients are taken is drawn before anything is left out: an exclusion does not reshuffle it.
-    order = np.random.RandomState(seed).permutation(sorted({item["patient"] for item in every_item})).tolist()
-    left = {item["patient"] for item in items}
-    order = [patient for patient in order if patient in left]
-    # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
-    chosen = set(order[: math.ceil(data_fraction * len(order) - 1e-9)])
-    items = [item for item in items if item["patient"] in chosen]
-
-    missing = [item["image"] for item in items if not os.path.isfile(item["image"])]
+    missing = []
+    for row in rows:
+        tried, row["image"] = _find(images, dataset_dir, row["words"])
+        if row["image"] is None:
+            missing.append(tried)
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(items)} volumes of split {split} are not on disk ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}): download them, or list their names in a file given as exclude"
+            f"{len(missing)} of {len(rows)} volumes of split {split} are not on disk ({_some(missing)}): put them "
+            "there, set dataset_dir or images, or list their names in a file given as exclude"
         )
-
-    labels_csv = _find([root / "multi_abnormality_labels" / f"{word}_predicted_labels.csv" for word in _words(split)])
-    if labels_csv is not None:
-        labels = _ct_rate_labels(labels_csv)
-        unlabelled = [item["name"] for item in items if item["name"] not in labels]
-        if unlabelled:
-            raise InputError(
-                f"{labels_csv} has no row for {len(unlabelled)} of {len(items)} volumes, the first {unlabelled[0]}: "
-                "download it again, or list their names in a file given as exclude"
-            )
-        for item in items:
-            item["abnormalities"] = labels[item["name"]]
-
-    sentences_csv = root / "masks" / f"{split}_sentences.csv"
-    if sentences_csv.is_file():
-        sentences = _ct_rate_sentences(sentences_csv)
-        for item in items:
-            item["sentences"] = sentences.get(item["name"], {})
-    return items
+    # asked for once, and not for every volume
+    masks = [place for place in masks if os.path.isdir(dataset_dir / os.path.dirname(place.split("{")[0]))]
+    beside = _beside(labels, source, folder, "labels") if sections else None
+    known = {row["name"]: row["label"] for row in read(beside, {})} if beside else {}
+    unknown = [row["name"] for row in rows if row["name"] not in known]
+    if beside and unknown:
+        raise InputError(
+            f"{beside} has no row for {len(unknown)} of {len(rows)} volumes ({_some(unknown)}): download it again, or "
+            "list their names in a file given as exclude"
+        )
+    said = _beside(finding_sentences, source, folder, "finding_sentences")
+    sentences = _finding_sentences(said, id_column) if said else {}
+    return [
+        {key: value for key, value in row.items() if key not in ("split", "words")}
+        | ({"label": known[row["name"]]} if beside else {})
+        | ({"masks": found} if masks and (found := _find(masks, dataset_dir, row["words"])[1]) else {})
+        | ({"sentences": sentences.get(row["name"], {})} if said else {})
+        for row in rows
+    ]
 
 
 def msd(
@@ -202,24 +249,19 @@ def msd(
         datalist: the JSON file, absolute or relative to `dataset_dir`.
         split: which list of the file.
         data_fraction: share of the items to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
-        exclude: text or CSV file whose first column names items to leave out of those.
+        exclude: text or CSV file whose first column names items to leave out.
         seed: of the order in which items are taken.
 
     Raises:
         InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; nothing
             is left.
     """
-    if not 0 < data_fraction <= 1:
-        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
+    _check_fraction(data_fraction)
     dataset_dir = Path(dataset_dir).expanduser()
     path = dataset_dir / Path(datalist).expanduser()
     if not path.is_file():
         raise InputError(f"datalist {path} does not exist: give dataset_dir, and a datalist in it or an absolute path")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise InputError(f"datalist {path} is not JSON ({error}): download it again") from error
-    lists = {key: entries for key, entries in content.items() if isinstance(entries, list)} if content else {}
+    lists = _json_lists(path)
     if not lists.get(split):
         raise InputError(
             f"datalist {path} has no {split} list (it has {', '.join(lists) or 'none'}): choose one of them"
@@ -227,8 +269,7 @@ def msd(
 
     items = []
     for entry in lists[split]:
-        entry = {"image": entry} if isinstance(entry, str) else entry
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(k, ""), str) for k in ("image", "label")):
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key, ""), str) for key in ("image", "label")):
             raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
         if not entry.get("image"):
             raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
@@ -239,21 +280,18 @@ def msd(
         if entry.get("label"):
             item["label"] = prepared(dataset_dir / entry["label"])
         items.append(item)
-    if data_fraction < 1:
-        count = math.ceil(data_fraction * len(items) - 1e-9)  # see ct_rate for the small number
-        chosen = set(np.random.RandomState(seed).permutation(len(items))[:count].tolist())
-        items = [item for i, item in enumerate(items) if i in chosen]
-    excluded = set() if exclude is None else _volume_names(Path(exclude).expanduser())
+    excluded = _excluded(exclude)
     # a file that is not there keeps its ending in its name
-    items = [item for item in items if item["name"].removesuffix(".nii.gz") not in excluded]
-    if not items:
+    kept = [i for i, item in enumerate(items) if item["name"].removesuffix(".nii.gz") not in excluded]
+    if not kept:
         raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
+    items = [items[i] for i in _share(kept, kept, _order(range(len(items)), seed), data_fraction)]
 
     missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
     if missing:
         raise InputError(
-            f"{len(missing)} files of {split} in datalist {path} are not on disk ({', '.join(missing[:3])}"
-            f"{', ...' if len(missing) > 3 else ''}): set dataset_dir to the folder that they are relative to"
+            f"{len(missing)} files of {split} in datalist {path} are not on disk ({_some(missing)}): set dataset_dir "
+            "to the folder that they are relative to"
         )
     return items
 
@@ -271,144 +309,6 @@ def labelled(items: list[dict]) -> list[dict]:
             "choose another list of the datalist, or run inference.json on the images"
         )
     return items
-
-
-def class_names(data_set: str) -> list[str]:
-    """Names of a data set's classes in the order of the logits.
-
-    Raises:
-        InputError: `data_set` is unknown, or "csv", whose classes the key `classes` has to name.
-    """
-    names = list(_labelled_set(data_set).classes)
-    if not names:
-        raise InputError(f"data_set {data_set} has no classes of its own: set the key classes to a list of names")
-    return names
-
-
-def labelled_volumes(
-    dataset_dir: str | os.PathLike,
-    data_set: str,
-    split: str,
-    classes: Sequence[str] | None = None,
-    exclusive: bool = False,
-    lists_dir: str | os.PathLike | None = None,
-    labels: str | os.PathLike | None = None,
-    data_fraction: float = 1.0,
-    validation_share: float = 0.0,
-    test_share: float = 0.2,
-    exclude: str | os.PathLike | None = None,
-    seed: int = 42,
-) -> list[dict]:
-    """Volumes with class labels: items `image` (path), `name`, `patient`, and `label`.
-
-    `label` is a float32 array of zeros and ones, one a class; where classes exclude each other an int, the class' code.
-    Labels come from
-
-    - the authors' lists in `lists_dir`, as published: `train_list_1.csv`, `train_list_10.csv` (for a `data_fraction` of
-      0.01 and 0.1), `train_list.csv`, `val_list.csv`, `test_list.csv`. A fraction without a list of its own is drawn
-      from `train_list.csv`. Of the last two, one may be absent, and the other stands for both: of CT-RATE, CC-CCII and
-      LUNA16 the published validation list is the test list;
-    - or one table of all volumes, `labels`, from which `test_share` of the patients are held out for testing;
-    - or, for CT-RATE without either, the label files that it is downloaded with: `train` for training, `valid` for
-      validation and testing.
-
-    With a `validation_share`, validation is that share of the training patients, who are then not trained on; without
-    one, validation is `val_list.csv`, or the test volumes, as in the published protocol. No patient stands on both
-    sides of a split that is drawn here, and for one seed the training patients of a smaller `data_fraction` are among
-    those of a larger one. A patient is what CT-RATE's volume names or a column `patient` tell; else the volume itself.
-
-    Args:
-        dataset_dir: where the volumes lie, see :data:`LABELLED_SETS`.
-        data_set: one of :data:`LABELLED_SETS`.
-        split: "train", "valid" or "test".
-        classes: their names, in the order of the logits; the data set's own when None.
-        exclusive: whether exactly one class is true of a volume; the column `label` then holds its code.
-        exclude: text or CSV file whose first column names volumes to leave out.
-        seed: of the order in which patients are drawn.
-
-    Raises:
-        InputError: a file, a column or a volume is missing, a label is not 0 or 1 (or no code of a class), nothing is
-            left of a split, or an argument is out of range.
-    """
-    layout = _labelled_set(data_set)
-    classes = class_names(data_set) if classes is None else list(classes)
-    if split not in ("train", "valid", "test"):
-        raise InputError(f"split is {split!r}: give train, valid or test")
-    for key, share in (("validation_share", validation_share), ("test_share", test_share)):
-        if not 0 <= share < 1:
-            raise InputError(f"{key} is {share}: give a share from 0 up to, not including, 1, such as 0.1 for 10 %")
-    if not 0 < data_fraction <= 1:
-        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
-    dataset_dir = Path(dataset_dir).expanduser()
-    if not dataset_dir.is_dir():
-        raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that holds the volumes of {data_set}")
-
-    def read(path: Path) -> list[dict]:
-        return _labelled_rows(path, data_set, layout, classes, exclusive)
-
-    chosen: list[dict] | None = None  # the training rows, where a list of its own tells the fraction
-    if lists_dir is not None:
-        folder = Path(lists_dir).expanduser()
-        every_train = read(_list_file(folder, "train_list.csv"))
-        percent = folder / f"train_list_{round(100 * data_fraction)}.csv"
-        if data_fraction < 1 and percent.is_file():
-            chosen = read(percent)
-        valid = read(_list_file(folder, "val_list.csv", "test_list.csv"))
-        test = read(_list_file(folder, "test_list.csv", "val_list.csv"))
-    elif labels is not None:
-        rows = read(Path(labels).expanduser())
-        order = _patient_order(rows, seed)
-        held_out = set(order[len(order) - round(test_share * len(order)) :])
-        every_train = [row for row in rows if row["patient"] not in held_out]
-        valid = test = [row for row in rows if row["patient"] in held_out]
-    elif data_set == "ct_rate":
-        root = dataset_dir / "dataset" if (dataset_dir / "dataset").is_dir() else dataset_dir
-        files = [root / "multi_abnormality_labels" / f"{word}_predicted_labels.csv" for word in ("train", "valid")]
-        absent = [str(file) for file in files if not file.is_file()]
-        if absent:
-            raise InputError(
-                f"{absent[0]} is missing: download CT-RATE's labels, or set lists_dir to a folder with "
-                "train_list.csv and test_list.csv"
-            )
-        every_train, test = map(read, files)
-        valid = test
-    else:
-        raise InputError(
-            f"{data_set} needs labels: set lists_dir to the folder of its published lists, or labels to one CSV file "
-            "of all volumes"
-        )
-
-    order = _patient_order(every_train, seed)
-    if validation_share:
-        size = max(1, round(validation_share * len(order)))
-        held_out = set(order[len(order) - size :])
-        valid = [row for row in every_train if row["patient"] in held_out]
-        order = [patient for patient in order if patient not in held_out]
-        chosen = chosen and [row for row in chosen if row["patient"] not in held_out]
-    if chosen is None:
-        drawn = set(order[: math.ceil(data_fraction * len(order) - 1e-9)])  # see ct_rate
-        chosen = [row for row in every_train if row["patient"] in drawn]
-    rows = {"train": chosen, "valid": valid, "test": test}[split]
-
-    excluded = set() if exclude is None else _volume_names(Path(exclude).expanduser())
-    rows = [row for row in rows if row["name"] not in excluded]
-    if not rows:
-        raise InputError(
-            f"split {split} of {data_set} has no volume (data_fraction {data_fraction}, validation_share "
-            f"{validation_share}, test_share {test_share}, exclude {exclude}): change these keys, or the list"
-        )
-    missing = []
-    for row in rows:
-        row["image"] = _find_image(dataset_dir, layout, row["name"])
-        if row["image"] is None:
-            missing.append(row["name"])
-    if missing:
-        raise InputError(
-            f"{len(missing)} of {len(rows)} volumes of split {split} are not in dataset_dir {dataset_dir} "
-            f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), where {layout.images[0]} was sought: "
-            "put them there, or list their names in a file given as exclude"
-        )
-    return rows
 
 
 def prepared(path: str | os.PathLike) -> str:
@@ -438,9 +338,13 @@ def scans(path: str | os.PathLike) -> list[dict]:
     if not path.exists():
         raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
     if path.is_file() and path.suffix.lower() in (".csv", ".txt"):
-        lines = [line.split(",")[0].strip().strip('"') for line in path.read_text(encoding="utf-8-sig").splitlines()]
         # a header is no CT by its name, and a listed file that is missing is told when it is read
-        paths = [path.parent / line for line in lines if line.lower().endswith(CT_SUFFIXES) or "/" in line]
+        lines = [
+            c
+            for c in _first_cells(path)
+            if c.lower().endswith(CT_SUFFIXES) or "/" in c or c and (path.parent / c).is_dir()
+        ]
+        paths = [path.parent / line for line in dict.fromkeys(lines)]
         if not paths:
             raise InputError(f"{path} lists no CT: write one path of a CT file or DICOM folder a line")
     elif _is_ct_file(path) or _is_dicom_folder(path):
@@ -458,177 +362,137 @@ def scans(path: str | os.PathLike) -> list[dict]:
     names = [_stem(entry) for entry in paths]
     if len(set(names)) < len(names):
         names = [entry.name for entry in paths]
-    return [{"image": str(entry), "name": name} for entry, name in zip(paths, names)]
+    if len(set(names)) < len(names):  # of a list: one name in a folder per case
+        top = os.path.commonpath(paths)
+        names = ["_".join([*entry.relative_to(top).parts[:-1], _stem(entry)]) for entry in paths]
+    return [{"image": str(entry), "name": name} for entry, name in zip(paths, names, strict=True)]
 
 
-def _words(split: str) -> tuple[str, ...]:
-    """What a split is called in file names: as published, reports say "validation" where labels say "valid"."""
-    return ("validation", "valid") if split == "valid" else (split,)
+# ------------------------------------------------------------------------------------------------------------- tables
 
 
-def _find(paths: list[Path]) -> Path | None:
-    """The first of `paths` that exists."""
-    return next((path for path in paths if path.exists()), None)
+def _json_lists(path: Path) -> dict[str, list[dict]]:
+    """Split -> records of a datalist, or "" -> records of a plain list of them; a bare file name is an image."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f"datalist {path} is not JSON ({error}): download it again") from error
+    content = content if isinstance(content, dict) else {"": content}
+    lists = {key: entries for key, entries in content.items() if isinstance(entries, list)}
+    return {k: [{"image": e} if isinstance(e, str) else e for e in entries] for k, entries in lists.items()}
 
 
-def _ct_rate_reports(root: Path, split: str) -> list[dict]:
-    """Items of all volumes that the split's report CSV names: paths, patient and report, not yet looked up on disk."""
-    reports_csvs = [root / "radiology_text_reports" / f"{word}_reports.csv" for word in _words(split)]
-    reports_csv = _find(reports_csvs)
-    if reports_csv is None:
-        raise InputError(f"dataset_dir {root} has no reports: download CT-RATE's to {reports_csvs[0]}")
-    volumes_dir = _find([root / f"{split}_fixed", root / split])
-    if volumes_dir is None:
-        raise InputError(f"dataset_dir {root} has no volumes: download CT-RATE's to {root / f'{split}_fixed'}")
-    masks_dir = _find([root / "masks" / f"{split}_fixed", root / "masks" / split])
-
-    reports = _read_csv(reports_csv, ("VolumeName", "Findings_EN", "Impressions_EN")).drop_duplicates("VolumeName")
-    if reports.empty:
-        raise InputError(f"{reports_csv} names no volume: download it again")
-    items = []
-    for name, findings, impression in zip(
-        reports["VolumeName"], _report_text(reports["Findings_EN"]), _report_text(reports["Impressions_EN"])
-    ):
-        parts = name.split("_")
-        if len(parts) != 4:
-            raise InputError(f"{reports_csv}: VolumeName {name!r} is not split_patient_scan_reconstruction: correct it")
-        patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
-        item = {
-            "image": prepared(os.path.join(volumes_dir, patient, scan, f"{name}.nii.gz")),
-            "name": name,
-            "patient": patient,
-            "findings": findings,
-            "impression": impression,
-        }
-        if masks_dir is not None and os.path.isdir(masks := os.path.join(masks_dir, patient, scan, name)):
-            item["masks"] = masks
-        items.append(item)
-    return items
+def _read_table(path: Path) -> pd.DataFrame:
+    """All cells as strings. Lists of splits are joined, and a column `split` says which of them a row is of."""
+    try:
+        if path.suffix.lower() == ".json":
+            lists = _json_lists(path)
+            records = [e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]]
+            return _frame(records)
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix.lower() == ".jsonl":
+            return _frame([json.loads(line) for line in text.split("\n") if line.strip()])
+        header = text.split("\n", 1)[0]
+        return pd.read_csv(io.StringIO(text), dtype=str, sep=max(",;\t", key=header.count))
+    except InputError:
+        raise
+    except (OSError, ValueError, AttributeError, TypeError) as error:  # of pandas and of decoding are ValueErrors
+        raise InputError(
+            f"{path} cannot be read as a CSV or JSON file in UTF-8 ({str(error).strip().splitlines()[0]}): download it "
+            "again, or save it so"
+        ) from error
 
 
-def _ct_rate_labels(path: Path) -> dict[str, np.ndarray]:
-    """Volume name -> float32 array of 18 zeros and ones in the order of the classes, whatever that of the columns."""
-    frame = _read_csv(path, ("VolumeName", *CT_RATE_CLASSES))
-    values = frame[list(CT_RATE_CLASSES)].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
-    wrong = np.argwhere(~np.isin(values, (0, 1)))
-    if len(wrong):
-        row, column = wrong[0]
-        name, value = frame["VolumeName"].iloc[row], frame[CT_RATE_CLASSES[column]].iloc[row]
-        raise InputError(f"{path}: {CT_RATE_CLASSES[column]} of {name} is {value}: make it 0 or 1")
-    return dict(zip(frame["VolumeName"], values))
+def _frame(records: list[dict]) -> pd.DataFrame:
+    return pd.DataFrame([{k: _text(v) for k, v in record.items()} for record in records], dtype="str")
 
 
-def _ct_rate_sentences(path: Path) -> dict[str, dict[str, str]]:
-    """Volume name -> finding -> the sentence of the report that tells of it."""
-    frame = _read_csv(path, ("VolumeName", "Finding", "Sentence"))
+def _text(value: Any) -> str | None:
+    """A JSON value as a cell: true and false as 1 and 0, null and NaN as no value."""
+    if value is None or value != value:
+        return None
+    return str(int(value) if isinstance(value, bool) else value)
+
+
+def _header(frame: pd.DataFrame, *candidates: str | None) -> str | None:
+    """The first of the candidates that the table has, whatever its case."""
+    headers = {header.strip().casefold(): header for header in frame.columns}
+    return next((headers[c.casefold()] for c in candidates if c and c.casefold() in headers), None)
+
+
+def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str, str]]:
+    """Volume -> finding -> the sentence of the report that speaks of it."""
+    frame, names = _named(path, id_column)
+    headers = _present(path, frame, {key: (key,) for key in ("Finding", "Sentence")})
     sentences: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, finding, sentence in zip(frame["VolumeName"], frame["Finding"], frame["Sentence"]):
+    for name, finding, sentence in zip(names, *(frame[header] for header in headers.values()), strict=True):
         sentences[name][finding] = sentence
     return sentences
 
 
-def _labelled_set(data_set: str) -> LabelledSet:
-    if data_set not in LABELLED_SETS:
-        raise InputError(f"data_set {data_set!r} is unknown: give one of {', '.join(LABELLED_SETS)}")
-    return LABELLED_SETS[data_set]
-
-
-def _list_file(folder: Path, *names: str) -> Path:
-    """The first of `names` that the folder of lists has."""
-    found = _find([folder / name for name in names])
-    if found is None:
-        raise InputError(f"lists_dir {folder} has no {' or '.join(names)}: give the folder of the data set's lists")
+def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
+    """What -> header, of candidates of which each must be there."""
+    found = {key: _header(frame, *candidates) for key, candidates in wanted.items()}
+    absent = [next(filter(None, wanted[key])) for key, header in found.items() if header is None]
+    if absent:
+        raise InputError(
+            f"{path} has no column {', '.join(absent)} (it has {', '.join(frame.columns)}): give another table, rename "
+            "its columns, or set the keys that name them"
+        )
     return found
 
 
-def _patient_order(rows: list[dict], seed: int) -> list[str]:
-    return np.random.RandomState(seed).permutation(sorted({row["patient"] for row in rows})).tolist()
-
-
-def _labelled_rows(
-    path: Path, data_set: str, layout: LabelledSet, classes: Sequence[str], exclusive: bool
-) -> list[dict]:
-    """Rows of a list: `name`, `patient` and `label`."""
+def _named(path: Path, id_column: str | None) -> tuple[pd.DataFrame, pd.Series]:
+    """The rows that name a volume, and these names; the name of the series is the column's."""
     frame = _read_table(path)
-    headers = {header.strip().casefold(): header for header in frame.columns}
-
-    def header_of(*candidates: str) -> str | None:
-        return next((headers[c.casefold()] for c in candidates if c.casefold() in headers), None)
-
-    ids = header_of(layout.id_column) or frame.columns[0]
-    wanted = {"label": ("label",)} if exclusive else {c: (c, layout.columns.get(c, c)) for c in classes}
-    columns = {name: header_of(*candidates) for name, candidates in wanted.items()}
-    absent = [name for name, header in columns.items() if header is None]
-    if absent:
-        raise InputError(
-            f"{path} has no column {', '.join(absent)} (it has {', '.join(frame.columns)}): "
-            "give the list of this data_set, rename its columns, or set the key classes"
-        )
-    patients = header_of("patient")
-    extra = [h for h in frame.columns if h not in {ids, patients, *columns.values()}]
-    if extra:
-        _warn_once(f"{path}: {len(extra)} columns are no class of {data_set}, and are not used: {', '.join(extra)}")
-
-    frame = frame.dropna(subset=[ids])
-    names = frame[ids].str.strip().str.removesuffix(".nii.gz")
-    twice = names[names.duplicated()]
-    if len(twice):
-        raise InputError(f"{path} names {twice.iloc[0]} twice: keep one row per volume")
-    values = frame[list(columns.values())].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32, copy=True)
-    allowed = range(len(classes)) if exclusive else (0, 1)
-    wrong = np.argwhere(~np.isin(values, allowed))
-    if len(wrong):
-        row, column = wrong[0]
-        found = frame[list(columns.values())[column]].iloc[row]
-        raise InputError(
-            f"{path}: {list(columns)[column]} of {names.iloc[row]} is {found}: make it "
-            f"{f'a code from 0 to {len(classes) - 1}' if exclusive else '0 or 1'}"
-        )
-    owners = names.map(_patient_of) if patients is None else frame[patients].fillna(names)
-    return [
-        {"name": name, "patient": owner, "label": int(value[0]) if exclusive else value}
-        for name, owner, value in zip(names, owners, values)
-    ]
+    if not len(frame):
+        raise InputError(f"{path} names no volume: download it again, or give another table")
+    ids = _present(path, frame, {"id": (id_column,)})["id"] if id_column else frame.columns[0]
+    frame = frame.dropna(subset=[ids]).reset_index(drop=True)
+    return frame, frame[ids].str.strip().str.removesuffix(".nii.gz")
 
 
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _patient_of(name: str) -> str:
-    """ "train_1_a_2" is of patient "train_1"; any other name is taken for a patient of its own."""
-    parts = name.split("_")
-    return "_".join(parts[:2]) if len(parts) == 4 and parts[0] in ("train", "valid") else name
-
-
-def _find_image(dataset_dir: Path, layout: LabelledSet, name: str) -> str | None:
-    parts = [*name.split("_"), "", "", ""]
-    words = {"split": parts[0], "patient": "_".join(parts[:2]), "scan": "_".join(parts[:3]), "letter": parts[2]}
-    paths = (prepared(os.path.join(dataset_dir, place.format(name=name, **words))) for place in layout.images)
-    return next((path for path in paths if os.path.exists(path)), None)
-
-
-def _read_table(path: Path) -> pd.DataFrame:
-    """A CSV file, all cells as strings."""
+def _name_parser(pattern: str | None) -> Callable[[str], dict[str, str]]:
+    """Name -> what its parts mean, by the pattern's named groups; nothing for a name of another form."""
     try:
-        return pd.read_csv(path, dtype=str, encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # pandas' parser errors and UnicodeDecodeError are ValueErrors
-        cause = str(error).strip().splitlines()[0]
-        raise InputError(f"{path} cannot be read as a CSV file in UTF-8 ({cause}): download it again") from error
+        form = re.compile(pattern or "")
+    except re.error as error:
+        raise InputError(f"name_pattern {pattern} is no regular expression ({error}): correct it") from error
+    return lambda name: match.groupdict() if (match := form.fullmatch(name)) else {}
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    """All cells as strings; `columns` are checked to be there, and volume names lose their file ending."""
-    frame = _read_table(path)
-    absent = [column for column in columns if column not in frame.columns]
-    if absent:
+def _split_of(path: Path, words: pd.Series) -> list[str]:
+    unknown = [word for word in words.unique() if str(word).strip().lower() not in _SPLIT_OF]
+    if unknown:
         raise InputError(
-            f"{path} has no column {', '.join(absent)} (it has {', '.join(frame.columns)}): "
-            "download it again, or rename its columns"
+            f"{path}: {words.name} is {unknown[0]!r}: make it train, valid or test, or set split_column to null"
         )
-    frame = frame.dropna(subset=["VolumeName"])
-    return frame.assign(VolumeName=frame["VolumeName"].str.strip().str.removesuffix(".nii.gz"))
+    return [_SPLIT_OF[word.strip().lower()] for word in words]
+
+
+def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mapping[str, str]) -> dict[str, list[str]]:
+    """Findings and impression, from a column each or from whole reports."""
+    texts = {
+        k: _report_text(frame[h]) for k, h in _present(path, frame, {k: (h,) for k, h in sections.items()}).items()
+    }
+    if "report" in texts:
+        parted = [_sections(report) for report in texts["report"]]
+        plain = [name for name, part, text in zip(names, parted, texts["report"], strict=True) if text and part is None]
+        if plain:
+            _warn_once(
+                f"{path}: {len(plain)} of {len(names)} reports have no heading FINDINGS: or IMPRESSION: "
+                f"({_some(plain)}), and all of their text is taken for findings"
+            )
+        pairs = [part or (text, "") for part, text in zip(parted, texts["report"], strict=True)]
+        texts = dict(zip(("findings", "impression"), map(list, zip(*pairs, strict=True)), strict=True))
+    texts = {key: texts.get(key) or [""] * len(names) for key in ("findings", "impression")}
+    empty = [name for name, *text in zip(names, *texts.values(), strict=True) if not any(text)]
+    if empty:
+        _warn_once(
+            f"{path}: {len(empty)} of {len(names)} reports are empty ({_some(empty)}): of these volumes only the "
+            "images are trained on; list their names in a file given as exclude to leave them out"
+        )
+    return texts
 
 
 def _report_text(texts: pd.Series) -> list[str]:
@@ -637,13 +501,170 @@ def _report_text(texts: pd.Series) -> list[str]:
     return texts.mask(texts.str.fullmatch(r"not given\.?", case=False), "").tolist()
 
 
-def _volume_names(path: Path) -> set[str]:
-    """Names in the first column of a text or CSV file, without folders and file ending; a header matches no volume."""
+def _sections(report: str) -> tuple[str, str] | None:
+    """Findings and impression of a whole report, without its other sections; None where it has no such heading."""
+    found: dict[str, list[str]] = defaultdict(list)
+    _, *parts = HEADING.split(report)
+    for word, capitals, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
+        name = (word or capitals).lower().rstrip("s")
+        found["impression" if name == "conclusion" else name].append(text.strip())
+    if not found.keys() & {"finding", "impression"}:
+        return None
+    return "\n".join(found["finding"]), "\n".join(found["impression"])
+
+
+def _labels(
+    path: Path,
+    frame: pd.DataFrame,
+    names: pd.Series,
+    classes: Sequence[str],
+    columns: Mapping[str, str],
+    exclusive: bool,
+    optional: bool,
+    used: set[str | None],
+) -> list:
+    """Per row an array of zeros and ones in the order of the classes, or a code; NaN for an optional class."""
+    wanted = {name: (name, columns.get(name)) for name in (["label"] if exclusive else classes)}
+    if optional:
+        wanted = {name: candidates for name, candidates in wanted.items() if _header(frame, *candidates)}
+    headers = _present(path, frame, wanted)
+    extra = [header for header in frame.columns if header not in {*used, *headers.values()}]
+    if extra and not optional:
+        _warn_once(f"{path}: {len(extra)} columns are no class, and are not used: {', '.join(extra)}")
+    values = frame[list(headers.values())].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32, copy=True)
+    wrong = np.argwhere(~np.isin(values, range(len(classes)) if exclusive else (0, 1)))
+    if len(wrong):
+        row, column = wrong[0]
+        found = frame[list(headers.values())[column]].iloc[row]
+        raise InputError(
+            f"{path}: {list(headers)[column]} of {names.iloc[row]} is {found}: make it "
+            f"{f'a code from 0 to {len(classes) - 1}' if exclusive else '0 or 1'}"
+        )
+    if exclusive:
+        return values[:, 0].astype(int).tolist()
+    labels = np.full((len(frame), len(classes)), np.nan, np.float32)
+    labels[:, [list(classes).index(name) for name in headers]] = values
+    return list(labels)
+
+
+def _once(path: Path, rows: list[dict]) -> list[dict]:
+    """Rows of which each names another volume, within its split; a report that is only repeated is left out."""
+    first: dict[tuple, dict] = {}
+    repeated = []
+    scans: dict[str, set[tuple]] = defaultdict(set)
+    for row in rows:
+        scans[row["words"].get("scan", row["name"])].add((row.get("findings"), row.get("impression")))
+        other = first.setdefault((row["split"], row["name"]), row)
+        if other is row:
+            continue
+        repeated.append(row["name"])
+        if "findings" not in row:
+            raise InputError(f"{path} names {row['name']} twice: keep one row per volume")
+        if any(row[key] != other[key] for key in ("findings", "impression")):
+            raise InputError(f"{path} has two different reports of {row['name']}: keep one row per volume")
+    if several := [scan for scan, reports in scans.items() if len(reports) > 1]:
+        _warn_once(f"{path}: {len(several)} scans have several reports ({_some(several)}): each volume keeps its own")
+    if repeated:
+        _warn_once(f"{path}: {len(repeated)} rows repeat a volume with the same report ({_some(repeated)}), used once")
+    return list(first.values())
+
+
+# ------------------------------------------------------------------------------------------------- splits and fractions
+
+
+def _check_fraction(data_fraction: float) -> None:
+    if not 0 < data_fraction <= 1:
+        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
+
+
+def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dict]]:
+    """Split -> rows of one table: as its rows say, or `test_share` of the patients for testing."""
+    if any(row["split"] for row in rows):
+        return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
+    order = _order([row["patient"] for row in rows], seed)
+    held_out = set(order[len(order) - round(test_share * len(order)) :])
+    return {
+        split: [row for row in rows if (row["patient"] in held_out) == (split == "test")] for split in ("train", "test")
+    }
+
+
+def _order(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
+    return np.random.RandomState(seed).permutation(sorted(set(owners))).tolist()
+
+
+def _share(items: list, owners: Sequence[Hashable], order: Sequence[Hashable], data_fraction: float) -> list:
+    """The items of the first `data_fraction` of the owners in `order`, of those that have one."""
+    left = set(owners)
+    order = [owner for owner in order if owner in left]
+    # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
+    chosen = set(order[: math.ceil(data_fraction * len(order) - 1e-9)])
+    return [item for item, owner in zip(items, owners, strict=True) if owner in chosen]
+
+
+# ----------------------------------------------------------------------------------------------------- files and names
+
+
+def _first(files: str | Sequence[str] | None, folder: Path) -> Path | None:
+    """The first of some files, absolute or relative to a folder, that there is."""
+    paths = (folder / Path(file).expanduser() for file in ([files] if isinstance(files, str) else files or ()))
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _required(files: str | Sequence[str] | None, folder: Path, key: str) -> Path:
+    path = _first(files, folder)
+    if path is None:
+        raise InputError(f"{key} is {files}, and {folder} has no such file: set {key} to the table of the volumes")
+    return path
+
+
+def _beside(
+    tables: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None, split: str, folder: Path, key: str
+) -> Path | None:
+    """The table that belongs to a split, if there is any; one that is named alone must be there."""
+    if isinstance(tables, str):
+        return _required(tables, folder, key)
+    return _first(tables.get(split) if isinstance(tables, Mapping) else tables, folder)
+
+
+def _find(patterns: Sequence[str], dataset_dir: Path, words: Mapping[str, str]) -> tuple[str, str | None]:
+    """Of the patterns whose words a volume has, filled in: the first, and the first that exists."""
+    tried = []
+    for pattern in patterns:
+        try:
+            tried.append(prepared(os.path.join(dataset_dir, pattern.format(**words))))
+        except (KeyError, IndexError):  # a word that this volume does not have
+            continue
+        if os.path.exists(tried[-1]):
+            return tried[0], tried[-1]
+    if not tried:
+        raise InputError(
+            f"{words['name']!r} does not have all words of {', '.join(patterns)}: correct it, name_pattern, or images"
+        )
+    return tried[0], None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
+
+
+@cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _first_cells(path: Path) -> list[str]:
+    """First cell of each line of a text or CSV file."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"exclude {path} cannot be read as text: give a file with one volume name a line") from error
-    return {Path(line.split(",")[0].strip().strip('"')).name.removesuffix(".nii.gz") for line in lines}
+        raise InputError(f"{path} cannot be read as text in UTF-8 ({error}): save it so, a name a line") from error
+    return [line.split(",")[0].strip().strip('"') for line in lines]
+
+
+def _excluded(path: str | os.PathLike | None) -> set[str]:
+    """Names in the first column, with and without folders, without file ending; a header matches no volume."""
+    cells = [] if path is None else _first_cells(Path(path).expanduser())
+    return {name.removesuffix(".nii.gz") for cell in cells for name in (cell, Path(cell).name)}
 
 
 def _is_ct_file(path: Path) -> bool:

@@ -56,11 +56,11 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from custom_components.data.lists import CT_RATE_CLASSES, mask_file_name
+from custom_components.data.lists import mask_file_name
 from custom_components.errors import InputError
 from custom_components.files import replacing
 
-GENERATOR_VERSION = 1  # raise it with every change of the bytes written, so that old cohorts are rebuilt
+GENERATOR_VERSION = 2  # raise it with every change of the bytes written, so that old cohorts are rebuilt
 
 FINDINGS: tuple[str, ...] = (
     "Coronary artery wall calcification",
@@ -882,7 +882,7 @@ def _write_patient(
     xy_spacing = f"[{spacing[0]:g}, {spacing[1]:g}]"
     return {
         f"radiology_text_reports/{reports}.csv": [[file, NOT_GIVEN, technique, p.findings, p.impression]],
-        f"multi_abnormality_labels/{labels}.csv": [[file, *(str(p.labels.get(c, 0)) for c in CT_RATE_CLASSES)]],
+        f"multi_abnormality_labels/{labels}.csv": [[file, *map(str, p.labels.values())]],
         # the *_fixed volumes are in HU already; as in CT-RATE, the table still says how the raw ones were to be scaled
         f"metadata/{metadata}.csv": [[file, "1", "-1024", xy_spacing, f"{spacing[2]:g}"]],
         f"masks/{split}_sentences.csv": [[file, finding, text] for finding, text in p.sentences.items()],
@@ -893,7 +893,7 @@ def _columns(table: str) -> Sequence[str]:
     if table.startswith("radiology"):
         return REPORT_COLUMNS
     if table.startswith("multi"):
-        return ("VolumeName", *CT_RATE_CLASSES)
+        return ("VolumeName", *FINDINGS)
     return METADATA_COLUMNS if table.startswith("metadata") else ("VolumeName", "Finding", "Sentence")
 
 

@@ -37,7 +37,7 @@ def hu_histogram(image: Tensor) -> np.ndarray:
 
 def histogram_auc(baseline: Mapping[str, Any], column: int, histograms: np.ndarray, truth: np.ndarray) -> float | None:
     """AUROC of a logistic regression on HU histograms; None where the training items' labels do not allow one."""
-    if baseline["labels"] is None or len(set(baseline["labels"][:, column])) < 2:
+    if baseline["labels"] is None or set(baseline["labels"][:, column]) != {0, 1}:
         return None
     model = histogram_regression(baseline["histograms"], baseline["labels"][:, column])
     return roc_auc_score(truth, model.decision_function(histograms))

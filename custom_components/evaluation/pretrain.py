@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from custom_components.data.lists import CT_RATE_CLASSES, mask_file_name
+from custom_components.data.lists import mask_file_name
 from custom_components.evaluation import figures
 from custom_components.evaluation.controls import histogram_auc, hu_histogram, untrained
 from custom_components.evaluation.figures import HEAT, outline_plane, show_plane, spacing_of
@@ -28,6 +29,8 @@ from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
+
+logger = logging.getLogger(__name__)
 
 
 def patches_of_mask(mask: Tensor, patch_size: Sequence[int]) -> Tensor:
@@ -52,8 +55,8 @@ class PretrainEvaluation:
         tokenizer: of the text encoder.
         train_dataset: items for the baselines, without augmentation; the first ``num_baseline`` are used.
         dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and,
-            where the data set has them, ``abnormalities``, ``masks`` and ``sentences`` of
-            :func:`custom_components.data.lists.ct_rate`.
+            where the data set has them, ``label`` (of the classes that ``sentences`` names, in their order), ``masks``
+            and ``sentences`` of :func:`custom_components.data.lists.volumes`.
         sentences: class name -> the sentence that says it is present.
         output_dir: for ``metrics.json``, ``metrics.csv`` and the figures.
         batch_size, num_workers: volumes per forward pass, and processes that read them.
@@ -174,7 +177,7 @@ class PretrainEvaluation:
                 total = total + self.loss.volume.target(patches)[0]
                 tokens.update(token for token in item["report_ids"].tolist() if token not in special)
                 histograms.append(hu_histogram(item["image"]))
-                labels += [item["abnormalities"]] if "abnormalities" in item else []
+                labels += [item["label"]] if "label" in item else []
         return {
             "patches": (total / len(subset)).to(self.device),
             "token": tokens.most_common(1)[0][0] if tokens else -1,
@@ -213,20 +216,20 @@ class PretrainEvaluation:
     def _presence(
         self, findings: Sequence[str], scores: Tensor, random_scores: Tensor, baseline: Mapping, histograms: Sequence
     ) -> dict[str, Any]:
-        if any("abnormalities" not in item for item in self.dataset.data):
+        if any("label" not in item for item in self.dataset.data):
             return {}
-        labels = np.stack([item["abnormalities"] for item in self.dataset.data])
+        labels = np.stack([item["label"] for item in self.dataset.data])
+        absent = [name for name, truth in zip(findings, labels.T, strict=True) if np.isnan(truth).any()]
+        if absent:
+            logger.warning("no presence AUC of %s: the labels have no such column", ", ".join(absent))
         presence = {}
         for i, name in enumerate(findings):
-            if name not in CT_RATE_CLASSES:
-                continue  # a sentence of the user's own, without labels
-            column = CT_RATE_CLASSES.index(name)
-            truth = labels[:, column]
-            if len(set(truth)) == 2:  # a class that all volumes have, or none, has no AUC
+            truth = labels[:, i]
+            if set(truth) == {0, 1}:  # a class that all volumes have, or none, has no AUC
                 presence[name] = {
                     "simcrop": roc_auc_score(truth, scores[i]),
                     "random_encoder": roc_auc_score(truth, random_scores[i]),
-                    "hu_histogram": histogram_auc(baseline, column, np.stack(histograms), truth),
+                    "hu_histogram": histogram_auc(baseline, i, np.stack(histograms), truth),
                     "positive": int(truth.sum()),
                 }
         return presence

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +38,12 @@ def told(stderr: str, *words: str) -> None:
     assert len(lines) == 1, stderr
     assert all(word in lines[0] for word in words), lines[0]
     assert "Traceback" not in stderr
+
+
+def documented_overlays(bundle: Path) -> list[dict]:
+    """The overlays that a README shows under Your own data."""
+    section = (bundle / "docs" / "README.md").read_text().split("### Your own data\n")[1].split("\n### ")[0]
+    return [json.loads(block) for block in re.findall(r"(?ms)^```\n(\{.*?^\})\n```", section)]
 
 
 @pytest.fixture

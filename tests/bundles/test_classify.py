@@ -19,11 +19,10 @@ import torch
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom_components.data.lists import CT_RATE_CLASSES, class_names
 from custom_components.probe import LinearProbe
 from custom_components.vit import SimCroPEncoder
-from tests.bundles.conftest import CT, fails_with, run
-from tests.conftest import write_dicom
+from tests.bundles.conftest import CT, documented_overlays, fails_with, run
+from tests.conftest import classes_of, write_dicom
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "classify"
 TRAIN = ["train.json", "demo.json"]
@@ -37,6 +36,7 @@ TINY = {
     "fractions": [0.5, 1.0],
 }
 ENCODER = {"img_size": [64, 64, 32], "patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3}
+CT_RATE_CLASSES = classes_of("ct_rate")
 DEMO_CLASSES = json.loads((BUNDLE / "configs" / "demo.json").read_text())["classes"]
 
 
@@ -196,10 +196,10 @@ def published(bundle: Path, tmp_path: Path) -> Callable:
 
 
 @pytest.fixture
-def rad_chest_ct(published: Callable) -> Path:
-    columns = [{"Hiatal hernia": "Hietal Hernia"}.get(name, name) for name in class_names("rad_chest_ct")]
+def radchestct(published: Callable) -> Path:
+    columns = [{"Hiatal hernia": "Hietal Hernia"}.get(name, name) for name in classes_of("radchestct")]
     rows = [{"NoteAcc_DEID": f"tst{i}", **{n: (i + c) % 2 for c, n in enumerate(columns)}} for i in range(18)]
-    return published("rad_chest_ct", "images", rows, train_list=slice(10), val_list=slice(10, 14), test_list=slice(18))
+    return published("radchestct", "images", rows, train_list=slice(10), val_list=slice(10, 14), test_list=slice(18))
 
 
 @pytest.fixture
@@ -218,16 +218,16 @@ def luna16(published: Callable) -> Path:
 NETWORK = ENCODER | {"num_heads": 3, "pixdim": [5.0, 5.0, 10.0], "amp": False, "num_workers": 0, "num_views": 1}
 
 
-def test_external_test_with_and_without_the_peek(run_here: Callable, rad_chest_ct: Path, tmp_path: Path) -> None:
+def test_external_test_with_and_without_the_peek(run_here: Callable, radchestct: Path, tmp_path: Path) -> None:
     """A probe of CT-RATE's classes on RadChestCT's, whose one Calcification stands for two."""
     torch.manual_seed(0)
     probe = LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 18)
     torch.nn.init.normal_(probe.head.weight)
     torch.save(probe.state_dict(), tmp_path / "model.pt")
-    keys = NETWORK | {"dataset_dir": rad_chest_ct, "checkpoint": tmp_path / "model.pt", "num_resamples": 20}
-    run_here(["train.json", "evaluate.json", "external_radchestct.json"], **keys)
+    keys = NETWORK | {"dataset_dir": radchestct, "checkpoint": tmp_path / "model.pt", "num_resamples": 20}
+    run_here(["train.json", "radchestct.json", "evaluate.json", "external_radchestct.json"], **keys)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    names = class_names("rad_chest_ct")
+    names = classes_of("radchestct")
     assert list(metrics["per_class"]) == names and "threshold" not in metrics["per_class"]["Calcification"]
     published = metrics["auroc_published"]
     parts = [entry["value"] for entry in published["parts"]["Calcification"].values()]
@@ -242,12 +242,46 @@ def test_classes_that_exclude_each_other(run_here: Callable, cc_ccii: Path, tmp_
     keys = NETWORK | {"dataset_dir": cc_ccii, "data_fraction": 0.01, "num_resamples": 20, "patience": 3}
     run_here(["train.json", "cc_ccii.json"], **keys)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    assert np.sum(metrics["confusion_matrix"]) == 9 and metrics["classes"] == class_names("cc_ccii")
+    assert np.sum(metrics["confusion_matrix"]) == 9 and metrics["classes"] == classes_of("cc_ccii")
     assert metrics["accuracy"]["value"] == pytest.approx(np.trace(metrics["confusion_matrix"]) / 9)
     assert metrics["selected_on_test"] is True  # of this data set the published validation list is the test list
     assert (tmp_path / "eval" / "confusion_matrix.png").is_file()
     recipe = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["recipe"]
     assert (recipe["max_steps"], recipe["batch_size"], recipe["warmup_steps"]) == (200, 29, 20)
+
+
+@pytest.mark.parametrize("example", range(2), ids=["csv", "MSD"])
+def test_ones_own_data_by_the_readmes_overlays(bundle: Path, run_here: Callable, tmp_path: Path, example: int) -> None:
+    mine = tmp_path / "mine" / "scans"
+    mine.mkdir(parents=True)
+    volumes = sorted((bundle / "data" / "phantom" / "dataset" / "train_fixed").rglob("*_1.nii.gz"))[:24]
+    for i, volume in enumerate(volumes):
+        shutil.copy(volume, mine / f"{i}.nii.gz")
+    rows = [{"scan": i, "patient_id": f"p{i // 2}", "Nodule": i % 2, "fluid": i // 2 % 2} for i in range(24)]
+    pd.DataFrame(rows).to_csv(tmp_path / "mine" / "labels.csv", index=False)
+    entries = [{"image": f"scans/{i}.nii.gz", "label": i % 3} for i in range(24)]
+    lists = {"training": entries[:12], "validation": entries[12:], "testing": []}
+    (tmp_path / "mine" / "datalist.json").write_text(json.dumps(lists))
+    overlay = documented_overlays(bundle)[example]
+    (bundle / "configs" / "my_data.json").write_text(json.dumps(overlay))
+    keys = TINY | {"max_steps": 4, "validation_share": overlay.get("validation_share", 0.0)}  # the demo has its own
+    run_here([*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine")
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert (metrics["volumes"], metrics["selected_on_test"]) == [(4, False), (12, True)][example]
+    run_here(["inference.json", "demo.json", "my_data.json"], dataset_dir=CT)
+    assert list(pd.read_csv(tmp_path / "eval" / "predictions.csv"))[2:] == overlay["classes"]
+
+
+def test_training_without_a_data_set_says_which_to_add(refuses: Callable) -> None:
+    refuses(["train.json"], {"dataset_dir": "data"}, "no data set", "overlay", "ct_rate.json", "classes")
+
+
+def test_inference_serves_the_classes_of_ct_rate_or_of_the_overlay(bundle: Path) -> None:
+    for overlays in ([], ["radchestct"], ["cc_ccii"], ["luna16"]):
+        parser = ConfigParser()
+        parser.read_config([str(bundle / "configs" / f"{name}.json") for name in ("inference", *overlays)])
+        parser["bundle_root"] = str(bundle)
+        assert parser.get_parsed_content("classes") == classes_of((overlays or ["ct_rate"])[0])
 
 
 def test_an_unreadable_volume_is_left_out_and_ends_in_exit_code_1(bundle: Path, tmp_path: Path) -> None:
@@ -381,15 +415,15 @@ def test_workflow_properties(has_properties: Callable, bundle: Path, tmp_path: P
     has_properties(["inference.json", "demo.json"], "infer", dataset_dir=CT)
 
 
-@pytest.mark.parametrize("data_set", ["rad_chest_ct", "cc_ccii", "luna16"])
+@pytest.mark.parametrize("data_set", ["radchestct", "cc_ccii", "luna16"])
 def test_workflow_properties_of_data_sets(
     has_properties: Callable, request: pytest.FixtureRequest, tmp_path: Path, data_set: str
 ) -> None:
     keys = NETWORK | {"dataset_dir": request.getfixturevalue(data_set), "models_dir": tmp_path, "pretrained": None}
-    has_properties(["train.json", f"{data_set.replace('rad_chest_ct', 'radchestct')}.json"], **keys)
-    if data_set == "rad_chest_ct":
+    has_properties(["train.json", f"{data_set}.json"], **keys)
+    if data_set == "radchestct":
         torch.save(LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 18).state_dict(), tmp_path / "model.pt")
-        has_properties(["train.json", "evaluate.json", "external_radchestct.json"], **keys)
+        has_properties(["train.json", "radchestct.json", "evaluate.json", "external_radchestct.json"], **keys)
 
 
 def test_published_schedules() -> None:
@@ -424,7 +458,7 @@ def test_published_schedules() -> None:
 def test_metadata_names_the_classes() -> None:
     metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
     channels = metadata["network_data_format"]["outputs"]["pred"]["channel_def"]
-    assert tuple(channels.values()) == CT_RATE_CLASSES
+    assert list(channels.values()) == CT_RATE_CLASSES
 
 
 def test_exports_to_torchscript(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

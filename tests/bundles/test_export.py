@@ -36,7 +36,9 @@ DEMO = {
 }
 PHANTOM = {"dataset_dir": "data/phantom"}
 ORGANS = PHANTOM | {"datalist": "organs.json", "feature_size": 4}
-AS_CT_RATE = PHANTOM | {"data_set": "ct_rate", "lists_dir": None}  # the phantoms stand in for any data set
+LABELS = json.loads((REPOSITORY / "bundles" / "classify" / "configs" / "demo.json").read_text())
+LABELS = {key: LABELS[key] for key in ("labels", "id_column", "name_pattern", "images", "classes")}
+AS_ANY = PHANTOM | LABELS | {"lists_dir": None, "columns": {}}  # the phantoms stand in for any data set
 SIZES = {"patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3, "num_heads": 3}
 
 
@@ -71,7 +73,7 @@ TASK = {
             | {"cc_ccii": {"exclusive": False, "select_by": "auroc"}}
             | {"external_radchestct": {"network_classes": "@classes", "merged_classes": {}}}
             | {"multi_gpu_train": {}, "multi_gpu_evaluate": {}},
-            AS_CT_RATE | {"num_views": 1, "resume": None},
+            AS_ANY | {"num_views": 1, "resume": None},
             {},
         ),
     },

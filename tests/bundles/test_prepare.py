@@ -17,11 +17,11 @@ import torch
 from monai.bundle import ConfigParser
 from PIL import Image
 
-from custom_components.data.lists import class_names, ct_rate
 from custom_components.data.phantom import ORGANS, Patient, cohort, patient
 from custom_components.data.prepare import prepare
 from custom_components.data.read import LoadCTd
 from custom_components.data.sources import Source
+from tests.conftest import classes_of
 from tests.custom_components.data.test_prepare import save, save_mhd
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
@@ -41,9 +41,13 @@ def test_ct_rate_as_published_becomes_what_training_reads(tmp_path: Path) -> Non
     assert "failed=1" in result.stderr and "3 prepared, 1 failed" in (tmp_path / "out" / "summary.md").read_text()
     assert len(pd.read_csv(tmp_path / "out" / "manifest.csv")) == 4
 
-    items = ct_rate(tmp_path / "out", exclude=tmp_path / "out" / "failed.csv")
+    parser = ConfigParser()
+    parser.read_config(str(BUNDLES / "pretrain" / "configs" / "train.json"))
+    for key, value in (("dataset_dir", tmp_path / "out"), ("exclude", tmp_path / "out" / "failed.csv")):
+        parser[key] = str(value)
+    items = parser.get_parsed_content("train#data")
     assert [item["name"] for item in items] == ["train_1_a_1", "train_3_a_1"]
-    assert all(item["findings"] is not None and "abnormalities" in item for item in items)
+    assert all(item["findings"] is not None and "label" in item for item in items)
     volume = LoadCTd("image")(items[0])["image"]
     assert volume.pixdim.tolist() == pytest.approx([10, 5, 5]) and -1000 <= volume.min() <= volume.max() <= 1000
 
@@ -87,12 +91,15 @@ def publish_lists(root: Path, names: list[str], columns: list[str], labels: list
 
 def publish_ct_rate(root: Path) -> None:
     cohort(root, 3, 1, num_workers=1)
+    for table in (root / "dataset" / "multi_abnormality_labels").iterdir():
+        columns = ["VolumeName", *classes_of("ct_rate")]  # of which phantoms have six
+        pd.read_csv(table).reindex(columns=columns, fill_value=0).to_csv(table, index=False)
 
 
 def publish_radchestct(root: Path) -> None:
     for i, p in patients():
         np.savez_compressed(root / f"trn0000{i}.npz", ct=p.volume[::-1, ::-1, ::-1].transpose(2, 1, 0))
-    classes = ["Hietal Hernia" if name == "Hiatal hernia" else name for name in class_names("rad_chest_ct")]
+    classes = ["Hietal Hernia" if name == "Hiatal hernia" else name for name in classes_of("radchestct")]
     publish_lists(root, [f"trn0000{i}" for i in range(4)], ["NoteAcc_DEID", *classes], [[i % 2] * 16 for i in range(4)])
 
 
@@ -176,6 +183,7 @@ def test_training_reads_what_was_prepared(
     parser.read_config([str(BUNDLES / bundle / "configs" / f"{name}.json") for name in training])
     small = {"img_size": [48, 48, 24], "num_samples": 1, "pixdim": common["pixdim"], "seed": 0}
     small |= {"dataset_dir": str(out), "exclude": str(out / "failed.csv"), "text_encoder": minilm}
+    small |= {"evaluate_after_training": True}  # else pre-training reads no validation reports
     for key, value in (small | ({"classes": list("abcdefg")} if "btcv" in training else {})).items():
         parser[key] = value
     train, valid = (parser.get_parsed_content(f"{split}#data") for split in ("train", "validate"))

@@ -18,7 +18,8 @@ import torch
 from monai.bundle import verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, fails_with, run
+from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, documented_overlays, fails_with, run
+from tests.conftest import classes_of
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
 TRAIN = ["train.json", "demo.json"]
@@ -70,6 +71,8 @@ def test_demo_table(bundle: Path) -> None:
     table = pd.read_csv(bundle / "eval" / "metrics.csv")
     assert list(table) == ["metric", "of", "value", "beside"]
     assert "masked_token_accuracy" in (bundle / "stdout.txt").read_text()
+    # phantoms have labels of six findings, and train.json asks for CT-RATE's 18
+    assert "no presence AUC of Medical material, " in (bundle / "stdout.txt").read_text()
 
 
 def test_same_seed_same_losses(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
@@ -112,6 +115,51 @@ def test_evaluate_without_labels_and_masks(bundle: Path, run_here: Callable, tmp
     run_here([*TRAIN, "evaluate.json"], **keys)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert "masked_voxel_mse" in metrics and "grounding" not in metrics and not metrics.get("presence_auc")
+
+
+def write_own_data(bundle: Path, folder: Path) -> None:
+    """The phantoms as the README's three examples of one's own data have them."""
+    phantoms = bundle / "data" / "phantom" / "dataset"
+    reports = pd.read_csv(phantoms / "radiology_text_reports" / "train_reports.csv").fillna("")
+    labels = pd.read_csv(phantoms / "multi_abnormality_labels" / "train_predicted_labels.csv")
+    (folder / "scans").mkdir(parents=True)
+    for name in reports["VolumeName"]:
+        shutil.copy(next(phantoms.glob(f"train_fixed/*/*/{name}")), folder / "scans" / name)
+    texts = "FINDINGS: " + reports["Findings_EN"] + "\nImpression: " + reports["Impressions_EN"]
+    paths = "scans/" + reports["VolumeName"]
+    table = {
+        "study": reports["VolumeName"].str.removesuffix(".nii.gz"), "patient_id": range(8), "report": texts,
+        "Nodule": labels["Lung nodule"], "fluid": [i % 2 for i in range(8)],
+    }  # fmt: skip
+    pd.DataFrame(table).to_csv(folder / "reports.csv", index=False)
+    lines = {"path": paths, "findings": reports["Findings_EN"], "impression": reports["Impressions_EN"]}
+    for name, part in (("train", slice(4)), ("valid", slice(4, 8))):
+        pd.DataFrame(lines)[part].to_json(folder / f"{name}.jsonl", orient="records", lines=True)
+    entries = [{"image": path, "report": text} for path, text in zip(paths, texts, strict=True)]
+    (folder / "datalist.json").write_text(json.dumps({"training": entries[:4], "validation": entries[4:]}))
+
+
+@pytest.mark.parametrize("example", range(3), ids=["csv", "json lines", "MSD"])
+def test_ones_own_data_by_the_readmes_overlays(bundle: Path, run_here: Callable, tmp_path: Path, example: int) -> None:
+    write_own_data(bundle, tmp_path / "mine")
+    (bundle / "configs" / "my_data.json").write_text(json.dumps(documented_overlays(bundle)[example]))
+    keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir")} | {"max_epochs": 1}
+    keys |= {"dataset_dir": tmp_path / "mine"} | ({"validation_share": 0.5} if example == 0 else {})
+    run_here([*TRAIN, "my_data.json"], **keys)
+    checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["trainer"]["iteration"] == 1
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["volumes"] == 4 and metrics["masked_token_accuracy"]
+    assert ("Effusion" in metrics.get("presence_auc", {})) == (example == 0)  # the example that has labels
+
+
+def test_training_alone_needs_no_validation_data(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    write_own_data(bundle, tmp_path / "mine")
+    (tmp_path / "mine" / "valid.jsonl").unlink()
+    (bundle / "configs" / "my_data.json").write_text(json.dumps(documented_overlays(bundle)[1]))
+    keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir")} | {"max_epochs": 1}
+    run_here([*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine", evaluate_after_training=False)
+    assert (tmp_path / "models" / "encoder.pt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -326,3 +374,4 @@ def test_published_recipe() -> None:
         "effective_batch_size": 448, "seed": 42, "text_encoder": "microsoft/BiomedVLP-CXR-BERT-specialized",
     }  # fmt: skip
     assert {key: train[key] for key in published} == published
+    assert list(train["sentences"]) == classes_of("ct_rate")

@@ -1,22 +1,42 @@
-"""Datalists from small trees written as the data sets are published."""
+"""Datalists from small trees written as the data sets are published, by the keys of the bundles' own configs."""
 
 from __future__ import annotations
 
 import csv
+import json
+import logging
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
+from monai.bundle import ConfigParser
 
-from custom_components.data.lists import CT_RATE_CLASSES, ct_rate, scans
+from custom_components.data.lists import scans
 from custom_components.errors import InputError
+from tests.conftest import BUNDLES, classes_of
 
+CT_RATE_CLASSES = classes_of("ct_rate")
 REPORT_COLUMNS = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"]
 FINDINGS = 'Nodule of 2.3 x 1.8 cm, "spiculated", right upper lobe.\nŒsophagus ≥ 1.5 mm, “normal”; naïve T₁.'
+
+
+def volumes(bundle: str, overlays: tuple[str, ...], split: str = "train", **keys: object) -> list[dict]:
+    """What a bundle's training reads, by its configs and these keys."""
+    parser = ConfigParser()
+    parser.read_config([str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ("train", *overlays)])
+    for key, value in keys.items():
+        parser[key] = str(value) if isinstance(value, Path) else value
+    return parser.get_parsed_content("datalist")(split=split)
+
+
+def ct_rate(dataset_dir: Path, split: str = "train", **keys: object) -> list[dict]:
+    return volumes("pretrain", (), split, dataset_dir=dataset_dir, **keys)
 
 
 def write_csv(path: Path, rows: list[list]) -> None:
@@ -62,9 +82,9 @@ def test_both_versions(tmp_path, folder, inside):
     assert items[3]["image"] == str(tmp_path / "dataset" / folder / "train_1" / "train_1_b" / "train_1_b_1.nii.gz")
     assert items[1]["findings"] == "Findings of train_1_a_1." and items[1]["impression"] == "Impression of train_1_a_1."
     for row, item in enumerate(items):
-        assert item["abnormalities"].dtype == np.float32
-        np.testing.assert_array_equal(item["abnormalities"], np.eye(18)[row])
-    assert set(items[0]) == {"image", "name", "patient", "findings", "impression", "abnormalities"}
+        assert item["label"].dtype == np.float32
+        np.testing.assert_array_equal(item["label"], np.eye(18)[row])
+    assert set(items[0]) == {"image", "name", "patient", "findings", "impression", "label"}
 
 
 def test_fixed_version_is_preferred(tmp_path):
@@ -84,7 +104,7 @@ def test_valid_split_with_masks_and_sentences_without_labels(tmp_path, reports):
     rows = [["valid_1_a_1.nii.gz", "Lung nodule", "A nodule, right."], ["valid_1_a_1.nii.gz", "Emphysema", "Some."]]
     write_csv(root / "masks" / "valid_sentences.csv", [["VolumeName", "Finding", "Sentence"], *rows])
     first, second = ct_rate(tmp_path, "valid")
-    assert first["masks"] == str(masks) and "masks" not in second and "abnormalities" not in first
+    assert first["masks"] == str(masks) and "masks" not in second and "label" not in first
     assert first["sentences"] == {"Lung nodule": "A nodule, right.", "Emphysema": "Some."}
     assert second["sentences"] == {}
 
@@ -108,7 +128,7 @@ def test_labels_follow_the_names_of_columns(tmp_path):
     write_ct_rate(tmp_path, NAMES[:1])
     path = tmp_path / "dataset" / "multi_abnormality_labels" / "train_predicted_labels.csv"
     write_csv(path, [["VolumeName", *reversed(CT_RATE_CLASSES)], [NAMES[0] + ".nii.gz", *range(2), *[0] * 16]])
-    assert np.flatnonzero(ct_rate(tmp_path)[0]["abnormalities"]).tolist() == [16]
+    assert np.flatnonzero(ct_rate(tmp_path)[0]["label"]).tolist() == [16]
 
 
 def test_fractions_are_nested_by_patient(tmp_path):
@@ -159,7 +179,7 @@ def labels(root: Path) -> Path:
     "spoil, arguments, message",
     [
         (None, {"dataset_dir": "nowhere"}, ["nowhere", "no folder"]),
-        (None, {"split": "test"}, ["'test'", "train or valid"]),
+        (None, {"split": "dev"}, ["'dev'", "train, valid or test"]),
         (None, {"split": "valid"}, ["has no reports", "validation_reports.csv"]),
         (None, {"data_fraction": 0}, ["data_fraction is 0"]),
         (None, {"data_fraction": 10}, ["data_fraction is 10"]),
@@ -176,12 +196,17 @@ def labels(root: Path) -> Path:
         (
             lambda root: write_csv(reports(root), [REPORT_COLUMNS, ["scan7.nii.gz", "", "", "", ""]]),
             {},
-            ["train_reports.csv", "'scan7'", "split_patient_scan_reconstruction"],
+            ["'scan7'", "name_pattern", "{split}_fixed/{patient}/{scan}/{name}.nii.gz"],
         ),
         (
-            lambda root: write_csv(labels(root), [["VolumeName", *CT_RATE_CLASSES[1:]]]),
+            lambda root: write_csv(labels(root), [["Volume", *CT_RATE_CLASSES]]),
             {},
-            ["train_predicted_labels.csv", "no column Medical material"],
+            ["train_predicted_labels.csv", "names no volume"],
+        ),
+        (
+            lambda root: write_csv(labels(root), [["Volume", *CT_RATE_CLASSES], ["train_2_a_1", *[1] * 18]]),
+            {},
+            ["train_predicted_labels.csv", "no column VolumeName"],
         ),
         (
             lambda root: write_csv(labels(root), [["VolumeName", *CT_RATE_CLASSES], ["train_2_a_1", *[1] * 17, "?"]]),
@@ -201,7 +226,7 @@ def labels(root: Path) -> Path:
         (
             lambda root: (root / "dataset" / "train_fixed").rename(root / "dataset" / "elsewhere"),
             {},
-            ["no volumes", "train_fixed"],
+            ["4 of 4 volumes", "train_fixed"],
         ),
     ],
 )
@@ -226,6 +251,380 @@ def test_thousands_of_volumes_take_seconds_at_most(tmp_path):
     start = time.perf_counter()
     assert len(ct_rate(tmp_path)) == 2000
     assert time.perf_counter() - start < 2
+
+
+# first rows of the authors' lists (ToniChopp/SimCroP, Down-stream/Classification_Linear/datasets), as published
+CT_RATE_LIST = """\
+VolumeName,Medical material,Arterial wall calcification,Cardiomegaly,Pericardial effusion,\
+Coronary artery wall calcification,Hiatal hernia,Lymphadenopathy,Emphysema,Atelectasis,Lung nodule,Lung opacity,\
+Pulmonary fibrotic sequela,Pleural effusion,Mosaic attenuation pattern,Peribronchial thickening,Consolidation,\
+Bronchiectasis,Interlobular septal thickening
+train_12460_c_2.nii.gz,0,0,0,0,0,0,0,0,0,1,0,0,0,0,0,0,0,0
+train_18480_a_1.nii.gz,0,0,0,0,0,1,0,0,0,1,0,1,0,0,0,0,0,0
+"""
+RAD_CHEST_CT_LIST = """\
+NoteAcc_DEID,Medical material,Calcification,Cardiomegaly,Pericardial effusion,Hietal Hernia,Lymphadenopathy,Emphysema,\
+Atelectasis,Lung nodule,Lung opacity,Pulmonary fibrotic sequela,Pleural effusion,Peribronchial thickening,\
+Consolidation,Bronchiectasis,Interlobular septal thickening
+trn11227,1,1,0,0,0,0,1,1,1,0,0,0,0,0,0,0
+trn05329,0,1,0,0,1,0,0,0,1,0,0,0,0,1,0,0
+"""
+CC_CCII_LIST = "img_list,label\n1338.nii.gz,2\n5397.nii.gz,0\n3768.nii.gz,1\n"
+UID = "1.3.6.1.4.1.14519.5.2.1.6279.6001.187451715205085403623595258748"
+LUNA16_LIST = f"image_id,label\n{UID}.nii.gz,1\n1.2.3.nii.gz,0\n"
+
+
+@pytest.fixture
+def published(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a list under all published names, and empty volumes where the data set has them; returns the folder."""
+
+    def write(text: str, *volumes: str) -> Path:
+        (tmp_path / "lists").mkdir(exist_ok=True)
+        for name in ("train_list.csv", "test_list.csv"):
+            (tmp_path / "lists" / name).write_text(text)
+        for volume in volumes:
+            (tmp_path / volume).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / volume).touch()
+        return tmp_path
+
+    return write
+
+
+def read(folder: Path, overlay: str, split: str = "train", **keys: object) -> list[dict]:
+    return volumes("classify", (overlay,), split, **{"dataset_dir": folder, "lists_dir": folder / "lists"} | keys)
+
+
+def test_ct_rates_published_list(published: Callable) -> None:
+    volumes = (
+        "dataset/train_fixed/train_12460/train_12460_c/train_12460_c_2.nii.gz",
+        "train_preprocessed/train_18480/train_18480a/train_18480_a_1.nii.gz",  # the authors' own layout
+    )
+    folder = published(CT_RATE_LIST, *volumes)
+    items = read(folder, "ct_rate")
+    assert [item["image"] for item in items] == [str(folder / volume) for volume in volumes]
+    assert [item["patient"] for item in items] == ["train_12460", "train_18480"]
+    assert [CT_RATE_CLASSES[i] for i in np.flatnonzero(items[0]["label"])] == ["Lung nodule"]
+    assert items[1]["label"].sum() == 3 and items[1]["label"].dtype == np.float32
+
+
+def test_rad_chest_cts_published_list(published: Callable) -> None:
+    folder = published(RAD_CHEST_CT_LIST, "images/trn11227.nii.gz", "trn05329.nii.gz")
+    first, second = read(folder, "radchestct", "test")
+    names = classes_of("radchestct")
+    assert len(names) == 16
+    assert {names[i] for i in np.flatnonzero(first["label"])} == {
+        "Medical material", "Calcification", "Emphysema", "Atelectasis", "Lung nodule"
+    }  # fmt: skip
+    # spelled Hietal Hernia in the list
+    assert second["label"][names.index("Hiatal hernia")] == 1
+
+
+def test_cc_cciis_and_luna16s_published_lists(published: Callable) -> None:
+    folder = published(CC_CCII_LIST, *(f"images_resized/{n}.nii.gz" for n in (1338, 5397, 3768)))
+    assert [item["label"] for item in read(folder, "cc_ccii")] == [2, 0, 1]
+    folder = published(LUNA16_LIST, f"subset3/{UID}.mhd", "images/1.2.3.nii.gz")
+    assert [item["label"].tolist() for item in read(folder, "luna16")] == [[1], [0]]
+
+
+def test_a_fraction_with_a_list_of_its_own(published: Callable) -> None:
+    folder = published(CC_CCII_LIST, *(f"images/{n}.nii.gz" for n in (1338, 5397, 3768)))
+    (folder / "lists" / "train_list_10.csv").write_text("img_list,label\n5397.nii.gz,0\n")
+    assert [item["name"] for item in read(folder, "cc_ccii", data_fraction=0.1)] == ["5397"]
+    assert len(read(folder, "cc_ccii")) == 3
+    # without a validation list of its own, the test list is that too, as published
+    assert read(folder, "cc_ccii", "valid") == read(folder, "cc_ccii", "test")
+
+
+@pytest.fixture
+def cohort(tmp_path: Path) -> dict:
+    """120 scans of 40 patients, three each, in a table of one's own."""
+    rows = []
+    for i in range(120):
+        (tmp_path / f"scan{i}.nii.gz").touch()
+        rows.append(
+            {"file": f"scan{i}", "patient": f"p{i // 3}", "nodule": i % 2, "mass": int(i % 5 == 0), "age": 50 + i}
+        )
+    pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
+    return {
+        "dataset_dir": tmp_path,
+        "classes": ["mass", "nodule"],
+        "labels": tmp_path / "labels.csv",
+        "validation_share": 0.1,
+        "test_share": 0.25,
+    }
+
+
+def own(split: str = "train", **keys: object) -> list[dict]:
+    return volumes("classify", (), split, **keys)
+
+
+def test_splits_by_patient_are_nested_and_disjoint(cohort: dict) -> None:
+    def split(name: str, **keys: object) -> list[dict]:
+        return own(name, **cohort | keys)
+
+    def patients(items: list[dict]) -> set[str]:
+        return {item["patient"] for item in items}
+
+    train, valid, test = (patients(split(name)) for name in ("train", "valid", "test"))
+    assert (len(train), len(valid), len(test)) == (27, 3, 10)
+    assert len(train | valid | test) == 40
+    smaller = train
+    for fraction in (0.5, 0.1, 0.01):
+        items = split("train", data_fraction=fraction)
+        assert len(items) == 3 * len(patients(items))  # a patient's scans stay together
+        assert patients(items) < smaller and len(patients(items)) == int(np.ceil(27 * fraction))
+        smaller = patients(items)
+    assert patients(split("train", data_fraction=0.5)) == patients(split("train", data_fraction=0.5))
+    assert patients(split("train", data_fraction=0.5, seed=1)) != patients(split("train", data_fraction=0.5))
+    assert split("train")[0]["label"].shape == (2,)
+
+
+def test_without_a_validation_share_the_test_volumes_are_validated_on(cohort: dict) -> None:
+    cohort["validation_share"] = 0.0
+    valid, test = (own(split, **cohort) for split in ("valid", "test"))
+    assert [item["name"] for item in valid] == [item["name"] for item in test]
+
+
+def test_extra_columns_are_told(cohort: dict, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        own(**cohort)
+    assert "labels.csv: 1 columns are no class, and are not used: age" in caplog.text
+
+
+BAD = {
+    "missing column": ({"classes": ["mass", "cyst"]}, "labels.csv has no column cyst"),
+    "split": ({"split": "dev"}, "split is 'dev'"),
+    "fraction": ({"data_fraction": 0.0}, "data_fraction is 0.0"),
+    "share": ({"validation_share": 1.0}, "validation_share is 1.0"),
+    "nothing for testing": ({"split": "test", "test_share": 0.0}, "has no labels of split test .*test_share 0.0"),
+    "no labels": ({"labels": None}, "labels is None, .*: set labels to the table"),
+    "no lists": (
+        {"labels": {"train": "train_list.csv"}, "lists_dir": "nowhere"},
+        "lists_dir nowhere has no labels of split train .train_list.csv",
+    ),
+    "dataset_dir": ({"dataset_dir": "/nowhere"}, "dataset_dir /nowhere is no folder"),
+    "codes": ({"exclusive": True}, "labels.csv has no column label"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_arguments_are_told(cohort: dict, case: str) -> None:
+    changes, message = BAD[case]
+    with pytest.raises(InputError, match=message):
+        own(**cohort | changes)
+
+
+@pytest.mark.parametrize("value", ["2", "0.5", "yes", "", "nan"])
+def test_a_label_outside_zero_and_one_is_told(cohort: dict, value: str) -> None:
+    frame = pd.read_csv(cohort["labels"], dtype=str)
+    frame.loc[7, "mass"] = value
+    frame.to_csv(cohort["labels"], index=False)
+    with pytest.raises(InputError, match="labels.csv: mass of scan7 is .*: make it 0 or 1"):
+        own(**cohort)
+
+
+def test_a_code_outside_the_classes_is_told(published: Callable) -> None:
+    folder = published(CC_CCII_LIST.replace("1338.nii.gz,2", "1338.nii.gz,3"))
+    with pytest.raises(InputError, match="label of 1338 is 3: make it a code from 0 to 2"):
+        read(folder, "cc_ccii")
+
+
+def test_a_volume_named_twice_and_a_missing_one_are_told(cohort: dict) -> None:
+    frame = pd.read_csv(cohort["labels"], dtype=str)
+    pd.concat([frame, frame[:1]]).to_csv(cohort["labels"], index=False)
+    with pytest.raises(InputError, match="labels.csv names scan0 twice"):
+        own(**cohort)
+    frame.to_csv(cohort["labels"], index=False)
+    (cohort["dataset_dir"] / "scan4.nii.gz").unlink()
+    found = ("train", "valid", "test")
+    with pytest.raises(InputError, match="1 of .* volumes.*scan4"):
+        for split in found:
+            own(split, **cohort)
+    (cohort["dataset_dir"] / "exclude.txt").write_text("scan4.nii.gz\n")
+    kept = [own(split, exclude=cohort["dataset_dir"] / "exclude.txt", **cohort) for split in found]
+    assert sum(len(items) for items in kept) == 119
+
+
+REPORTS = [
+    {"scan": "a", "text": "TECHNIQUE: CT. FINDINGS: A nodule of 1.5 mm. IMPRESSION: Nodule.", "who": "p1", "Nodule": 1},
+    {
+        "scan": "b",
+        "text": "Findings:\nLungs: clear.\nImpression:\nNormal.\nRecommendations: none.",
+        "who": "p1",
+        "Nodule": 0,
+    },
+    {"scan": "c", "text": "No significant findings: all clear.", "who": "p2", "Nodule": 0},
+    {"scan": "d", "text": None, "who": "p3", "Nodule": 1},
+]
+TEXTS = [
+    ("A nodule of 1.5 mm.", "Nodule."),
+    ("Lungs: clear.", "Normal."),
+    ("No significant findings: all clear.", ""),
+    ("", ""),
+]
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> dict:
+    """Keys of reports that nobody publishes; the table is for the test to write."""
+    for name in "abcd":
+        (tmp_path / "scans").mkdir(exist_ok=True)
+        (tmp_path / "scans" / f"{name}.nii.gz").touch()
+    return {
+        "dataset_dir": tmp_path,
+        "id_column": "scan",
+        "images": "scans/{name}.nii.gz",
+        "report_column": "text",
+        "patient_column": "who",
+        "sentences": {"Effusion": "There is an effusion.", "Nodule": "There is a nodule."},
+    }
+
+
+def write_semicolons(path: Path, rows: list[dict]) -> None:
+    pd.DataFrame(rows).to_csv(path, index=False, sep=";", encoding="utf-8-sig")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "name, write",
+    [
+        ("reports.csv", lambda path, rows: pd.DataFrame(rows).to_csv(path, index=False)),
+        ("reports.csv", write_semicolons),
+        ("reports.tsv", lambda path, rows: pd.DataFrame(rows).to_csv(path, index=False, sep="\t")),
+        ("reports.json", lambda path, rows: path.write_text(json.dumps(rows))),
+        ("reports.jsonl", write_lines),
+        ("reports.json", lambda path, rows: path.write_text(json.dumps({"training": rows, "numTraining": 4}))),
+    ],
+    ids=["csv", "semicolons and BOM", "tabs", "json", "json lines", "MSD"],
+)
+def test_any_table_of_reports(mine: dict, caplog: pytest.LogCaptureFixture, name: str, write: Callable) -> None:
+    write(mine["dataset_dir"] / name, REPORTS)
+    with caplog.at_level(logging.WARNING):
+        items = volumes("pretrain", (), reports=name, **mine)
+    assert [(item["findings"], item["impression"]) for item in items] == TEXTS
+    assert [Path(item["image"]).name for item in items] == [f"{scan}.nii.gz" for scan in "abcd"]
+    assert [item["patient"] for item in items] == ["p1", "p1", "p2", "p3"]
+    np.testing.assert_array_equal([item["label"] for item in items], [[np.nan, value] for value in (1, 0, 0, 1)])
+    assert "1 of 4 reports have no heading FINDINGS: or IMPRESSION: (c)" in caplog.text
+    assert "1 of 4 reports are empty (d)" in caplog.text
+
+
+def test_a_datalist_of_images_and_reports(tmp_path: Path) -> None:
+    """As the Medical Segmentation Decathlon's lists, by which each volume's path is its name."""
+    splits = {"training": ["p1/ct", "p2/ct"], "validation": ["p3/ct"]}
+    for name in sum(splits.values(), []):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / f"{name}.nii.gz").touch()
+    content = {
+        s: [{"image": f"{n}.nii.gz", "report": f"IMPRESSION: {n}"} for n in names] for s, names in splits.items()
+    }
+    (tmp_path / "datalist.json").write_text(json.dumps(content))
+    keys = {"reports": "datalist.json", "id_column": "image", "images": "{image}", "report_column": "report"}
+    for split, names in (("train", ["p1/ct", "p2/ct"]), ("valid", ["p3/ct"])):
+        items = volumes("pretrain", (), split, dataset_dir=tmp_path, **keys)
+        assert [item["name"] for item in items] == [item["impression"] for item in items] == names
+        assert [item["image"] for item in items] == [str(tmp_path / f"{name}.nii.gz") for name in names]
+
+
+def test_splits_of_ones_own_reports(mine: dict) -> None:
+    """Named by a column, or drawn by patient."""
+    table = mine["dataset_dir"] / "reports.jsonl"
+    write_lines(table, [row | {"fold": "val" if row["who"] == "p3" else "Train"} for row in REPORTS])
+    found = [
+        volumes("pretrain", (), s, reports="reports.jsonl", **mine, split_column="fold") for s in ("train", "valid")
+    ]
+    assert [[item["name"] for item in items] for items in found] == [["a", "b", "c"], ["d"]]
+    with pytest.raises(InputError, match="of split valid .reports.jsonl; validation_share 0.0"):
+        volumes("pretrain", (), "valid", reports="reports.jsonl", **mine)
+    drawn = [
+        volumes("pretrain", (), s, reports="reports.jsonl", **mine, validation_share=0.3) for s in ("train", "valid")
+    ]
+    patients = [{item["patient"] for item in items} for items in drawn]
+    assert [len(p) for p in patients] == [2, 1] and not patients[0] & patients[1]
+    write_lines(table, [row | {"fold": "3"} for row in REPORTS])
+    with pytest.raises(
+        InputError, match="reports.jsonl: fold is '3': make it train, valid or test, or set split_column"
+    ):
+        volumes("pretrain", (), reports="reports.jsonl", **mine, split_column="fold")
+
+
+def test_labels_beside_reports(mine: dict) -> None:
+    write_lines(mine["dataset_dir"] / "reports.jsonl", REPORTS)
+    table = pd.DataFrame({"scan": list("dcba"), "fluid": [1, 1, 0, 0], "Nodule": [0, 0, 0, 1]})
+    table.to_csv(mine["dataset_dir"] / "labels.csv", index=False)
+    keys = mine | {"reports": "reports.jsonl", "labels": "labels.csv", "columns": {"Effusion": "fluid"}}
+    items = volumes("pretrain", (), **keys)
+    assert [item["label"].tolist() for item in items] == [[0, 1], [0, 0], [1, 0], [1, 0]]
+    with pytest.raises(InputError, match="labels is absent.csv"):
+        volumes("pretrain", (), **keys | {"labels": "absent.csv"})
+
+
+def test_a_report_that_is_repeated_and_one_that_differs(mine: dict, caplog: pytest.LogCaptureFixture) -> None:
+    table = mine["dataset_dir"] / "reports.jsonl"
+    write_lines(table, [*REPORTS, REPORTS[1]])
+    with caplog.at_level(logging.WARNING):
+        assert len(volumes("pretrain", (), reports="reports.jsonl", **mine)) == 4
+    assert "1 rows repeat a volume with the same report (b)" in caplog.text
+    write_lines(table, [*REPORTS, REPORTS[1] | {"text": "FINDINGS: Other."}])
+    with pytest.raises(InputError, match="reports.jsonl has two different reports of b: keep one row per volume"):
+        volumes("pretrain", (), reports="reports.jsonl", **mine)
+
+
+def test_reconstructions_of_one_scan_with_several_reports_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_ct_rate(tmp_path, NAMES)
+    with caplog.at_level(logging.WARNING):
+        assert len(ct_rate(tmp_path)) == 4
+    assert "train_reports.csv: 1 scans have several reports (train_1_a)" in caplog.text
+
+
+def test_a_volume_whose_path_is_not_given(mine: dict) -> None:
+    write_lines(mine["dataset_dir"] / "reports.jsonl", [row | {"path": None} for row in REPORTS])
+    with pytest.raises(InputError, match="'a' does not have all words of {path}: correct it, name_pattern, or images"):
+        volumes("pretrain", (), reports="reports.jsonl", **mine | {"images": "{path}"})
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("reports.csv", "scan,text\na,Überblick\n".encode("latin-1"), "cannot be read as a CSV or JSON file in UTF-8"),
+        ("reports.csv", "scan,text\na,x\n".encode("utf-16"), "cannot be read as a CSV or JSON file in UTF-8"),
+        ("reports.json", b"{", "reports.json is not JSON"),
+        ("reports.jsonl", b'{"scan": "a"}\n["b"]\n', "cannot be read as a CSV or JSON file"),
+        ("reports.jsonl", b'{"scan": "a", "report": "x"}\n', "no column text .it has scan, report"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_said(mine: dict, name: str, content: bytes, message: str) -> None:
+    (mine["dataset_dir"] / name).write_bytes(content)
+    with pytest.raises(InputError, match=message) as error:
+        volumes("pretrain", (), reports=name, **mine)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_class_without_a_column_is_left_open(tmp_path: Path) -> None:
+    write_ct_rate(tmp_path, NAMES)
+    write_csv(labels(tmp_path), [["VolumeName", *CT_RATE_CLASSES[1:]], *[[name, *[1] * 17] for name in NAMES]])
+    assert all(np.isnan(item["label"][0]) and item["label"][1:].all() for item in ct_rate(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "report, findings, impression",
+    [
+        ("EXAM: CT CHEST FINDINGS: Clear. IMPRESSION: Normal.", "Clear.", "Normal."),
+        ("history: cough\nfindings: clear\nconclusion: normal", "clear", "normal"),
+        ("Findings : Clear.Impression: Normal. Comparison: none.", "Clear.", "Normal."),
+        ("FINDINGS:\nLUNGS: clear.\nHEART: normal.", "LUNGS: clear.\nHEART: normal.", ""),
+        ("FINDINGS: A.\nADDENDUM FINDINGS: B.", "A.\nADDENDUM\nB.", ""),
+    ],
+)
+def test_sections_of_a_report(mine: dict, report: str, findings: str, impression: str) -> None:
+    write_lines(mine["dataset_dir"] / "reports.jsonl", [{"scan": "a", "text": report}])
+    (item,) = volumes("pretrain", (), reports="reports.jsonl", **mine)
+    assert (item["findings"], item["impression"]) == (findings, impression)
 
 
 def test_import_needs_neither_torch_nor_monai():
@@ -277,3 +676,32 @@ def test_scans_errors(tmp_path):
     write_dicom_like(tmp_path / "series" / "1.dcm")
     with pytest.raises(InputError, match="give the folder of its series"):
         scans(tmp_path / "series" / "1.dcm")
+
+
+def test_a_list_of_scans(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "b.nrrd"):
+        (tmp_path / name).touch()
+    (tmp_path / "scans.csv").write_text(f"path,comment\na.nii.gz,x\n{tmp_path}/b.nrrd,y\nabsent.nii,z\n")
+    items = scans(tmp_path / "scans.csv")
+    assert [item["image"] for item in items] == [str(tmp_path / n) for n in ("a.nii.gz", "b.nrrd", "absent.nii")]
+    (tmp_path / "empty.txt").write_text("nothing here\n")
+    with pytest.raises(InputError, match="empty.txt lists no CT"):
+        scans(tmp_path / "empty.txt")
+
+
+def test_a_list_in_latin_1_is_said(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_bytes("Prüfung/ct.nii.gz\n".encode("latin-1"))
+    with pytest.raises(InputError, match="list.txt cannot be read as text in UTF-8"):
+        scans(tmp_path / "list.txt")
+
+
+def test_a_list_of_folders_and_of_equal_names(tmp_path: Path) -> None:
+    write_dicom_like(tmp_path / "patient1" / "IM0001")
+    (tmp_path / "folders.txt").write_text("patient1\npatient2.nii.gz\n")
+    assert [item["name"] for item in scans(tmp_path / "folders.txt")] == ["patient1", "patient2.nii.gz"]
+    for case in ("case1", "case2"):
+        (tmp_path / case).mkdir()
+        (tmp_path / case / "ct.nii.gz").touch()
+    (tmp_path / "equal.txt").write_text("case1/ct.nii.gz\ncase2/ct.nii.gz\ncase1/ct.nii.gz\n")
+    items = scans(tmp_path / "equal.txt")
+    assert [item["name"] for item in items] == ["case1_ct", "case2_ct"]

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from custom_components.data import phantom
-from custom_components.data.lists import CT_RATE_CLASSES
 from custom_components.data.phantom import FINDINGS, ORGANS, Patient, cohort, patient
 from custom_components.errors import InputError
+from tests.conftest import classes_of
 
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)
 
@@ -64,7 +64,7 @@ def test_layout_and_columns(built: Path) -> None:
             "VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"
         ]  # fmt: skip
         labels = table(data / "multi_abnormality_labels" / f"{split}_predicted_labels.csv")
-        assert list(labels[0]) == ["VolumeName", *CT_RATE_CLASSES]
+        assert list(labels[0]) == ["VolumeName", *FINDINGS]
         metadata = table(data / "metadata" / f"{reports}_metadata.csv")
         assert list(metadata[0]) == ["VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
         assert json.loads(metadata[0]["XYSpacing"]) == [5, 5]
@@ -89,7 +89,7 @@ def test_files_agree_with_each_other_and_with_patient(built: Path) -> None:
         name = file.removesuffix(".nii.gz")
         place = Path("train_fixed", name[:-4], name[:-2])
         masks = data / "masks" / place / name
-        present = {c for c in CT_RATE_CLASSES if row[c] == "1"}
+        present = {c for c in FINDINGS if row[c] == "1"}
         assert {p.name for p in masks.iterdir()} == {"organs.nii.gz"} | {
             f"{c.lower().replace(' ', '_')}.nii.gz" for c in present
         }
@@ -107,7 +107,7 @@ def test_files_agree_with_each_other_and_with_patient(built: Path) -> None:
 
 
 def test_labels_masks_and_sentences_agree(patients: list[Patient]) -> None:
-    assert set(FINDINGS) <= set(CT_RATE_CLASSES)
+    assert set(FINDINGS) <= set(classes_of("ct_rate"))
     for p in patients:
         assert set(p.labels) == set(FINDINGS)
         assert set(p.masks) == set(p.sentences) == {name for name, label in p.labels.items() if label}
