@@ -1,4 +1,4 @@
-"""Features of a frozen encoder, kept on disk: no volume is encoded twice."""
+"""How a probe is fed: with volumes, or with features of its frozen encoder that are kept on disk."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import monai.data
 import numpy as np
@@ -118,6 +119,7 @@ class FeatureLoader(SeededDataLoader):
             yield {"image": content.features[rows, views], "label": content.labels[rows]}
 
 
+@dataclass
 class OnlineFeatures:
     """Feeds a probe with volumes, which are read and encoded anew in every epoch: the published way.
 
@@ -134,39 +136,23 @@ class OnlineFeatures:
         batch_size: volumes per forward pass of an evaluation.
     """
 
-    name = "online"
-    num_views = None
+    name: ClassVar[str] = "online"
+    network: LinearProbe
+    read: Sequence[Callable]
+    plain: Sequence[Callable]
+    augment: Sequence[Callable]
+    device: torch.device | str = "cpu"
+    amp: bool = True
+    seed: int = 42
+    num_workers: int = 0
+    batch_size: int = 8
+    num_views: int | None = None
 
-    def __init__(
-        self,
-        network: LinearProbe,
-        read: Sequence[Callable],
-        plain: Sequence[Callable],
-        augment: Sequence[Callable],
-        device: torch.device | str = "cpu",
-        amp: bool = True,
-        seed: int = 42,
-        num_workers: int = 0,
-        batch_size: int = 8,
-    ) -> None:
-        self.network = network
-        self.read = Compose(read)
-        self.plain = Compose(plain)
-        self.augment = Compose(augment)
-        self.device = torch.device(device)
-        self.amp = amp
-        self.seed = seed
-        self.num_workers = num_workers
-        self.batch_size = batch_size
-
-    @property
-    def trained(self) -> nn.Module:
-        """What the trainer trains: it takes an item's ``image`` and gives logits."""
-        return self.network
-
-    @property
-    def inferer(self) -> AutocastInferer:
-        return AutocastInferer(self.amp)
+    def __post_init__(self) -> None:
+        self.read, self.plain, self.augment = Compose(self.read), Compose(self.plain), Compose(self.augment)
+        self.device = torch.device(self.device)
+        self.trained: nn.Module = self.network  # by the trainer: takes an item's image, gives logits
+        self.inferer = AutocastInferer(self.amp)
 
     def encoder_key(self) -> str:
         """Hash of the encoder's weights and architecture, as they are now."""
@@ -192,6 +178,7 @@ class OnlineFeatures:
         """Nothing to report: a volume that cannot be read has ended the run."""
 
 
+@dataclass
 class FeatureCache(OnlineFeatures):
     """Encodes volumes once per view, and keeps each view's feature in a file of its own: no volume is encoded twice.
 
@@ -204,37 +191,21 @@ class FeatureCache(OnlineFeatures):
     the seed. Names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
 
     Args:
-        network: its ``features`` are kept.
         cache_dir: where the files lie.
-        num_views: per training volume.
-        options: as :class:`OnlineFeatures` has them; ``batch_size`` counts views, ``seed`` is that of the augmentation.
+        num_views: per training volume; ``batch_size`` counts views. All else as in :class:`OnlineFeatures`.
     """
 
-    name = "cached"
+    name: ClassVar[str] = "cached"
+    num_views: int = 1
+    cache_dir: str | Path = field(kw_only=True)
 
-    def __init__(
-        self,
-        network: LinearProbe,
-        read: Sequence[Callable],
-        plain: Sequence[Callable],
-        augment: Sequence[Callable],
-        cache_dir: str,
-        num_views: int = 1,
-        **options: Any,
-    ) -> None:
-        super().__init__(network, read, plain, augment, **options)
-        self.cache_dir = Path(cache_dir)
-        self.num_views = num_views
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.cache_dir = Path(self.cache_dir)
         self.failures: dict[str, str] = {}
         self.encoded = 0  # views that had to be encoded so far
-
-    @property
-    def trained(self) -> nn.Module:
-        return self.network.head
-
-    @property
-    def inferer(self) -> AutocastInferer:
-        return AutocastInferer(amp=False)
+        self.trained = getattr(self.network, "head", None)  # a control in the probe's place has none
+        self.inferer = AutocastInferer(amp=False)
 
     def training(self, data: Sequence[Mapping[str, Any]]) -> FeatureDataset:
         return self.encode(data, self.num_views, "training")
@@ -329,9 +300,7 @@ class FeatureCache(OnlineFeatures):
         missing = missing[rank() :: world_size()]
         if not missing:
             return
-        loader = ReadableLoader(
-            _Views(missing, self.read, self.plain, self.augment, self.seed), self.num_workers, description
-        )
+        loader = ReadableLoader(_Views(missing, self), self.num_workers, description)
         was_training = self.network.training
         self.network.eval()
         for batch in loader:
@@ -358,14 +327,10 @@ def probe_features(cache_dir: str | None, num_views: int, **options: Any) -> Onl
 class _Views(Dataset):
     """Volumes in those views that are wanted: ``image [V, 1, X, Y, Z]`` and ``index``."""
 
-    def __init__(
-        self, data: Sequence[Mapping[str, Any]], read: Compose, plain: Compose, augment: Compose, seed: int
-    ) -> None:
+    def __init__(self, data: Sequence[Mapping[str, Any]], cache: FeatureCache) -> None:
         self.data = list(data)
-        self.read = read
-        self.plain = plain
-        self.augment = augment
-        self.seed = seed
+        # not the cache itself, whose network would go along to every worker
+        self.read, self.plain, self.augment, self.seed = cache.read, cache.plain, cache.augment, cache.seed
 
     def __len__(self) -> int:
         return len(self.data)
@@ -387,7 +352,5 @@ class _Views(Dataset):
 def _load(file: Path) -> np.ndarray | None:
     try:
         return np.load(file, allow_pickle=False)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, EOFError):  # a disk that was full, or bytes that were lost
+    except (OSError, ValueError, EOFError):  # none yet, a disk that was full, or bytes that were lost
         return None

@@ -67,7 +67,9 @@ def cache(tmp_path: Path) -> Callable[..., FeatureCache]:
     def make(probe: LinearProbe | None = None, **options: object) -> FeatureCache:
         changes = options.pop("changes", {})
         read, plain, augment = chains(**changes)
-        return FeatureCache(probe or network(), read, plain, augment, str(tmp_path / "cache"), amp=False, **options)
+        return FeatureCache(
+            probe or network(), read, plain, augment, cache_dir=str(tmp_path / "cache"), amp=False, **options
+        )
 
     return make
 
@@ -124,7 +126,7 @@ def test_the_encoder_is_part_of_the_key(cache: Callable) -> None:
     assert cache().folders() == cache().folders()
     assert cache().folders() != cache(network(seed=1)).folders()
     assert describe_network(network().encoder) != describe_network(network(num_heads=4).encoder)
-    assert cache().folders() != FeatureCache(network(), *chains(), cache().cache_dir, amp=True).folders()
+    assert cache().folders() != FeatureCache(network(), *chains(), cache_dir=cache().cache_dir, amp=True).folders()
 
 
 def test_a_used_transform_is_described_as_a_fresh_one(items: list[dict]) -> None:
