@@ -159,19 +159,10 @@ def _straighten(volume: np.ndarray, affine: np.ndarray, recipe: Recipe) -> tuple
 
 def resample_label(raw: Raw, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
     """Nearest voxel of a label map on another grid, in the dtype of the map; 0 where the map does not reach."""
-    index = np.linalg.inv(raw.affine) @ affine
-    lines, reach = [], []
-    for row in index[:3]:
-        axis = int(np.abs(row[:3]).argmax())
-        reach.append(sum(abs(row[other]) * shape[other] for other in range(3) if other != axis))
-        lines.append((axis, np.rint(row[axis] * np.arange(shape[axis]) + row[3]).astype(int)))
-    if max(reach) > 0.1 or len({axis for axis, _ in lines}) < 3:
-        from scipy.ndimage import affine_transform
+    from scipy.ndimage import affine_transform
 
-        return affine_transform(raw.voxels, index[:3, :3], index[:3, 3], tuple(shape), order=0, cval=0)
-    # the outermost voxels of the grid may have their centres up to half a voxel outside the map
-    picked = raw.voxels[np.ix_(*(line.clip(0, n - 1) for (_, line), n in zip(lines, raw.voxels.shape)))]
-    return np.ascontiguousarray(picked.transpose(np.argsort([axis for axis, _ in lines])))
+    index = np.linalg.inv(raw.affine) @ affine
+    return affine_transform(raw.voxels, index[:3, :3], index[:3, 3], tuple(shape), order=0, mode="grid-constant")
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
