@@ -309,7 +309,10 @@ def _begin_worker() -> None:
 def _run_pool(
     scans: Sequence[Scan], num_workers: int, timeout: float, source: Source, recipe: Recipe, prepared_dir: str
 ) -> Iterator[tuple[Scan, dict[str, Any]]]:
-    """Every scan with its row, in the order in which they finish; `timeout` is in seconds a scan."""
+    """Every scan with its row, in the order in which they finish; `timeout` is in seconds a scan.
+
+    The pool says which scan a dead worker had, unless it ended with exit code 0: that one counts as timed out.
+    """
     waiting = iter(scans)
     working: dict[Future, Scan] = {}
     # forking a process in which threads run can hang
@@ -344,7 +347,7 @@ def _failure(scan: Scan, error: BaseException, timeout: float) -> dict[str, Any]
         reason = "timeout"
         message = f"{scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes"
     else:
-        told = first_line(error)
+        told = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, ProcessExpired):
             told = f"signal {-error.exitcode}" if error.exitcode < 0 else f"exit code {error.exitcode}"
         reason, message = "crashed", f"{scan.image} ended the process that read it ({told}): download it again"
