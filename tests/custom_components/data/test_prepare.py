@@ -427,7 +427,10 @@ def test_workers_do_not_outlive_a_run_that_was_killed_and_a_restart_tidies_up(
         assert within(60, lambda: len(list(raw.glob("pid_*"))) == 2)
     finally:
         run.send_signal(end)
-        run.wait(20)
+        try:
+            run.wait(20)
+        finally:
+            run.kill()
     workers = [int(path.name.removeprefix("pid_")) for path in raw.glob("pid_*")]
     assert within(10, lambda: not any(map(runs, workers)))
     assert not list(out.rglob("*.nii"))
