@@ -159,19 +159,10 @@ def _straighten(volume: np.ndarray, affine: np.ndarray, recipe: Recipe) -> tuple
 
 def resample_label(raw: Raw, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
     """Nearest voxel of a label map on another grid, in the dtype of the map; 0 where the map does not reach."""
-    index = np.linalg.inv(raw.affine) @ affine
-    lines, reach = [], []
-    for row in index[:3]:
-        axis = int(np.abs(row[:3]).argmax())
-        reach.append(sum(abs(row[other]) * shape[other] for other in range(3) if other != axis))
-        lines.append((axis, np.rint(row[axis] * np.arange(shape[axis]) + row[3]).astype(int)))
-    if max(reach) > 0.1 or len({axis for axis, _ in lines}) < 3:
-        from scipy.ndimage import affine_transform
+    from scipy.ndimage import affine_transform
 
-        return affine_transform(raw.voxels, index[:3, :3], index[:3, 3], tuple(shape), order=0, cval=0)
-    # the outermost voxels of the grid may have their centres up to half a voxel outside the map
-    picked = raw.voxels[np.ix_(*(line.clip(0, n - 1) for (_, line), n in zip(lines, raw.voxels.shape)))]
-    return np.ascontiguousarray(picked.transpose(np.argsort([axis for axis, _ in lines])))
+    index = np.linalg.inv(raw.affine) @ affine
+    return affine_transform(raw.voxels, index[:3, :3], index[:3, 3], tuple(shape), order=0, mode="grid-constant")
 
 
 # -------------------------------------------------------------------------------------------------------------- checks
@@ -318,7 +309,10 @@ def _begin_worker() -> None:
 def _run_pool(
     scans: Sequence[Scan], num_workers: int, timeout: float, source: Source, recipe: Recipe, prepared_dir: str
 ) -> Iterator[tuple[Scan, dict[str, Any]]]:
-    """Every scan with its row, in the order in which they finish; `timeout` is in seconds a scan."""
+    """Every scan with its row, in the order in which they finish; `timeout` is in seconds a scan.
+
+    The pool says which scan a dead worker had, unless it ended with exit code 0: that one counts as timed out.
+    """
     waiting = iter(scans)
     working: dict[Future, Scan] = {}
     # forking a process in which threads run can hang
@@ -353,7 +347,7 @@ def _failure(scan: Scan, error: BaseException, timeout: float) -> dict[str, Any]
         reason = "timeout"
         message = f"{scan.image} took longer than {timeout:g} s: look at it, or raise timeout_minutes"
     else:
-        told = first_line(error)
+        told = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(error, ProcessExpired):
             told = f"signal {-error.exitcode}" if error.exitcode < 0 else f"exit code {error.exitcode}"
         reason, message = "crashed", f"{scan.image} ended the process that read it ({told}): download it again"

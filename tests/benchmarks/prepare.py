@@ -20,7 +20,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from isal import igzip
 from tqdm import tqdm
 
 from custom_components.data.phantom import patient
@@ -74,7 +73,7 @@ STEPS: dict[str, Callable[[str, str], Callable[[], Any]]] = {
     "ours": lambda path, folder: lambda: ours(path, folder),
     "ours, compress": lambda path, folder: lambda: ours(path, folder, compress=True),
     "ours, antialias false": lambda path, folder: lambda: ours(path, folder, antialias=False),
-    "of it: gunzip by isal": lambda path, folder: lambda: igzip.decompress(Path(path).read_bytes()),
+    "of it: read, gunzip by isal": lambda path, folder: lambda: read_nifti(path),
     "gunzip by zlib": lambda path, folder: lambda: gzip.decompress(Path(path).read_bytes()),
     "of it: resample": resample_only,
 }

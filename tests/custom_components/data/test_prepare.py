@@ -6,6 +6,7 @@ import gzip
 import os
 import random
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -413,7 +414,10 @@ def within(seconds: float, condition: Callable[[], object]) -> bool:
 
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc which processes run")
-def test_workers_do_not_outlive_a_run_that_was_killed_and_a_restart_tidies_up(truth: Truth, tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_workers_do_not_outlive_a_run_that_was_killed_and_a_restart_tidies_up(
+    truth: Truth, tmp_path: Path, end: signal.Signals
+) -> None:
     raw, out = tmp_path / "raw", tmp_path / "out"
     for name in "ab":
         save(raw / "imagesTr" / f"{name}.nii.gz", truth.volume, truth.affine)
@@ -422,8 +426,11 @@ def test_workers_do_not_outlive_a_run_that_was_killed_and_a_restart_tidies_up(tr
     try:
         assert within(60, lambda: len(list(raw.glob("pid_*"))) == 2)
     finally:
-        run.kill()
-        run.wait()
+        run.send_signal(end)
+        try:
+            run.wait(20)
+        finally:
+            run.kill()
     workers = [int(path.name.removeprefix("pid_")) for path in raw.glob("pid_*")]
     assert within(10, lambda: not any(map(runs, workers)))
     assert not list(out.rglob("*.nii"))

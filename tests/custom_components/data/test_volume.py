@@ -1,0 +1,56 @@
+"""What reading, preparing and saving share: the interpolation matrix, HU told by percentiles, and quick imports."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from custom_components.data.volume import Raw, Unfit, is_hu, linear_weights
+
+
+@given(st.integers(1, 40), st.lists(st.floats(-50, 90), min_size=1, max_size=40))
+def test_weights_interpolate_as_numpy_does_and_repeat_the_outermost(size: int, places: list[float]) -> None:
+    values = np.random.default_rng(0).normal(size=size)
+    weights = linear_weights(np.array(places), size)
+    assert weights.shape == (len(places), size) and weights.dtype == np.float32
+    np.testing.assert_allclose(weights @ values, np.interp(places, np.arange(size), values), atol=1e-5)
+
+
+@pytest.mark.parametrize("width", [1.0, 2.0, 3.7])
+def test_weights_of_a_wide_triangle_average_and_keep_the_mean(width: float) -> None:
+    weights = linear_weights(np.arange(2, 18, width), 20, width)
+    np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+    assert ((weights > 0).sum(1) <= 2 * np.ceil(width)).all() and (weights > 0).sum(1).max() >= np.floor(2 * width) - 1
+    np.testing.assert_allclose((weights @ np.arange(20))[3:-3], np.arange(2, 18, width)[3:-3], atol=1e-5)
+
+
+def test_hu_are_told_by_what_most_voxels_hold() -> None:
+    hu = np.random.default_rng(0).choice([-1000.0, -850, 40, 300], 10_000)
+    assert is_hu(hu) and not is_hu(hu + 1024) and not is_hu(hu - 1024) and not is_hu(hu / 1000)
+    few = np.where(np.arange(10_000) < 20, -3024, hu + 1024)  # extremes alone would pass this
+    assert few.min() < -500 and few.max() > 0 and not is_hu(few)
+    assert not is_hu(np.append(hu, np.nan))
+
+
+def test_hu_of_rescaled_voxels_and_none_of_plain_ones_copied() -> None:
+    voxels = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    assert Raw(voxels, np.eye(4)).hu() is voxels
+    rescaled = Raw(voxels, np.eye(4), 2, -1024).hu()
+    assert rescaled.dtype == np.float32 and (rescaled == 2 * voxels - 1024).all() and voxels[0, 0, 1] == 1
+
+
+def test_a_worker_can_send_why_a_scan_is_unfit() -> None:
+    told = pickle.loads(pickle.dumps(Unfit("a.nii is empty", "empty")))
+    assert (str(told), told.reason) == ("a.nii is empty", "empty")
+
+
+def test_processes_that_prepare_import_little() -> None:
+    program = "import sys, custom_components.data.prepare; print(*{'torch', 'monai', 'itk'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
