@@ -31,6 +31,9 @@ NIFTI_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz")
 ITK_SUFFIXES: tuple[str, ...] = (".nrrd", ".nhdr", ".mha", ".mhd")
 CT_SUFFIXES: tuple[str, ...] = NIFTI_SUFFIXES + ITK_SUFFIXES
 
+# one file, or those of which the first that there is counts; or such of every split
+Files = str | Sequence[str] | None
+Tables = Files | Mapping[str, Files]
 # split -> what tables and datalists call it
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -57,7 +60,7 @@ def no_classes() -> list[str]:
 
 def volumes(
     dataset_dir: str | os.PathLike,
-    tables: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None,
+    tables: Tables,
     split: str,
     images: str | Sequence[str],
     id_column: str | None = None,
@@ -70,9 +73,9 @@ def volumes(
     findings_column: str | None = None,
     impression_column: str | None = None,
     report_column: str | None = None,
-    labels: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+    labels: Tables = None,
     masks: str | Sequence[str] = (),
-    finding_sentences: Mapping[str, str | Sequence[str]] | None = None,
+    finding_sentences: Tables = None,
     lists_dir: str | os.PathLike | None = None,
     data_fraction: float = 1.0,
     validation_share: float = 0.0,
@@ -172,18 +175,8 @@ def volumes(
         part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
     else:
         part = _parts(read(_required(tables, folder, what)), test_share, seed).get
-    own = order = None
-    source = "train" if split == "train" or (split == "valid" and validation_share) else split
-    if source == "train":
-        every = part("train") or []
-        order = _order([row["patient"] for row in every], seed)
-        held_out = set(order[len(order) - max(1, round(validation_share * len(order))) :] if validation_share else ())
-        own = part(f"train_{data_fraction:g}") if split == "train" and data_fraction < 1 else None
-        found = [row for row in own or every if (row["patient"] in held_out) == (split == "valid")]
-    else:
-        source = split if part(split) else "test" if split == "valid" else "valid"
-        found = part(source)
-    if not found:
+    source, rows, order = _select(part, split, data_fraction, validation_share, seed)
+    if not rows:
         sought = tables.get(split, "none is named") if isinstance(tables, Mapping) else tables
         sought = sought if isinstance(sought, str) else ", ".join(sought)
         raise InputError(
@@ -192,11 +185,11 @@ def volumes(
             f"{what}"
         )
     excluded = _excluded(exclude)
-    rows = [row for row in found if row["name"] not in excluded]
+    rows = [row for row in rows if row["name"] not in excluded]
     if not rows:
         raise InputError(f"exclude {exclude} names every volume of split {split}: take out those to be used")
-    if split == "train" and not own:
-        # The order of the patients was drawn before any was left out: an exclusion does not reshuffle it.
+    if order is not None:
+        # It was drawn before any patient was left out: an exclusion does not reshuffle it.
         rows = _share(rows, [row["patient"] for row in rows], order, data_fraction)
 
     missing = []
@@ -328,8 +321,8 @@ def scans(path: str | os.PathLike) -> list[dict]:
     of a list: a .csv or .txt file whose first column holds their paths, relative ones from the list's own folder.
 
     A folder is a DICOM folder if DICOM files lie directly in it; its own path is then the image. Items are sorted by
-    path. Names are unique: file names without their ending, or with it where two files differ in nothing else. Hidden
-    files are passed over.
+    path, or as listed. Names are unique: file names without their ending, or with it where two files differ in nothing
+    else, or with their folders where a list has one name in several. Hidden files are passed over.
 
     Raises:
         InputError: `path` does not exist, or holds nothing that can be a CT by its name.
@@ -339,12 +332,11 @@ def scans(path: str | os.PathLike) -> list[dict]:
         raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
     if path.is_file() and path.suffix.lower() in (".csv", ".txt"):
         # a header is no CT by its name, and a listed file that is missing is told when it is read
-        lines = [
-            c
-            for c in _first_cells(path)
-            if c.lower().endswith(CT_SUFFIXES) or "/" in c or c and (path.parent / c).is_dir()
+        paths = [
+            path.parent / cell
+            for cell in dict.fromkeys(_first_cells(path))
+            if cell.lower().endswith(CT_SUFFIXES) or "/" in cell or (cell and (path.parent / cell).is_dir())
         ]
-        paths = [path.parent / line for line in dict.fromkeys(lines)]
         if not paths:
             raise InputError(f"{path} lists no CT: write one path of a CT file or DICOM folder a line")
     elif _is_ct_file(path) or _is_dicom_folder(path):
@@ -362,9 +354,9 @@ def scans(path: str | os.PathLike) -> list[dict]:
     names = [_stem(entry) for entry in paths]
     if len(set(names)) < len(names):
         names = [entry.name for entry in paths]
-    if len(set(names)) < len(names):  # of a list: one name in a folder per case
-        top = os.path.commonpath(paths)
-        names = ["_".join([*entry.relative_to(top).parts[:-1], _stem(entry)]) for entry in paths]
+    if len(set(names)) < len(names):
+        top = os.path.commonpath([entry.absolute() for entry in paths])
+        names = ["_".join([*entry.absolute().relative_to(top).parts[:-1], _stem(entry)]) for entry in paths]
     return [{"image": str(entry), "name": name} for entry, name in zip(paths, names, strict=True)]
 
 
@@ -458,7 +450,7 @@ def _name_parser(pattern: str | None) -> Callable[[str], dict[str, str]]:
         form = re.compile(pattern or "")
     except re.error as error:
         raise InputError(f"name_pattern {pattern} is no regular expression ({error}): correct it") from error
-    return lambda name: match.groupdict() if (match := form.fullmatch(name)) else {}
+    return lambda name: {k: v for k, v in match.groupdict().items() if v} if (match := form.fullmatch(name)) else {}
 
 
 def _split_of(path: Path, words: pd.Series) -> list[str]:
@@ -588,6 +580,21 @@ def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dic
     }
 
 
+def _select(
+    part: Callable[[str], list[dict] | None], split: str, data_fraction: float, validation_share: float, seed: int
+) -> tuple[str, list[dict] | None, list[Hashable] | None]:
+    """Of the parts of a data set: which one a split is taken from, its rows, and the order to draw a fraction in."""
+    if split != "train" and not (split == "valid" and validation_share):
+        source = split if part(split) else "test" if split == "valid" else "valid"
+        return source, part(source), None
+    every = part("train") or []
+    order = _order([row["patient"] for row in every], seed)
+    held_out = set(order[len(order) - max(1, round(validation_share * len(order))) :] if validation_share else ())
+    own = part(f"train_{data_fraction:g}") if split == "train" and data_fraction < 1 else None
+    rows = [row for row in own or every if (row["patient"] in held_out) == (split == "valid")]
+    return "train", rows, None if own or split == "valid" else order
+
+
 def _order(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
     return np.random.RandomState(seed).permutation(sorted(set(owners))).tolist()
 
@@ -604,22 +611,20 @@ def _share(items: list, owners: Sequence[Hashable], order: Sequence[Hashable], d
 # ----------------------------------------------------------------------------------------------------- files and names
 
 
-def _first(files: str | Sequence[str] | None, folder: Path) -> Path | None:
+def _first(files: Files, folder: Path) -> Path | None:
     """The first of some files, absolute or relative to a folder, that there is."""
     paths = (folder / Path(file).expanduser() for file in ([files] if isinstance(files, str) else files or ()))
     return next((path for path in paths if path.is_file()), None)
 
 
-def _required(files: str | Sequence[str] | None, folder: Path, key: str) -> Path:
+def _required(files: Files, folder: Path, key: str) -> Path:
     path = _first(files, folder)
     if path is None:
         raise InputError(f"{key} is {files}, and {folder} has no such file: set {key} to the table of the volumes")
     return path
 
 
-def _beside(
-    tables: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None, split: str, folder: Path, key: str
-) -> Path | None:
+def _beside(tables: Tables, split: str, folder: Path, key: str) -> Path | None:
     """The table that belongs to a split, if there is any; one that is named alone must be there."""
     if isinstance(tables, str):
         return _required(tables, folder, key)
