@@ -42,8 +42,10 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
-# at the start of a line or sentence in any case, elsewhere in capitals: "no significant findings: ..." is no heading
-HEADING = re.compile(rf"(?:(?:^|(?<=[.;]))\s*((?i:{SECTIONS}))|\b({SECTIONS.upper()}))\s*:", re.M)
+# at the start of a line or sentence in any case, elsewhere capitalised: "no significant findings: ..." is no heading
+HEADING = re.compile(
+    rf"(?:(?:^|(?<=[.;]))\s*((?i:{SECTIONS}))|\b({SECTIONS.upper()}|{SECTIONS.title()}))\s*:", re.MULTILINE
+)
 
 
 def no_classes() -> list[str]:
@@ -111,7 +113,7 @@ def volumes(
         images: where volumes lie below `dataset_dir`, tried in turn, with `{name}`, any column of the table, and the
             named groups of `name_pattern` in braces.
         id_column: header of the column that names volumes, with or without .nii.gz; the first column when None.
-        name_pattern: regular expression of names that tell more; its group `patient` does for `patient_column`.
+        name_pattern: regular expression of names that say more; its group `patient` does for `patient_column`.
         patient_column, split_column: used where the table has them; a patient is the volume itself otherwise.
         classes: of `label`, in the order of the logits; where they exclude each other, that of the codes 0, 1, ...
         columns: class -> header of its column, where the two differ; `label` -> that of the codes.
@@ -266,10 +268,8 @@ def msd(
             raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
         if not entry.get("image"):
             raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
-        image = Path(prepared(dataset_dir / entry["image"]))
-        if not image.exists() and os.path.exists(test := prepared(dataset_dir / "imagesTs" / entry["image"])):
-            image = Path(test)
-        item = {"image": str(image), "name": _stem(image)}
+        tried, found = _find(("{image}", "imagesTs/{image}"), dataset_dir, entry)
+        item = {"image": found or tried, "name": _stem(Path(found or tried))}
         if entry.get("label"):
             item["label"] = prepared(dataset_dir / entry["label"])
         items.append(item)
@@ -331,7 +331,7 @@ def scans(path: str | os.PathLike) -> list[dict]:
     if not path.exists():
         raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
     if path.is_file() and path.suffix.lower() in (".csv", ".txt"):
-        # a header is no CT by its name, and a listed file that is missing is told when it is read
+        # a header is no CT by its name, and a listed file that is missing is reported when it is read
         paths = [
             path.parent / cell
             for cell in dict.fromkeys(_first_cells(path))
@@ -379,8 +379,9 @@ def _read_table(path: Path) -> pd.DataFrame:
     try:
         if path.suffix.lower() == ".json":
             lists = _json_lists(path)
-            records = [e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]]
-            return _frame(records)
+            if lists and not lists.keys() & {"", *_SPLIT_OF}:
+                raise InputError(f"{path} has lists {', '.join(lists)}: call them training, validation and testing")
+            return _frame([e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]])
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".jsonl":
             return _frame([json.loads(line) for line in text.split("\n") if line.strip()])
@@ -396,14 +397,12 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def _frame(records: list[dict]) -> pd.DataFrame:
-    return pd.DataFrame([{k: _text(v) for k, v in record.items()} for record in records], dtype="str")
+    """JSON values as cells: true and false are 1 and 0, null is no value."""
 
+    def text(value: Any) -> str | None:
+        return None if value is None else str(int(value) if isinstance(value, bool) else value)
 
-def _text(value: Any) -> str | None:
-    """A JSON value as a cell: true and false as 1 and 0, null and NaN as no value."""
-    if value is None or value != value:
-        return None
-    return str(int(value) if isinstance(value, bool) else value)
+    return pd.DataFrame([{key: text(value) for key, value in record.items()} for record in records], dtype="str")
 
 
 def _header(frame: pd.DataFrame, *candidates: str | None) -> str | None:
@@ -437,10 +436,11 @@ def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str 
 def _named(path: Path, id_column: str | None) -> tuple[pd.DataFrame, pd.Series]:
     """The rows that name a volume, and these names; the name of the series is the column's."""
     frame = _read_table(path)
+    if len(frame.columns):
+        ids = _present(path, frame, {"id": (id_column,)})["id"] if id_column else frame.columns[0]
+        frame = frame.dropna(subset=[ids]).reset_index(drop=True)
     if not len(frame):
         raise InputError(f"{path} names no volume: download it again, or give another table")
-    ids = _present(path, frame, {"id": (id_column,)})["id"] if id_column else frame.columns[0]
-    frame = frame.dropna(subset=[ids]).reset_index(drop=True)
     return frame, frame[ids].str.strip().str.removesuffix(".nii.gz")
 
 
