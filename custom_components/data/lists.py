@@ -49,11 +49,7 @@ HEADING = re.compile(
 
 
 def no_classes() -> list[str]:
-    """Stands for `classes` where no data set is named.
-
-    Raises:
-        InputError: always.
-    """
+    """Stands for `classes` where no data set is named, and raises an InputError that says so."""
     raise InputError(
         "no data set: add the overlay of one behind train.json, such as 'configs/ct_rate.json', or name the columns "
         "of your own labels with the key classes"
@@ -139,7 +135,6 @@ def volumes(
     for key, share in (("validation_share", validation_share), ("test_share", test_share)):
         if not 0 <= share < 1:
             raise InputError(f"{key} is {share}: give a share from 0 up to, not including, 1, such as 0.1 for 10 %")
-    _check_fraction(data_fraction)
     dataset_dir = Path(dataset_dir).expanduser()
     if not dataset_dir.is_dir():
         raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that holds the volumes")
@@ -232,6 +227,7 @@ def msd(
     data_fraction: float = 1.0,
     exclude: str | os.PathLike | None = None,
     seed: int = 42,
+    labelled: bool = False,
 ) -> list[dict]:
     """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
 
@@ -246,12 +242,12 @@ def msd(
         data_fraction: share of the items to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
         exclude: text or CSV file whose first column names items to leave out.
         seed: of the order in which items are taken.
+        labelled: whether every item must have a label, which those of BTCV's `test` list do not.
 
     Raises:
-        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; nothing
-            is left.
+        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; an item
+            lacks the label that it must have; nothing is left.
     """
-    _check_fraction(data_fraction)
     dataset_dir = Path(dataset_dir).expanduser()
     path = dataset_dir / Path(datalist).expanduser()
     if not path.is_file():
@@ -286,17 +282,8 @@ def msd(
             f"{len(missing)} files of {split} in datalist {path} are not on disk ({_some(missing)}): set dataset_dir "
             "to the folder that they are relative to"
         )
-    return items
-
-
-def labelled(items: list[dict]) -> list[dict]:
-    """The same items, of which each has a `label`.
-
-    Raises:
-        InputError: one has none, as in BTCV's `test` list.
-    """
     absent = [item["name"] for item in items if "label" not in item]
-    if absent:
+    if labelled and absent:
         raise InputError(
             f"{len(absent)} of {len(items)} items have no label, the first {absent[0]}: "
             "choose another list of the datalist, or run inference.json on the images"
@@ -564,11 +551,6 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
 # ------------------------------------------------------------------------------------------------- splits and fractions
 
 
-def _check_fraction(data_fraction: float) -> None:
-    if not 0 < data_fraction <= 1:
-        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
-
-
 def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dict]]:
     """Split -> rows of one table: as its rows say, or `test_share` of the patients for testing."""
     if any(row["split"] for row in rows):
@@ -601,6 +583,8 @@ def _order(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
 
 def _share(items: list, owners: Sequence[Hashable], order: Sequence[Hashable], data_fraction: float) -> list:
     """The items of the first `data_fraction` of the owners in `order`, of those that have one."""
+    if not 0 < data_fraction <= 1:
+        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
     left = set(owners)
     order = [owner for owner in order if owner in left]
     # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
