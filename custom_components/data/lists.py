@@ -31,6 +31,9 @@ NIFTI_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz")
 ITK_SUFFIXES: tuple[str, ...] = (".nrrd", ".nhdr", ".mha", ".mhd")
 CT_SUFFIXES: tuple[str, ...] = NIFTI_SUFFIXES + ITK_SUFFIXES
 
+# one file, or those of which the first that there is counts; or such of every split
+Files = str | Sequence[str] | None
+Tables = Files | Mapping[str, Files]
 # split -> what tables and datalists call it
 SPLITS: dict[str, tuple[str, ...]] = {
     "train": ("train", "training"),
@@ -39,16 +42,14 @@ SPLITS: dict[str, tuple[str, ...]] = {
 }
 _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
-# at the start of a line or sentence in any case, elsewhere in capitals: "no significant findings: ..." is no heading
-HEADING = re.compile(rf"(?:(?:^|(?<=[.;]))\s*((?i:{SECTIONS}))|\b({SECTIONS.upper()}))\s*:", re.M)
+# at the start of a line or sentence in any case, elsewhere capitalised: "no significant findings: ..." is no heading
+HEADING = re.compile(
+    rf"(?:(?:^|(?<=[.;]))\s*((?i:{SECTIONS}))|\b({SECTIONS.upper()}|{SECTIONS.title()}))\s*:", re.MULTILINE
+)
 
 
 def no_classes() -> list[str]:
-    """Stands for `classes` where no data set is named.
-
-    Raises:
-        InputError: always.
-    """
+    """Stands for `classes` where no data set is named, and raises an InputError that says so."""
     raise InputError(
         "no data set: add the overlay of one behind train.json, such as 'configs/ct_rate.json', or name the columns "
         "of your own labels with the key classes"
@@ -57,7 +58,7 @@ def no_classes() -> list[str]:
 
 def volumes(
     dataset_dir: str | os.PathLike,
-    tables: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None,
+    tables: Tables,
     split: str,
     images: str | Sequence[str],
     id_column: str | None = None,
@@ -70,9 +71,9 @@ def volumes(
     findings_column: str | None = None,
     impression_column: str | None = None,
     report_column: str | None = None,
-    labels: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
+    labels: Tables = None,
     masks: str | Sequence[str] = (),
-    finding_sentences: Mapping[str, str | Sequence[str]] | None = None,
+    finding_sentences: Tables = None,
     lists_dir: str | os.PathLike | None = None,
     data_fraction: float = 1.0,
     validation_share: float = 0.0,
@@ -108,7 +109,7 @@ def volumes(
         images: where volumes lie below `dataset_dir`, tried in turn, with `{name}`, any column of the table, and the
             named groups of `name_pattern` in braces.
         id_column: header of the column that names volumes, with or without .nii.gz; the first column when None.
-        name_pattern: regular expression of names that tell more; its group `patient` does for `patient_column`.
+        name_pattern: regular expression of names that say more; its group `patient` does for `patient_column`.
         patient_column, split_column: used where the table has them; a patient is the volume itself otherwise.
         classes: of `label`, in the order of the logits; where they exclude each other, that of the codes 0, 1, ...
         columns: class -> header of its column, where the two differ; `label` -> that of the codes.
@@ -134,7 +135,6 @@ def volumes(
     for key, share in (("validation_share", validation_share), ("test_share", test_share)):
         if not 0 <= share < 1:
             raise InputError(f"{key} is {share}: give a share from 0 up to, not including, 1, such as 0.1 for 10 %")
-    _check_fraction(data_fraction)
     dataset_dir = Path(dataset_dir).expanduser()
     if not dataset_dir.is_dir():
         raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that holds the volumes")
@@ -172,18 +172,8 @@ def volumes(
         part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
     else:
         part = _parts(read(_required(tables, folder, what)), test_share, seed).get
-    own = order = None
-    source = "train" if split == "train" or (split == "valid" and validation_share) else split
-    if source == "train":
-        every = part("train") or []
-        order = _order([row["patient"] for row in every], seed)
-        held_out = set(order[len(order) - max(1, round(validation_share * len(order))) :] if validation_share else ())
-        own = part(f"train_{data_fraction:g}") if split == "train" and data_fraction < 1 else None
-        found = [row for row in own or every if (row["patient"] in held_out) == (split == "valid")]
-    else:
-        source = split if part(split) else "test" if split == "valid" else "valid"
-        found = part(source)
-    if not found:
+    source, rows, order = _select(part, split, data_fraction, validation_share, seed)
+    if not rows:
         sought = tables.get(split, "none is named") if isinstance(tables, Mapping) else tables
         sought = sought if isinstance(sought, str) else ", ".join(sought)
         raise InputError(
@@ -192,11 +182,11 @@ def volumes(
             f"{what}"
         )
     excluded = _excluded(exclude)
-    rows = [row for row in found if row["name"] not in excluded]
+    rows = [row for row in rows if row["name"] not in excluded]
     if not rows:
         raise InputError(f"exclude {exclude} names every volume of split {split}: take out those to be used")
-    if split == "train" and not own:
-        # The order of the patients was drawn before any was left out: an exclusion does not reshuffle it.
+    if order is not None:
+        # It was drawn before any patient was left out: an exclusion does not reshuffle it.
         rows = _share(rows, [row["patient"] for row in rows], order, data_fraction)
 
     missing = []
@@ -237,6 +227,7 @@ def msd(
     data_fraction: float = 1.0,
     exclude: str | os.PathLike | None = None,
     seed: int = 42,
+    labelled: bool = False,
 ) -> list[dict]:
     """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
 
@@ -251,12 +242,12 @@ def msd(
         data_fraction: share of the items to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
         exclude: text or CSV file whose first column names items to leave out.
         seed: of the order in which items are taken.
+        labelled: whether every item must have a label, which those of BTCV's `test` list do not.
 
     Raises:
-        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; nothing
-            is left.
+        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; an item
+            lacks the label that it must have; nothing is left.
     """
-    _check_fraction(data_fraction)
     dataset_dir = Path(dataset_dir).expanduser()
     path = dataset_dir / Path(datalist).expanduser()
     if not path.is_file():
@@ -273,10 +264,8 @@ def msd(
             raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
         if not entry.get("image"):
             raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
-        image = Path(prepared(dataset_dir / entry["image"]))
-        if not image.exists() and os.path.exists(test := prepared(dataset_dir / "imagesTs" / entry["image"])):
-            image = Path(test)
-        item = {"image": str(image), "name": _stem(image)}
+        tried, found = _find(("{image}", "imagesTs/{image}"), dataset_dir, entry)
+        item = {"image": found or tried, "name": _stem(Path(found or tried))}
         if entry.get("label"):
             item["label"] = prepared(dataset_dir / entry["label"])
         items.append(item)
@@ -293,17 +282,8 @@ def msd(
             f"{len(missing)} files of {split} in datalist {path} are not on disk ({_some(missing)}): set dataset_dir "
             "to the folder that they are relative to"
         )
-    return items
-
-
-def labelled(items: list[dict]) -> list[dict]:
-    """The same items, of which each has a `label`.
-
-    Raises:
-        InputError: one has none, as in BTCV's `test` list.
-    """
     absent = [item["name"] for item in items if "label" not in item]
-    if absent:
+    if labelled and absent:
         raise InputError(
             f"{len(absent)} of {len(items)} items have no label, the first {absent[0]}: "
             "choose another list of the datalist, or run inference.json on the images"
@@ -328,8 +308,8 @@ def scans(path: str | os.PathLike) -> list[dict]:
     of a list: a .csv or .txt file whose first column holds their paths, relative ones from the list's own folder.
 
     A folder is a DICOM folder if DICOM files lie directly in it; its own path is then the image. Items are sorted by
-    path. Names are unique: file names without their ending, or with it where two files differ in nothing else. Hidden
-    files are passed over.
+    path, or as listed. Names are unique: file names without their ending, or with it where two files differ in nothing
+    else, or with their folders where a list has one name in several. Hidden files are passed over.
 
     Raises:
         InputError: `path` does not exist, or holds nothing that can be a CT by its name.
@@ -338,13 +318,12 @@ def scans(path: str | os.PathLike) -> list[dict]:
     if not path.exists():
         raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
     if path.is_file() and path.suffix.lower() in (".csv", ".txt"):
-        # a header is no CT by its name, and a listed file that is missing is told when it is read
-        lines = [
-            c
-            for c in _first_cells(path)
-            if c.lower().endswith(CT_SUFFIXES) or "/" in c or c and (path.parent / c).is_dir()
+        # a header is no CT by its name, and a listed file that is missing is reported when it is read
+        paths = [
+            path.parent / cell
+            for cell in dict.fromkeys(_first_cells(path))
+            if cell.lower().endswith(CT_SUFFIXES) or "/" in cell or (cell and (path.parent / cell).is_dir())
         ]
-        paths = [path.parent / line for line in dict.fromkeys(lines)]
         if not paths:
             raise InputError(f"{path} lists no CT: write one path of a CT file or DICOM folder a line")
     elif _is_ct_file(path) or _is_dicom_folder(path):
@@ -362,9 +341,9 @@ def scans(path: str | os.PathLike) -> list[dict]:
     names = [_stem(entry) for entry in paths]
     if len(set(names)) < len(names):
         names = [entry.name for entry in paths]
-    if len(set(names)) < len(names):  # of a list: one name in a folder per case
-        top = os.path.commonpath(paths)
-        names = ["_".join([*entry.relative_to(top).parts[:-1], _stem(entry)]) for entry in paths]
+    if len(set(names)) < len(names):
+        top = os.path.commonpath([entry.absolute() for entry in paths])
+        names = ["_".join([*entry.absolute().relative_to(top).parts[:-1], _stem(entry)]) for entry in paths]
     return [{"image": str(entry), "name": name} for entry, name in zip(paths, names, strict=True)]
 
 
@@ -387,8 +366,9 @@ def _read_table(path: Path) -> pd.DataFrame:
     try:
         if path.suffix.lower() == ".json":
             lists = _json_lists(path)
-            records = [e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]]
-            return _frame(records)
+            if lists and not lists.keys() & {"", *_SPLIT_OF}:
+                raise InputError(f"{path} has lists {', '.join(lists)}: call them training, validation and testing")
+            return _frame([e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]])
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix.lower() == ".jsonl":
             return _frame([json.loads(line) for line in text.split("\n") if line.strip()])
@@ -404,14 +384,12 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def _frame(records: list[dict]) -> pd.DataFrame:
-    return pd.DataFrame([{k: _text(v) for k, v in record.items()} for record in records], dtype="str")
+    """JSON values as cells: true and false are 1 and 0, null is no value."""
 
+    def text(value: Any) -> str | None:
+        return None if value is None else str(int(value) if isinstance(value, bool) else value)
 
-def _text(value: Any) -> str | None:
-    """A JSON value as a cell: true and false as 1 and 0, null and NaN as no value."""
-    if value is None or value != value:
-        return None
-    return str(int(value) if isinstance(value, bool) else value)
+    return pd.DataFrame([{key: text(value) for key, value in record.items()} for record in records], dtype="str")
 
 
 def _header(frame: pd.DataFrame, *candidates: str | None) -> str | None:
@@ -445,10 +423,11 @@ def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str 
 def _named(path: Path, id_column: str | None) -> tuple[pd.DataFrame, pd.Series]:
     """The rows that name a volume, and these names; the name of the series is the column's."""
     frame = _read_table(path)
+    if len(frame.columns):
+        ids = _present(path, frame, {"id": (id_column,)})["id"] if id_column else frame.columns[0]
+        frame = frame.dropna(subset=[ids]).reset_index(drop=True)
     if not len(frame):
         raise InputError(f"{path} names no volume: download it again, or give another table")
-    ids = _present(path, frame, {"id": (id_column,)})["id"] if id_column else frame.columns[0]
-    frame = frame.dropna(subset=[ids]).reset_index(drop=True)
     return frame, frame[ids].str.strip().str.removesuffix(".nii.gz")
 
 
@@ -458,7 +437,7 @@ def _name_parser(pattern: str | None) -> Callable[[str], dict[str, str]]:
         form = re.compile(pattern or "")
     except re.error as error:
         raise InputError(f"name_pattern {pattern} is no regular expression ({error}): correct it") from error
-    return lambda name: match.groupdict() if (match := form.fullmatch(name)) else {}
+    return lambda name: {k: v for k, v in match.groupdict().items() if v} if (match := form.fullmatch(name)) else {}
 
 
 def _split_of(path: Path, words: pd.Series) -> list[str]:
@@ -572,11 +551,6 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
 # ------------------------------------------------------------------------------------------------- splits and fractions
 
 
-def _check_fraction(data_fraction: float) -> None:
-    if not 0 < data_fraction <= 1:
-        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
-
-
 def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dict]]:
     """Split -> rows of one table: as its rows say, or `test_share` of the patients for testing."""
     if any(row["split"] for row in rows):
@@ -588,12 +562,29 @@ def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dic
     }
 
 
+def _select(
+    part: Callable[[str], list[dict] | None], split: str, data_fraction: float, validation_share: float, seed: int
+) -> tuple[str, list[dict] | None, list[Hashable] | None]:
+    """Of the parts of a data set: which one a split is taken from, its rows, and the order to draw a fraction in."""
+    if split != "train" and not (split == "valid" and validation_share):
+        source = split if part(split) else "test" if split == "valid" else "valid"
+        return source, part(source), None
+    every = part("train") or []
+    order = _order([row["patient"] for row in every], seed)
+    held_out = set(order[len(order) - max(1, round(validation_share * len(order))) :] if validation_share else ())
+    own = part(f"train_{data_fraction:g}") if split == "train" and data_fraction < 1 else None
+    rows = [row for row in own or every if (row["patient"] in held_out) == (split == "valid")]
+    return "train", rows, None if own or split == "valid" else order
+
+
 def _order(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
     return np.random.RandomState(seed).permutation(sorted(set(owners))).tolist()
 
 
 def _share(items: list, owners: Sequence[Hashable], order: Sequence[Hashable], data_fraction: float) -> list:
     """The items of the first `data_fraction` of the owners in `order`, of those that have one."""
+    if not 0 < data_fraction <= 1:
+        raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
     left = set(owners)
     order = [owner for owner in order if owner in left]
     # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
@@ -604,22 +595,20 @@ def _share(items: list, owners: Sequence[Hashable], order: Sequence[Hashable], d
 # ----------------------------------------------------------------------------------------------------- files and names
 
 
-def _first(files: str | Sequence[str] | None, folder: Path) -> Path | None:
+def _first(files: Files, folder: Path) -> Path | None:
     """The first of some files, absolute or relative to a folder, that there is."""
     paths = (folder / Path(file).expanduser() for file in ([files] if isinstance(files, str) else files or ()))
     return next((path for path in paths if path.is_file()), None)
 
 
-def _required(files: str | Sequence[str] | None, folder: Path, key: str) -> Path:
+def _required(files: Files, folder: Path, key: str) -> Path:
     path = _first(files, folder)
     if path is None:
         raise InputError(f"{key} is {files}, and {folder} has no such file: set {key} to the table of the volumes")
     return path
 
 
-def _beside(
-    tables: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None, split: str, folder: Path, key: str
-) -> Path | None:
+def _beside(tables: Tables, split: str, folder: Path, key: str) -> Path | None:
     """The table that belongs to a split, if there is any; one that is named alone must be there."""
     if isinstance(tables, str):
         return _required(tables, folder, key)

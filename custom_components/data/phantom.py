@@ -845,8 +845,13 @@ SPLITS: dict[str, tuple[str, str, str, str]] = {
     "train": ("train_fixed", "train_reports", "train_predicted_labels", "train_metadata"),
     "valid": ("valid_fixed", "validation_reports", "valid_predicted_labels", "validation_metadata"),
 }
-REPORT_COLUMNS = ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN")
-METADATA_COLUMNS = ("VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
+# folder of a table -> its columns
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "radiology_text_reports": ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"),
+    "multi_abnormality_labels": ("VolumeName", *FINDINGS),
+    "metadata": ("VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"),
+    "masks": ("VolumeName", "Finding", "Sentence"),
+}
 
 
 def _write_nifti(path: Path, array: Array, affine: Array) -> None:
@@ -887,14 +892,6 @@ def _write_patient(
         f"metadata/{metadata}.csv": [[file, "1", "-1024", xy_spacing, f"{spacing[2]:g}"]],
         f"masks/{split}_sentences.csv": [[file, finding, text] for finding, text in p.sentences.items()],
     }
-
-
-def _columns(table: str) -> Sequence[str]:
-    if table.startswith("radiology"):
-        return REPORT_COLUMNS
-    if table.startswith("multi"):
-        return ("VolumeName", *FINDINGS)
-    return METADATA_COLUMNS if table.startswith("metadata") else ("VolumeName", "Finding", "Sentence")
 
 
 def cohort(
@@ -970,7 +967,7 @@ def _write_cohort(target: Path, manifest: Mapping[str, Any], num_workers: int) -
                 tables.setdefault(table, []).extend(lines)
         for table, lines in tables.items():
             with open(stage / "dataset" / table, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows([_columns(table), *lines])
+                csv.writer(file, lineterminator="\n").writerows([COLUMNS[table.split("/")[0]], *lines])
         _remove(target)
         os.rename(stage, target)
     finally:

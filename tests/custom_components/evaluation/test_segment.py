@@ -18,7 +18,7 @@ from monai.transforms import Compose, Orientation, Spacing
 from scipy.ndimage import map_coordinates
 from torch import Tensor, nn
 
-from custom_components.data.lists import labelled, msd
+from custom_components.data.lists import msd
 from custom_components.data.read import LoadCTd, LoadLabeld
 from custom_components.data.save import LabelsInScand, SaveLabelsd, labels_in_scan
 from custom_components.errors import InputError
@@ -274,7 +274,7 @@ def test_lists_are_read_as_published(btcv: Path) -> None:
     assert [item["name"] for item in msd(btcv, split="validation")] == ["20"]
     assert msd(btcv, split="test") == [{"image": str(btcv / "imagesTs/0061.nii.gz"), "name": "0061"}]
     with pytest.raises(InputError, match="have no label.*0061"):
-        labelled(msd(btcv, split="test"))
+        msd(btcv, split="test", labelled=True)
 
 
 def test_fractions_are_nested(btcv: Path) -> None:
