@@ -20,7 +20,6 @@ from tests.bundles.conftest import CT, told
 from tests.bundles.test_classify import COHORT as CLASSIFY_COHORT
 from tests.bundles.test_classify import TINY as CLASSIFY_TINY
 from tests.bundles.test_pretrain import TINY as PRETRAIN_TINY
-from tests.bundles.test_segment import COHORT as SEGMENT_COHORT
 from tests.bundles.test_segment import TINY as SEGMENT_TINY
 from tests.conftest import untrained
 
@@ -30,9 +29,7 @@ SCHEMA = REPOSITORY / "tests" / "data" / "meta_schema_20240725.json"
 DEMO = {
     "pretrain": PRETRAIN_TINY,
     "classify": CLASSIFY_COHORT | CLASSIFY_TINY | {"fractions": [1.0]},
-    "segment": SEGMENT_COHORT
-    | {f"comparison#overrides#{k}": SEGMENT_TINY[k] for k in ("val_interval", "warmup_epochs", "feature_size")}
-    | {"comparison#overrides#max_epochs": 1, "fractions": [1.0]},
+    "segment": SEGMENT_TINY | {"max_epochs": 1, "fractions": [1.0]},
 }
 PHANTOM = {"dataset_dir": "data/phantom"}
 ORGANS = PHANTOM | {"datalist": "organs.json", "feature_size": 4}
