@@ -78,94 +78,6 @@ class LinearProbe(nn.Module):
         return F.linear(self.norm(pooled), weight, self.head.bias.float()), weight @ centred.transpose(1, 2)
 
 
-class ClassificationLoss(nn.Module):
-    """Binary cross-entropy per class, or cross-entropy where classes exclude each other.
-
-    Args:
-        exclusive: whether exactly one class is true of a volume.
-        pos_weight: weight of each class' positives (of each class, if exclusive); ``auto`` for the training volumes'
-            negatives over positives (volumes over class size, mean 1, if exclusive); None, as published, for 1.
-        data: training items with ``label``, for ``auto``.
-        num_classes: number of classes.
-
-    Raises:
-        InputError: ``pos_weight`` is neither null, ``auto``, nor one positive number a class.
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        exclusive: bool = False,
-        pos_weight: str | Sequence[float] | None = None,
-        data: Sequence[Mapping[str, Any]] = (),
-    ) -> None:
-        super().__init__()
-        self.exclusive = exclusive
-        weight = None
-        if pos_weight == "auto":
-            labels = torch.as_tensor([item["label"] for item in data] if exclusive else _stack_labels(data))
-            count = torch.bincount(labels, minlength=num_classes) if exclusive else labels.sum(0)
-            # a class without positives has no gradient from them, whatever their weight
-            weight = (len(labels) / (num_classes * count) if exclusive else (len(labels) - count) / count).float()
-            weight = torch.where(count > 0, weight, 1.0)
-        elif pos_weight is not None:
-            if isinstance(pos_weight, str) or len(pos_weight) != num_classes or min(pos_weight) <= 0:
-                raise InputError(
-                    f"pos_weight is {pos_weight!r}: give null, auto, or {num_classes} positive numbers, one per class"
-                )
-            weight = torch.tensor(pos_weight, dtype=torch.float32)
-        self.register_buffer("weight", weight)
-
-    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Logits ``[B, C]``; labels ``[B, C]`` of zeros and ones, or ``[B]`` int64 codes. Returns a scalar."""
-        if self.exclusive:
-            return F.cross_entropy(logits.float(), labels, weight=self.weight)
-        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=self.weight)
-
-
-def _stack_labels(data: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.stack([torch.as_tensor(item["label"]) for item in data])
-
-
-def layer_decay_groups(
-    probe: LinearProbe, learning_rate: float, layer_decay: float, weight_decay: float
-) -> list[dict[str, Any]]:
-    """AdamW groups for full fine-tuning: each block learns ``layer_decay`` times as fast as the one above it.
-
-    The linear layer learns at ``learning_rate``, the last block at ``layer_decay`` times that, and so on down to patch
-    embedding and class token (Bao et al., BEiT, ICLR 2022). No weight decay on what is not a matrix.
-    """
-    num_layers = len(probe.encoder.blocks)
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
-    for name, parameter in probe.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name.startswith("head."):
-            depth = 0
-        elif name.startswith("encoder.blocks."):
-            depth = num_layers - int(name.split(".")[2])
-        else:
-            depth = num_layers + 1
-        decayed = parameter.squeeze().ndim > 1  # a class token is [1, 1, C]: a vector by nature
-        settings = {"lr": learning_rate * layer_decay**depth, "weight_decay": weight_decay if decayed else 0.0}
-        groups.setdefault((depth, decayed), {"params": [], **settings})["params"].append(parameter)
-    return list(groups.values())
-
-
-def schedule_of(schedules: Mapping[str, Mapping[str, Any]], data_fraction: float) -> dict[str, Any]:
-    """The published schedule of a ``data_fraction``, from a table whose keys are fractions as text.
-
-    Raises:
-        InputError: the table has no such fraction.
-    """
-    for fraction, schedule in schedules.items():
-        if float(fraction) == float(data_fraction):
-            return dict(schedule)
-    raise InputError(
-        f"data_fraction {data_fraction} has no published schedule, {', '.join(schedules)} have: add one to schedules"
-    )
-
-
 class ProbeInferer(Inferer):
     """Probabilities of a :class:`LinearProbe`, and saliency maps of some classes.
 
@@ -216,3 +128,87 @@ def saliency_classes(classes: Sequence[str], saliency: str | Sequence[str] | Non
     if unknown:
         raise InputError(f"saliency names {unknown[0]!r}, which is no class: give all, or some of {', '.join(classes)}")
     return wanted
+
+
+class ClassificationLoss(nn.Module):
+    """Binary cross-entropy per class, or cross-entropy where classes exclude each other.
+
+    Args:
+        exclusive: whether exactly one class is true of a volume.
+        pos_weight: weight of each class' positives (of each class, if exclusive); ``auto`` for the training volumes'
+            negatives over positives (volumes over class size, mean 1, if exclusive); None, as published, for 1.
+        data: training items with ``label``, for ``auto``.
+        num_classes: number of classes.
+
+    Raises:
+        InputError: ``pos_weight`` is neither null, ``auto``, nor one positive number a class.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        exclusive: bool = False,
+        pos_weight: str | Sequence[float] | None = None,
+        data: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        super().__init__()
+        self.exclusive = exclusive
+        weight = None
+        if pos_weight == "auto":
+            labels = torch.stack([torch.as_tensor(item["label"]) for item in data])
+            count = torch.bincount(labels, minlength=num_classes) if exclusive else labels.sum(0)
+            # a class without positives has no gradient from them, whatever their weight
+            weight = (len(labels) / (num_classes * count) if exclusive else (len(labels) - count) / count).float()
+            weight = torch.where(count > 0, weight, 1.0)
+        elif pos_weight is not None:
+            if isinstance(pos_weight, str) or len(pos_weight) != num_classes or min(pos_weight) <= 0:
+                raise InputError(
+                    f"pos_weight is {pos_weight!r}: give null, auto, or {num_classes} positive numbers, one per class"
+                )
+            weight = torch.tensor(pos_weight, dtype=torch.float32)
+        self.register_buffer("weight", weight)
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Logits ``[B, C]``; labels ``[B, C]`` of zeros and ones, or ``[B]`` int64 codes. Returns a scalar."""
+        if self.exclusive:
+            return F.cross_entropy(logits.float(), labels, weight=self.weight)
+        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=self.weight)
+
+
+def layer_decay_groups(
+    probe: LinearProbe, learning_rate: float, layer_decay: float, weight_decay: float
+) -> list[dict[str, Any]]:
+    """AdamW groups for full fine-tuning: each block learns ``layer_decay`` times as fast as the one above it.
+
+    The linear layer learns at ``learning_rate``, the last block at ``layer_decay`` times that, and so on down to patch
+    embedding and class token (Bao et al., BEiT, ICLR 2022). No weight decay on what is not a matrix.
+    """
+    num_layers = len(probe.encoder.blocks)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in probe.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name.startswith("head."):
+            depth = 0
+        elif name.startswith("encoder.blocks."):
+            depth = num_layers - int(name.split(".")[2])
+        else:
+            depth = num_layers + 1
+        decayed = parameter.squeeze().ndim > 1  # a class token is [1, 1, C]: a vector by nature
+        settings = {"lr": learning_rate * layer_decay**depth, "weight_decay": weight_decay if decayed else 0.0}
+        groups.setdefault((depth, decayed), {"params": [], **settings})["params"].append(parameter)
+    return list(groups.values())
+
+
+def schedule_of(schedules: Mapping[str, Mapping[str, Any]], data_fraction: float) -> dict[str, Any]:
+    """The published schedule of a ``data_fraction``, from a table whose keys are fractions as text.
+
+    Raises:
+        InputError: the table has no such fraction.
+    """
+    for fraction, schedule in schedules.items():
+        if float(fraction) == float(data_fraction):
+            return dict(schedule)
+    raise InputError(
+        f"data_fraction {data_fraction} has no published schedule, {', '.join(schedules)} have: add one to schedules"
+    )
