@@ -16,6 +16,7 @@ data/ how scans and reports come in, and how results go out:
     read.py         a CT or a label map from disk, with every check
     lists.py        reports, labels, MSD-style lists, folders of scans -> MONAI datalists
     save.py         maps, labels and probabilities to disk
+    volume.py       voxels of every file format, and what a plausible CT is: without torch
     sources.py      public data sets as their publishers ship them
     prepare.py      raw data set -> analysis-ready volumes
     phantom.py      the demo's cohort
