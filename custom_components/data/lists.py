@@ -87,7 +87,7 @@ def volumes(
 
     - `label`: float32 array of zeros and ones in the order of `classes`; an int, the class' code, where `exclusive`.
       Beside reports, labels are optional: a class without a column is NaN, and no item has `label` without any table;
-    - `findings` and `impression`: text, "" where there is none, for which CT-RATE has blanks and "Not given.";
+    - `findings` and `impression`: text, "" where there is none;
     - `masks` (path of the volume's folder of finding masks) and `sentences` (finding -> its sentence of the report).
 
     A table is a CSV file (commas, semicolons or tabs), a JSON file (a list of records, or split -> list of them, as in
@@ -106,8 +106,8 @@ def volumes(
         dataset_dir: folder that relative paths of volumes start from.
         tables: one file, or split -> file; of several files for one split, the first that there is.
         split: "train", "valid" or "test".
-        images: where volumes lie below `dataset_dir`, tried in turn, with `{name}`, any column of the table, and the
-            named groups of `name_pattern` in braces.
+        images: where volumes lie below `dataset_dir`, tried in turn; in braces `name`, columns of the table, and the
+            named groups of `name_pattern`.
         id_column: header of the column that names volumes, with or without .nii.gz; the first column when None.
         name_pattern: regular expression of names that say more; its group `patient` does for `patient_column`.
         patient_column, split_column: used where the table has them; a patient is the volume itself otherwise.
@@ -115,10 +115,8 @@ def volumes(
         columns: class -> header of its column, where the two differ; `label` -> that of the codes.
         exclusive: whether exactly one class is true of a volume; the column `label` then holds its code.
         findings_column, impression_column: headers of the report's two sections.
-        report_column: header of whole reports, whose sections start with "FINDINGS:" and "IMPRESSION:"; in place of
-            the other two.
-        labels: tables of labels beside those of reports, in the same forms; where there are none, classes are sought
-            in the table of reports itself.
+        report_column: in place of these two, header of whole reports with the headings "FINDINGS:" and "IMPRESSION:".
+        labels: tables of labels beside those of reports; without them, the table of reports is searched for classes.
         masks: where folders of finding masks lie, as `images`.
         finding_sentences: split -> table with the columns Finding and Sentence beside `id_column`.
         lists_dir: folder that relative paths of tables start from; `dataset_dir` when None.
@@ -139,8 +137,8 @@ def volumes(
     if not dataset_dir.is_dir():
         raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that holds the volumes")
     folder = dataset_dir if lists_dir is None else Path(lists_dir).expanduser()
-    sections = {"report": report_column} if report_column else {}
-    sections = sections or {k: v for k, v in (("findings", findings_column), ("impression", impression_column)) if v}
+    sections = {"findings": findings_column, "impression": impression_column}
+    sections = {k: v for k, v in ({"report": report_column} if report_column else sections).items() if v}
     what = "reports" if sections else "labels"
     columns = columns or {}
     parse = _name_parser(name_pattern)
@@ -162,16 +160,22 @@ def volumes(
         }
         if sections:
             content |= _reports(path, frame, names, sections)
-        if not sections or any(_header(frame, columns.get(name), name) for name in classes):
-            used = {names.name, patients, splits, *mentioned}
-            content["label"] = _labels(path, frame, names, classes, columns, exclusive, what == "reports", used)
+        wanted = {name: (name, columns.get(name)) for name in (["label"] if exclusive else classes)}
+        if what == "reports":  # beside them, labels are optional
+            wanted = {name: candidates for name, candidates in wanted.items() if _header(frame, *candidates)}
+        headers = _present(path, frame, wanted)
+        extra = [h for h in frame if h not in {names.name, patients, splits, *mentioned, *headers.values()}]
+        if extra and what == "labels":
+            _warn_once(f"{path}: {len(extra)} columns are no class, and are not used: {', '.join(extra)}")
+        if headers or not sections:
+            content["label"] = _labels(path, frame, names, headers, classes, exclusive)
         return _once(path, [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)])
 
     part: Callable[[str], list[dict] | None]
     if isinstance(tables, Mapping):
         part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
     else:
-        part = _parts(read(_required(tables, folder, what)), test_share, seed).get
+        part = _parts(read(_first(tables, folder, what)), test_share, seed).get
     source, rows, order = _select(part, split, data_fraction, validation_share, seed)
     if not rows:
         sought = tables.get(split, "none is named") if isinstance(tables, Mapping) else tables
@@ -187,7 +191,8 @@ def volumes(
         raise InputError(f"exclude {exclude} names every volume of split {split}: take out those to be used")
     if order is not None:
         # It was drawn before any patient was left out: an exclusion does not reshuffle it.
-        rows = _share(rows, [row["patient"] for row in rows], order, data_fraction)
+        chosen = _chosen({row["patient"] for row in rows}, order, data_fraction)
+        rows = [row for row in rows if row["patient"] in chosen]
 
     missing = []
     for row in rows:
@@ -274,7 +279,7 @@ def msd(
     kept = [i for i, item in enumerate(items) if item["name"].removesuffix(".nii.gz") not in excluded]
     if not kept:
         raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
-    items = [items[i] for i in _share(kept, kept, _order(range(len(items)), seed), data_fraction)]
+    items = [items[i] for i in sorted(_chosen(set(kept), _order(range(len(items)), seed), data_fraction))]
 
     missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
     if missing:
@@ -385,11 +390,8 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _frame(records: list[dict]) -> pd.DataFrame:
     """JSON values as cells: true and false are 1 and 0, null is no value."""
-
-    def text(value: Any) -> str | None:
-        return None if value is None else str(int(value) if isinstance(value, bool) else value)
-
-    return pd.DataFrame([{key: text(value) for key, value in record.items()} for record in records], dtype="str")
+    cells = pd.DataFrame(records, dtype=object)
+    return cells.map(lambda cell: str(int(cell) if isinstance(cell, bool) else cell), na_action="ignore").astype("str")
 
 
 def _header(frame: pd.DataFrame, *candidates: str | None) -> str | None:
@@ -451,9 +453,10 @@ def _split_of(path: Path, words: pd.Series) -> list[str]:
 
 def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mapping[str, str]) -> dict[str, list[str]]:
     """Findings and impression, from a column each or from whole reports."""
-    texts = {
-        k: _report_text(frame[h]) for k, h in _present(path, frame, {k: (h,) for k, h in sections.items()}).items()
-    }
+    texts = {}
+    for key, header in _present(path, frame, {key: (header,) for key, header in sections.items()}).items():
+        text = frame[header].fillna("").str.strip()
+        texts[key] = text.mask(text.str.fullmatch(r"not given\.?", case=False), "").tolist()  # as CT-RATE says none
     if "report" in texts:
         parted = [_sections(report) for report in texts["report"]]
         plain = [name for name, part, text in zip(names, parted, texts["report"], strict=True) if text and part is None]
@@ -474,12 +477,6 @@ def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mappin
     return texts
 
 
-def _report_text(texts: pd.Series) -> list[str]:
-    """Stripped text; "" where nothing was reported, for which CT-RATE has blanks and "Not given."."""
-    texts = texts.fillna("").str.strip()
-    return texts.mask(texts.str.fullmatch(r"not given\.?", case=False), "").tolist()
-
-
 def _sections(report: str) -> tuple[str, str] | None:
     """Findings and impression of a whole report, without its other sections; None where it has no such heading."""
     found: dict[str, list[str]] = defaultdict(list)
@@ -493,37 +490,21 @@ def _sections(report: str) -> tuple[str, str] | None:
 
 
 def _labels(
-    path: Path,
-    frame: pd.DataFrame,
-    names: pd.Series,
-    classes: Sequence[str],
-    columns: Mapping[str, str],
-    exclusive: bool,
-    optional: bool,
-    used: set[str | None],
+    path: Path, frame: pd.DataFrame, names: pd.Series, headers: dict[str, str], classes: Sequence[str], exclusive: bool
 ) -> list:
-    """Per row an array of zeros and ones in the order of the classes, or a code; NaN for an optional class."""
-    wanted = {name: (name, columns.get(name)) for name in (["label"] if exclusive else classes)}
-    if optional:
-        wanted = {name: candidates for name, candidates in wanted.items() if _header(frame, *candidates)}
-    headers = _present(path, frame, wanted)
-    extra = [header for header in frame.columns if header not in {*used, *headers.values()}]
-    if extra and not optional:
-        _warn_once(f"{path}: {len(extra)} columns are no class, and are not used: {', '.join(extra)}")
-    values = frame[list(headers.values())].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32, copy=True)
+    """Per row an array of zeros and ones in the order of the classes, or a code; NaN for a class without a header."""
+    cells = frame[list(headers.values())].set_axis(list(headers), axis=1)
+    values = cells.apply(pd.to_numeric, errors="coerce").astype(np.float32)
     wrong = np.argwhere(~np.isin(values, range(len(classes)) if exclusive else (0, 1)))
     if len(wrong):
         row, column = wrong[0]
-        found = frame[list(headers.values())[column]].iloc[row]
         raise InputError(
-            f"{path}: {list(headers)[column]} of {names.iloc[row]} is {found}: make it "
+            f"{path}: {cells.columns[column]} of {names.iloc[row]} is {cells.iloc[row, column]}: make it "
             f"{f'a code from 0 to {len(classes) - 1}' if exclusive else '0 or 1'}"
         )
     if exclusive:
-        return values[:, 0].astype(int).tolist()
-    labels = np.full((len(frame), len(classes)), np.nan, np.float32)
-    labels[:, [list(classes).index(name) for name in headers]] = values
-    return list(labels)
+        return values["label"].astype(int).tolist()
+    return list(values.reindex(columns=list(classes)).to_numpy(np.float32))
 
 
 def _once(path: Path, rows: list[dict]) -> list[dict]:
@@ -532,14 +513,15 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
     repeated = []
     scans: dict[str, set[tuple]] = defaultdict(set)
     for row in rows:
-        scans[row["words"].get("scan", row["name"])].add((row.get("findings"), row.get("impression")))
+        report = row.get("findings"), row.get("impression")
+        scans[row["words"].get("scan", row["name"])].add(report)
         other = first.setdefault((row["split"], row["name"]), row)
         if other is row:
             continue
         repeated.append(row["name"])
         if "findings" not in row:
             raise InputError(f"{path} names {row['name']} twice: keep one row per volume")
-        if any(row[key] != other[key] for key in ("findings", "impression")):
+        if report != (other["findings"], other["impression"]):
             raise InputError(f"{path} has two different reports of {row['name']}: keep one row per volume")
     if several := [scan for scan, reports in scans.items() if len(reports) > 1]:
         _warn_once(f"{path}: {len(several)} scans have several reports ({_some(several)}): each volume keeps its own")
@@ -581,38 +563,33 @@ def _order(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
     return np.random.RandomState(seed).permutation(sorted(set(owners))).tolist()
 
 
-def _share(items: list, owners: Sequence[Hashable], order: Sequence[Hashable], data_fraction: float) -> list:
-    """The items of the first `data_fraction` of the owners in `order`, of those that have one."""
+def _chosen(left: set[Hashable], order: Sequence[Hashable], data_fraction: float) -> set[Hashable]:
+    """The first `data_fraction` of those that are left, in `order`."""
     if not 0 < data_fraction <= 1:
         raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
-    left = set(owners)
-    order = [owner for owner in order if owner in left]
     # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
-    chosen = set(order[: math.ceil(data_fraction * len(order) - 1e-9)])
-    return [item for item, owner in zip(items, owners, strict=True) if owner in chosen]
+    count = math.ceil(data_fraction * len(left) - 1e-9)
+    return set([owner for owner in order if owner in left][:count])
 
 
 # ----------------------------------------------------------------------------------------------------- files and names
 
 
-def _first(files: Files, folder: Path) -> Path | None:
-    """The first of some files, absolute or relative to a folder, that there is."""
+def _first(files: Files, folder: Path, required: str | None = None) -> Path | None:
+    """The first of some files, absolute or relative to a folder, that there is; that of the key `required` must be."""
     paths = (folder / Path(file).expanduser() for file in ([files] if isinstance(files, str) else files or ()))
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _required(files: Files, folder: Path, key: str) -> Path:
-    path = _first(files, folder)
-    if path is None:
-        raise InputError(f"{key} is {files}, and {folder} has no such file: set {key} to the table of the volumes")
+    path = next((path for path in paths if path.is_file()), None)
+    if required and path is None:
+        raise InputError(
+            f"{required} is {files}, and {folder} has no such file: set {required} to the table of the volumes"
+        )
     return path
 
 
 def _beside(tables: Tables, split: str, folder: Path, key: str) -> Path | None:
     """The table that belongs to a split, if there is any; one that is named alone must be there."""
-    if isinstance(tables, str):
-        return _required(tables, folder, key)
-    return _first(tables.get(split) if isinstance(tables, Mapping) else tables, folder)
+    files = tables.get(split) if isinstance(tables, Mapping) else tables
+    return _first(files, folder, key if isinstance(tables, str) else None)
 
 
 def _find(patterns: Sequence[str], dataset_dir: Path, words: Mapping[str, str]) -> tuple[str, str | None]:
