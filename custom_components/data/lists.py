@@ -164,8 +164,8 @@ def volumes(
         if what == "reports":  # beside them, labels are optional
             wanted = {name: candidates for name, candidates in wanted.items() if _header(frame, *candidates)}
         headers = _present(path, frame, wanted)
-        extra = [h for h in frame if h not in {names.name, patients, splits, *mentioned, *headers.values()}]
-        if extra and what == "labels":
+        used = {names.name, patients, splits, *mentioned, *headers.values()}
+        if what == "labels" and (extra := [header for header in frame if header not in used]):
             _warn_once(f"{path}: {len(extra)} columns are no class, and are not used: {', '.join(extra)}")
         if headers or not sections:
             content["label"] = _labels(path, frame, names, headers, classes, exclusive)
@@ -178,7 +178,7 @@ def volumes(
         part = _parts(read(_first(tables, folder, what)), test_share, seed).get
     source, rows, order = _select(part, split, data_fraction, validation_share, seed)
     if not rows:
-        sought = tables.get(split, "none is named") if isinstance(tables, Mapping) else tables
+        sought = tables.get(split) or "none is named" if isinstance(tables, Mapping) else tables
         sought = sought if isinstance(sought, str) else ", ".join(sought)
         raise InputError(
             f"{'dataset_dir' if lists_dir is None else 'lists_dir'} {folder} has no {what} of split {split} ({sought}; "
@@ -208,8 +208,7 @@ def volumes(
     masks = [place for place in masks if os.path.isdir(dataset_dir / os.path.dirname(place.split("{")[0]))]
     beside = _beside(labels, source, folder, "labels") if sections else None
     known = {row["name"]: row["label"] for row in read(beside, {})} if beside else {}
-    unknown = [row["name"] for row in rows if row["name"] not in known]
-    if beside and unknown:
+    if beside and (unknown := [row["name"] for row in rows if row["name"] not in known]):
         raise InputError(
             f"{beside} has no row for {len(unknown)} of {len(rows)} volumes ({_some(unknown)}): download it again, or "
             "list their names in a file given as exclude"
@@ -287,8 +286,7 @@ def msd(
             f"{len(missing)} files of {split} in datalist {path} are not on disk ({_some(missing)}): set dataset_dir "
             "to the folder that they are relative to"
         )
-    absent = [item["name"] for item in items if "label" not in item]
-    if labelled and absent:
+    if labelled and (absent := [item["name"] for item in items if "label" not in item]):
         raise InputError(
             f"{len(absent)} of {len(items)} items have no label, the first {absent[0]}: "
             "choose another list of the datalist, or run inference.json on the images"
@@ -331,13 +329,13 @@ def scans(path: str | os.PathLike) -> list[dict]:
         ]
         if not paths:
             raise InputError(f"{path} lists no CT: write one path of a CT file or DICOM folder a line")
-    elif _is_ct_file(path) or _is_dicom_folder(path):
+    elif _is_scan(path):
         paths = [path]
     elif path.is_file():
         advice = "give the folder of its series" if _is_dicom_file(path) else "convert it to one of them"
         raise InputError(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: {advice}")
     else:
-        paths = sorted(entry for entry in path.iterdir() if _is_ct_file(entry) or _is_dicom_folder(entry))
+        paths = sorted(filter(_is_scan, path.iterdir()))
         if not paths:
             raise InputError(
                 f"{path} holds no {', '.join(CT_SUFFIXES)} or DICOM file, and no subfolder with DICOM files: "
@@ -413,8 +411,7 @@ def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str,
 def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
     """What -> header, of candidates of which each must be there."""
     found = {key: _header(frame, *candidates) for key, candidates in wanted.items()}
-    absent = [next(filter(None, wanted[key])) for key, header in found.items() if header is None]
-    if absent:
+    if absent := [next(filter(None, wanted[key])) for key, header in found.items() if header is None]:
         raise InputError(
             f"{path} has no column {', '.join(absent)} (it has {', '.join(frame.columns)}): give another table, rename "
             "its columns, or set the keys that name them"
@@ -443,8 +440,7 @@ def _name_parser(pattern: str | None) -> Callable[[str], dict[str, str]]:
 
 
 def _split_of(path: Path, words: pd.Series) -> list[str]:
-    unknown = [word for word in words.unique() if str(word).strip().lower() not in _SPLIT_OF]
-    if unknown:
+    if unknown := [word for word in words.unique() if str(word).strip().lower() not in _SPLIT_OF]:
         raise InputError(
             f"{path}: {words.name} is {unknown[0]!r}: make it train, valid or test, or set split_column to null"
         )
@@ -466,10 +462,9 @@ def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mappin
                 f"({_some(plain)}), and all of their text is taken for findings"
             )
         pairs = [part or (text, "") for part, text in zip(parted, texts["report"], strict=True)]
-        texts = dict(zip(("findings", "impression"), map(list, zip(*pairs, strict=True)), strict=True))
+        texts = {"findings": [findings for findings, _ in pairs], "impression": [impression for _, impression in pairs]}
     texts = {key: texts.get(key) or [""] * len(names) for key in ("findings", "impression")}
-    empty = [name for name, *text in zip(names, *texts.values(), strict=True) if not any(text)]
-    if empty:
+    if empty := [name for name, *text in zip(names, *texts.values(), strict=True) if not any(text)]:
         _warn_once(
             f"{path}: {len(empty)} of {len(names)} reports are empty ({_some(empty)}): of these volumes only the "
             "images are trained on; list their names in a file given as exclude to leave them out"
@@ -495,8 +490,7 @@ def _labels(
     """Per row an array of zeros and ones in the order of the classes, or a code; NaN for a class without a header."""
     cells = frame[list(headers.values())].set_axis(list(headers), axis=1)
     values = cells.apply(pd.to_numeric, errors="coerce").astype(np.float32)
-    wrong = np.argwhere(~np.isin(values, range(len(classes)) if exclusive else (0, 1)))
-    if len(wrong):
+    if len(wrong := np.argwhere(~np.isin(values, range(len(classes)) if exclusive else (0, 1)))):
         row, column = wrong[0]
         raise InputError(
             f"{path}: {cells.columns[column]} of {names.iloc[row]} is {cells.iloc[row, column]}: make it "
@@ -504,7 +498,7 @@ def _labels(
         )
     if exclusive:
         return values["label"].astype(int).tolist()
-    return list(values.reindex(columns=list(classes)).to_numpy(np.float32))
+    return list(values.reindex(columns=list(classes)).to_numpy(np.float32, copy=True))
 
 
 def _once(path: Path, rows: list[dict]) -> list[dict]:
@@ -539,9 +533,8 @@ def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dic
         return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     order = _order([row["patient"] for row in rows], seed)
     held_out = set(order[len(order) - round(test_share * len(order)) :])
-    return {
-        split: [row for row in rows if (row["patient"] in held_out) == (split == "test")] for split in ("train", "test")
-    }
+    testing = [row for row in rows if row["patient"] in held_out]
+    return {"train": [row for row in rows if row["patient"] not in held_out], "test": testing}
 
 
 def _select(
@@ -633,8 +626,11 @@ def _excluded(path: str | os.PathLike | None) -> set[str]:
     return {name.removesuffix(".nii.gz") for cell in cells for name in (cell, Path(cell).name)}
 
 
-def _is_ct_file(path: Path) -> bool:
-    # A name that starts with a dot is no scan: macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies.
+def _is_scan(path: Path) -> bool:
+    """A CT file by its ending, or a folder with DICOM files, of which DICOMDIR is but an index of the series below."""
+    if path.is_dir():
+        return any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
+    # macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies
     return path.name.lower().endswith(CT_SUFFIXES) and not path.name.startswith(".") and path.is_file()
 
 
@@ -646,11 +642,6 @@ def _is_dicom_file(path: Path) -> bool:
         return True
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
-
-
-def _is_dicom_folder(path: Path) -> bool:
-    # DICOMDIR is a DICOM file too, but an index of the series below it.
-    return path.is_dir() and any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
 
 
 def _stem(path: Path) -> str:

@@ -149,14 +149,14 @@ class Source:
             raise InputError(f"dataset_dir {self.dataset_dir} holds no {wanted}: give the folder above it")
         return [scans[name] for name in sorted(scans)]
 
-    def _walk(self, *folders: str) -> Iterator[tuple[Path, list[str]]]:
-        """Folders below those of `folders` that exist, each with the names in it that are not hidden, sorted."""
+    def _walk(self, *folders: str) -> Iterator[Path]:
+        """Files that are not hidden, in and below those of `folders` that exist, by folder and name."""
         with tqdm(desc="listing", unit="folder", delay=5, leave=False) as bar:
             for top in folders:
                 for folder, subfolders, files in os.walk(os.path.join(self.dataset_dir, top)):
                     subfolders.sort()
                     bar.update()
-                    yield Path(folder), sorted(name for name in files if not name.startswith("."))
+                    yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
 @dataclass
@@ -190,15 +190,14 @@ class CTRate(Source):
         found: dict[str, Scan] = {}
         roots = [os.path.join(top, split) for split in ("train", "valid") for top in ("dataset", "")]
         folders = [f"{root}{version}" for version in ("_fixed", "", "_preprocessed") for root in roots]
-        for folder, files in self._walk(*folders):
-            for file in files:
-                name = file.removesuffix(".gz").removesuffix(".nii").removesuffix(".npz")
-                parts = name.split("_")
-                if name == file or len(parts) != 4 or name in found:
-                    continue
-                patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
-                output = f"dataset/{parts[0]}_fixed/{patient}/{scan}/{name}.nii"
-                found[name] = Scan(name, str(folder / file), output, metadata=metadata.get(name))
+        for path in self._walk(*folders):
+            name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix(".npz")
+            parts = name.split("_")
+            if name == path.name or len(parts) != 4 or name in found:
+                continue
+            patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
+            output = f"dataset/{parts[0]}_fixed/{patient}/{scan}/{name}.nii"
+            found[name] = Scan(name, str(path), output, metadata=metadata.get(name))
         return self._listed(found, "dataset/train_fixed, dataset/train or train_preprocessed with volumes of CT-RATE")
 
     def _metadata(self) -> dict[str, dict[str, str]]:
@@ -309,11 +308,9 @@ class RadChestCT(Source):
 
     def scans(self) -> list[Scan]:
         found = {}
-        for folder, files in self._walk(""):
-            for file in files:
-                name = file.removesuffix(".npz")
-                if name != file:
-                    found.setdefault(name, Scan(name, str(folder / file), f"images/{name}.nii"))
+        for path in self._walk(""):
+            if path.suffix == ".npz":
+                found.setdefault(path.stem, Scan(path.stem, str(path), f"images/{path.stem}.nii"))
         return self._listed(found, ".npz files of RAD-ChestCT")
 
     def read(self, scan: Scan) -> Raw:
@@ -340,11 +337,10 @@ class CCCCII(Source):
 
     def scans(self) -> list[Scan]:
         found: dict[str, Scan] = {}
-        for folder, files in self._walk(""):
-            if any(file.lower().endswith(SLICE_SUFFIXES) for file in files):
-                if folder.name in found:
-                    raise InputError(f"{folder} and {found[folder.name].image} are two scans of one name: rename one")
-                found[folder.name] = Scan(folder.name, str(folder), f"images_resized/{folder.name}.nii")
+        for folder in dict.fromkeys(path.parent for path in self._walk("") if path.suffix.lower() in SLICE_SUFFIXES):
+            if folder.name in found:
+                raise InputError(f"{folder} and {found[folder.name].image} are two scans of one name: rename one")
+            found[folder.name] = Scan(folder.name, str(folder), f"images_resized/{folder.name}.nii")
         return self._listed(found, "folders of .png or .jpg slices")
 
     def read(self, scan: Scan) -> Raw:
@@ -359,13 +355,11 @@ class LUNA16(Source):
 
     def scans(self) -> list[Scan]:
         found = {}
-        for folder, files in self._walk(*(f"subset{i}" for i in range(10))):
-            for file in files:
-                name = file.removesuffix(".mhd")
-                if name != file:
-                    label = os.path.join(self.dataset_dir, "seg-lungs-LUNA16", file)
-                    places = (label, f"masks_processed/{name}.nii") if os.path.isfile(label) else (None, None)
-                    found[name] = Scan(name, str(folder / file), f"images/{name}.nii", *places)
+        for path in self._walk(*(f"subset{i}" for i in range(10))):
+            if path.suffix == ".mhd":
+                label = os.path.join(self.dataset_dir, "seg-lungs-LUNA16", path.name)
+                places = (label, f"masks_processed/{path.stem}.nii") if os.path.isfile(label) else (None, None)
+                found[path.stem] = Scan(path.stem, str(path), f"images/{path.stem}.nii", *places)
         return self._listed(found, "subset0 to subset9 with .mhd files")
 
 
@@ -376,15 +370,15 @@ class BTCV(Source):
 
     def scans(self) -> list[Scan]:
         found = {}
-        for folder, files in self._walk("imagesTr", "imagesTs"):
-            for file in files:
-                stem = file.removesuffix(".gz").removesuffix(".nii")
-                if stem == file:
-                    continue
-                labels = Path(self.dataset_dir, "labelsTr")
-                candidates = [labels / file, labels / file.replace("img", "label")]
-                label = next((p for p in candidates if p.is_file()), None) if folder.name == "imagesTr" else None
-                name = f"{folder.name}/{stem}"
-                label_output = label and f"labelsTr/{label.name.removesuffix('.gz').removesuffix('.nii')}.nii"
-                found[name] = Scan(name, str(folder / file), f"{name}.nii", label and str(label), label_output)
+        labels = Path(self.dataset_dir, "labelsTr")
+        for path in self._walk("imagesTr", "imagesTs"):
+            stem = path.name.removesuffix(".gz").removesuffix(".nii")
+            if stem == path.name:
+                continue
+            folder = path.parent.name
+            candidates = [labels / path.name, labels / path.name.replace("img", "label")]
+            label = next((p for p in candidates if p.is_file()), None) if folder == "imagesTr" else None
+            name = f"{folder}/{stem}"
+            label_output = label and f"labelsTr/{label.name.removesuffix('.gz').removesuffix('.nii')}.nii"
+            found[name] = Scan(name, str(path), f"{name}.nii", label and str(label), label_output)
         return self._listed(found, "imagesTr with .nii.gz files")
