@@ -401,11 +401,8 @@ def _header(frame: pd.DataFrame, *candidates: str | None) -> str | None:
 def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str, str]]:
     """Volume -> finding -> the sentence of the report that speaks of it."""
     frame, names = _named(path, id_column)
-    headers = _present(path, frame, {key: (key,) for key in ("Finding", "Sentence")})
-    sentences: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, finding, sentence in zip(names, *(frame[header] for header in headers.values()), strict=True):
-        sentences[name][finding] = sentence
-    return sentences
+    finding, sentence = _present(path, frame, {key: (key,) for key in ("Finding", "Sentence")}).values()
+    return {name: dict(zip(rows[finding], rows[sentence], strict=True)) for name, rows in frame.groupby(names)}
 
 
 def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
@@ -568,14 +565,12 @@ def _chosen(left: set[Hashable], order: Sequence[Hashable], data_fraction: float
 # ----------------------------------------------------------------------------------------------------- files and names
 
 
-def _first(files: Files, folder: Path, required: str | None = None) -> Path | None:
-    """The first of some files, absolute or relative to a folder, that there is; that of the key `required` must be."""
+def _first(files: Files, folder: Path, key: str | None = None) -> Path | None:
+    """The first of some files, absolute or relative to a folder, that there is; with a `key`, one must be there."""
     paths = (folder / Path(file).expanduser() for file in ([files] if isinstance(files, str) else files or ()))
     path = next((path for path in paths if path.is_file()), None)
-    if required and path is None:
-        raise InputError(
-            f"{required} is {files}, and {folder} has no such file: set {required} to the table of the volumes"
-        )
+    if key and path is None:
+        raise InputError(f"{key} is {files}, and {folder} has no such file: set {key} to the table of the volumes")
     return path
 
 

@@ -139,15 +139,13 @@ class LoadLabeld(MapTransform):
                 )
             label, in_memory_order = label.byte(), in_memory_order.byte()
         present = in_memory_order.bincount(minlength=1).nonzero().flatten().tolist()
-        unknown = [value for value in present if self.label_values.get(value, value) > len(self.classes)]
-        if unknown:
+        if unknown := [value for value in present if self.label_values.get(value, value) > len(self.classes)]:
             raise InputError(
                 f"{path} holds label values {unknown}, and classes end at {len(self.classes)} "
                 f"({self.classes[-1]}): declare them in classes, or give label_values, such as {{'{unknown[0]}': 0}} "
                 "to count them as background"
             )
-        mapped = {value: self.label_values[value] for value in present if value in self.label_values}
-        if mapped:
+        if mapped := {value: self.label_values[value] for value in present if value in self.label_values}:
             label = MapLabelValue(list(mapped), list(mapped.values()), np.uint8)(label)
         if not any(self.label_values.get(value, value) for value in present):
             logger.warning(f"{path} holds none of the classes: the whole scan counts as background")
