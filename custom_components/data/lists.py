@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -152,7 +151,7 @@ def volumes(
         patients, splits = _header(frame, patient_column), _header(frame, split_column)
         cells = frame[[header for header in frame if header in mentioned]].to_dict("records")
         cells = [{header: cell for header, cell in row.items() if cell == cell} for row in cells]  # without NaN
-        content: dict[str, Any] = {
+        content = {
             "name": names,
             "patient": owners if patients is None else frame[patients].fillna(names),
             "split": [None] * len(frame) if splits is None else _split_of(path, frame[splits]),
@@ -171,7 +170,6 @@ def volumes(
             content["label"] = _labels(path, frame, names, headers, classes, exclusive)
         return _once(path, [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)])
 
-    part: Callable[[str], list[dict] | None]
     if isinstance(tables, Mapping):
         part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
     else:
