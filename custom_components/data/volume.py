@@ -171,12 +171,10 @@ def read_volume(path: str | os.PathLike) -> Raw:
     if not path.exists():
         raise Unfit(f"{path} does not exist: give the path of a CT file or of a DICOM folder")
     with reading(path):
-        if path.is_dir():
-            return read_dicom(path)
+        if path.is_dir() or name.endswith(ITK_SUFFIXES):
+            return read_itk(path)
         if name.endswith(NIFTI_SUFFIXES):
             return read_nifti(path)
-        if name.endswith(ITK_SUFFIXES):
-            return read_itk(path)
     raise Unfit(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: convert it to one")
 
 
@@ -216,26 +214,16 @@ def read_nifti(path: str | os.PathLike) -> Raw:
     return Raw(voxels.reshape(shape, order="F"), affine, slope, intercept, "NIfTI")
 
 
-def read_itk(path: str | os.PathLike) -> Raw:
-    """A .nrrd, .nhdr, .mha or .mhd with its voxels."""
+def read_itk(path: Path) -> Raw:
+    """A .nrrd, .nhdr, .mha or .mhd with its voxels, or a folder with one DICOM series."""
     import itk  # takes a second, which files of other formats need not
 
-    path = Path(path)
-    if path.suffix.lower() == ".mhd":
-        _check_mhd(path)
-    return _of_itk(path, _by_itk(itk.imread, str(path)))
-
-
-def _by_itk(read: Callable, *arguments: Any) -> Any:
-    try:
-        return read(*arguments)
-    except Exception as error:  # its text is about ITK's own source files
-        raise ValueError("its header or its voxels are missing, cut off or of another format") from error
-
-
-def _of_itk(path: Path, image: Any) -> Raw:
-    import itk
-
+    if path.is_dir():
+        image = _read_dicom(path)
+    else:
+        if path.suffix.lower() == ".mhd":
+            _check_mhd(path)
+        image = _by_itk(itk.imread, str(path))
     shape = _three_axes(path, (*itk.size(image), image.GetNumberOfComponentsPerPixel()))
     affine = np.eye(4)
     affine[:3, :3] = itk.array_from_matrix(image.GetDirection())[:3, :3] * np.asarray(image.GetSpacing())[:3]
@@ -243,6 +231,13 @@ def _of_itk(path: Path, image: Any) -> Raw:
     # ITK's +x is left and +y posterior, NIfTI's right and anterior
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     return Raw(itk.array_from_image(image).T.reshape(shape, order="F"), affine, version="ITK")
+
+
+def _by_itk(read: Callable, *arguments: Any) -> Any:
+    try:
+        return read(*arguments)
+    except Exception as error:  # its text is about ITK's own source files
+        raise ValueError("its header or its voxels are missing, cut off or of another format") from error
 
 
 def _check_mhd(path: Path) -> None:
@@ -265,11 +260,8 @@ def _check_mhd(path: Path) -> None:
         raise EOFError(f"{data.name} has {size} bytes, and the header tells of {expected}")
 
 
-def read_dicom(folder: str | os.PathLike) -> Raw:
-    """A folder with one DICOM series, without gaps.
-
-    ITK would take the first of several, or stretch the slices over the place of a missing one: here both are errors.
-    """
+def _read_dicom(folder: Path) -> Any:
+    """ITK would take the first of several series, or stretch slices over a missing one's place: both are errors."""
     import itk
 
     finder = itk.GDCMSeriesFileNames.New()
@@ -290,7 +282,7 @@ def read_dicom(folder: str | os.PathLike) -> Raw:
             f"{folder} has slices {meta[key]:.1f} mm off an even spacing: "
             "files of the series are missing or damaged, export it again"
         )
-    return _of_itk(Path(folder), image)
+    return image
 
 
 def linear_weights(places: np.ndarray, size: int, width: float = 1.0) -> np.ndarray:
