@@ -18,7 +18,6 @@ from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from string import Formatter
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -87,7 +86,7 @@ def volumes(
 
     - `label`: float32 array of zeros and ones in the order of `classes`; an int, the class' code, where `exclusive`.
       Beside reports, labels are optional: a class without a column is NaN, and no item has `label` without any table;
-    - `findings` and `impression`: text, "" where there is none, for which CT-RATE has blanks and "Not given.";
+    - `findings` and `impression`: text, "" where there is none;
     - `masks` (path of the volume's folder of finding masks) and `sentences` (finding -> its sentence of the report).
 
     A table is a CSV file (commas, semicolons or tabs), a JSON file (a list of records, or split -> list of them, as in
@@ -106,8 +105,8 @@ def volumes(
         dataset_dir: folder that relative paths of volumes start from.
         tables: one file, or split -> file; of several files for one split, the first that there is.
         split: "train", "valid" or "test".
-        images: where volumes lie below `dataset_dir`, tried in turn, with `{name}`, any column of the table, and the
-            named groups of `name_pattern` in braces.
+        images: where volumes lie below `dataset_dir`, tried in turn; in braces `name`, columns of the table, and the
+            named groups of `name_pattern`.
         id_column: header of the column that names volumes, with or without .nii.gz; the first column when None.
         name_pattern: regular expression of names that say more; its group `patient` does for `patient_column`.
         patient_column, split_column: used where the table has them; a patient is the volume itself otherwise.
@@ -115,10 +114,8 @@ def volumes(
         columns: class -> header of its column, where the two differ; `label` -> that of the codes.
         exclusive: whether exactly one class is true of a volume; the column `label` then holds its code.
         findings_column, impression_column: headers of the report's two sections.
-        report_column: header of whole reports, whose sections start with "FINDINGS:" and "IMPRESSION:"; in place of
-            the other two.
-        labels: tables of labels beside those of reports, in the same forms; where there are none, classes are sought
-            in the table of reports itself.
+        report_column: in place of these two, header of whole reports with the headings "FINDINGS:" and "IMPRESSION:".
+        labels: tables of labels beside those of reports; without them, the table of reports is searched for classes.
         masks: where folders of finding masks lie, as `images`.
         finding_sentences: split -> table with the columns Finding and Sentence beside `id_column`.
         lists_dir: folder that relative paths of tables start from; `dataset_dir` when None.
@@ -139,8 +136,8 @@ def volumes(
     if not dataset_dir.is_dir():
         raise InputError(f"dataset_dir {dataset_dir} is no folder: give the one that holds the volumes")
     folder = dataset_dir if lists_dir is None else Path(lists_dir).expanduser()
-    sections = {"report": report_column} if report_column else {}
-    sections = sections or {k: v for k, v in (("findings", findings_column), ("impression", impression_column)) if v}
+    sections = {"findings": findings_column, "impression": impression_column}
+    sections = {k: v for k, v in ({"report": report_column} if report_column else sections).items() if v}
     what = "reports" if sections else "labels"
     columns = columns or {}
     parse = _name_parser(name_pattern)
@@ -154,7 +151,7 @@ def volumes(
         patients, splits = _header(frame, patient_column), _header(frame, split_column)
         cells = frame[[header for header in frame if header in mentioned]].to_dict("records")
         cells = [{header: cell for header, cell in row.items() if cell == cell} for row in cells]  # without NaN
-        content: dict[str, Any] = {
+        content = {
             "name": names,
             "patient": owners if patients is None else frame[patients].fillna(names),
             "split": [None] * len(frame) if splits is None else _split_of(path, frame[splits]),
@@ -162,19 +159,24 @@ def volumes(
         }
         if sections:
             content |= _reports(path, frame, names, sections)
-        if not sections or any(_header(frame, columns.get(name), name) for name in classes):
-            used = {names.name, patients, splits, *mentioned}
-            content["label"] = _labels(path, frame, names, classes, columns, exclusive, what == "reports", used)
+        wanted = {name: (name, columns.get(name)) for name in (["label"] if exclusive else classes)}
+        if what == "reports":  # beside them, labels are optional
+            wanted = {name: candidates for name, candidates in wanted.items() if _header(frame, *candidates)}
+        headers = _present(path, frame, wanted)
+        used = {names.name, patients, splits, *mentioned, *headers.values()}
+        if what == "labels" and (extra := [header for header in frame if header not in used]):
+            _warn_once(f"{path}: {len(extra)} columns are no class, and are not used: {', '.join(extra)}")
+        if headers or not sections:
+            content["label"] = _labels(path, frame, names, headers, classes, exclusive)
         return _once(path, [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)])
 
-    part: Callable[[str], list[dict] | None]
     if isinstance(tables, Mapping):
         part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
     else:
-        part = _parts(read(_required(tables, folder, what)), test_share, seed).get
+        part = _parts(read(_first(tables, folder, what)), test_share, seed).get
     source, rows, order = _select(part, split, data_fraction, validation_share, seed)
     if not rows:
-        sought = tables.get(split, "none is named") if isinstance(tables, Mapping) else tables
+        sought = tables.get(split) or "none is named" if isinstance(tables, Mapping) else tables
         sought = sought if isinstance(sought, str) else ", ".join(sought)
         raise InputError(
             f"{'dataset_dir' if lists_dir is None else 'lists_dir'} {folder} has no {what} of split {split} ({sought}; "
@@ -187,7 +189,8 @@ def volumes(
         raise InputError(f"exclude {exclude} names every volume of split {split}: take out those to be used")
     if order is not None:
         # It was drawn before any patient was left out: an exclusion does not reshuffle it.
-        rows = _share(rows, [row["patient"] for row in rows], order, data_fraction)
+        chosen = _chosen({row["patient"] for row in rows}, order, data_fraction)
+        rows = [row for row in rows if row["patient"] in chosen]
 
     missing = []
     for row in rows:
@@ -203,8 +206,7 @@ def volumes(
     masks = [place for place in masks if os.path.isdir(dataset_dir / os.path.dirname(place.split("{")[0]))]
     beside = _beside(labels, source, folder, "labels") if sections else None
     known = {row["name"]: row["label"] for row in read(beside, {})} if beside else {}
-    unknown = [row["name"] for row in rows if row["name"] not in known]
-    if beside and unknown:
+    if beside and (unknown := [row["name"] for row in rows if row["name"] not in known]):
         raise InputError(
             f"{beside} has no row for {len(unknown)} of {len(rows)} volumes ({_some(unknown)}): download it again, or "
             "list their names in a file given as exclude"
@@ -274,7 +276,7 @@ def msd(
     kept = [i for i, item in enumerate(items) if item["name"].removesuffix(".nii.gz") not in excluded]
     if not kept:
         raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
-    items = [items[i] for i in _share(kept, kept, _order(range(len(items)), seed), data_fraction)]
+    items = [items[i] for i in sorted(_chosen(set(kept), _order(range(len(items)), seed), data_fraction))]
 
     missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
     if missing:
@@ -282,8 +284,7 @@ def msd(
             f"{len(missing)} files of {split} in datalist {path} are not on disk ({_some(missing)}): set dataset_dir "
             "to the folder that they are relative to"
         )
-    absent = [item["name"] for item in items if "label" not in item]
-    if labelled and absent:
+    if labelled and (absent := [item["name"] for item in items if "label" not in item]):
         raise InputError(
             f"{len(absent)} of {len(items)} items have no label, the first {absent[0]}: "
             "choose another list of the datalist, or run inference.json on the images"
@@ -326,13 +327,13 @@ def scans(path: str | os.PathLike) -> list[dict]:
         ]
         if not paths:
             raise InputError(f"{path} lists no CT: write one path of a CT file or DICOM folder a line")
-    elif _is_ct_file(path) or _is_dicom_folder(path):
+    elif _is_scan(path):
         paths = [path]
     elif path.is_file():
         advice = "give the folder of its series" if _is_dicom_file(path) else "convert it to one of them"
         raise InputError(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: {advice}")
     else:
-        paths = sorted(entry for entry in path.iterdir() if _is_ct_file(entry) or _is_dicom_folder(entry))
+        paths = sorted(filter(_is_scan, path.iterdir()))
         if not paths:
             raise InputError(
                 f"{path} holds no {', '.join(CT_SUFFIXES)} or DICOM file, and no subfolder with DICOM files: "
@@ -385,11 +386,8 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _frame(records: list[dict]) -> pd.DataFrame:
     """JSON values as cells: true and false are 1 and 0, null is no value."""
-
-    def text(value: Any) -> str | None:
-        return None if value is None else str(int(value) if isinstance(value, bool) else value)
-
-    return pd.DataFrame([{key: text(value) for key, value in record.items()} for record in records], dtype="str")
+    cells = pd.DataFrame(records, dtype=object)
+    return cells.map(lambda cell: str(int(cell) if isinstance(cell, bool) else cell), na_action="ignore").astype("str")
 
 
 def _header(frame: pd.DataFrame, *candidates: str | None) -> str | None:
@@ -401,18 +399,14 @@ def _header(frame: pd.DataFrame, *candidates: str | None) -> str | None:
 def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str, str]]:
     """Volume -> finding -> the sentence of the report that speaks of it."""
     frame, names = _named(path, id_column)
-    headers = _present(path, frame, {key: (key,) for key in ("Finding", "Sentence")})
-    sentences: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, finding, sentence in zip(names, *(frame[header] for header in headers.values()), strict=True):
-        sentences[name][finding] = sentence
-    return sentences
+    finding, sentence = _present(path, frame, {key: (key,) for key in ("Finding", "Sentence")}).values()
+    return {name: dict(zip(rows[finding], rows[sentence], strict=True)) for name, rows in frame.groupby(names)}
 
 
 def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
     """What -> header, of candidates of which each must be there."""
     found = {key: _header(frame, *candidates) for key, candidates in wanted.items()}
-    absent = [next(filter(None, wanted[key])) for key, header in found.items() if header is None]
-    if absent:
+    if absent := [next(filter(None, wanted[key])) for key, header in found.items() if header is None]:
         raise InputError(
             f"{path} has no column {', '.join(absent)} (it has {', '.join(frame.columns)}): give another table, rename "
             "its columns, or set the keys that name them"
@@ -441,8 +435,7 @@ def _name_parser(pattern: str | None) -> Callable[[str], dict[str, str]]:
 
 
 def _split_of(path: Path, words: pd.Series) -> list[str]:
-    unknown = [word for word in words.unique() if str(word).strip().lower() not in _SPLIT_OF]
-    if unknown:
+    if unknown := [word for word in words.unique() if str(word).strip().lower() not in _SPLIT_OF]:
         raise InputError(
             f"{path}: {words.name} is {unknown[0]!r}: make it train, valid or test, or set split_column to null"
         )
@@ -451,9 +444,10 @@ def _split_of(path: Path, words: pd.Series) -> list[str]:
 
 def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mapping[str, str]) -> dict[str, list[str]]:
     """Findings and impression, from a column each or from whole reports."""
-    texts = {
-        k: _report_text(frame[h]) for k, h in _present(path, frame, {k: (h,) for k, h in sections.items()}).items()
-    }
+    texts = {}
+    for key, header in _present(path, frame, {key: (header,) for key, header in sections.items()}).items():
+        text = frame[header].fillna("").str.strip()
+        texts[key] = text.mask(text.str.fullmatch(r"not given\.?", case=False), "").tolist()  # as CT-RATE says none
     if "report" in texts:
         parted = [_sections(report) for report in texts["report"]]
         plain = [name for name, part, text in zip(names, parted, texts["report"], strict=True) if text and part is None]
@@ -463,21 +457,14 @@ def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mappin
                 f"({_some(plain)}), and all of their text is taken for findings"
             )
         pairs = [part or (text, "") for part, text in zip(parted, texts["report"], strict=True)]
-        texts = dict(zip(("findings", "impression"), map(list, zip(*pairs, strict=True)), strict=True))
+        texts = {"findings": [findings for findings, _ in pairs], "impression": [impression for _, impression in pairs]}
     texts = {key: texts.get(key) or [""] * len(names) for key in ("findings", "impression")}
-    empty = [name for name, *text in zip(names, *texts.values(), strict=True) if not any(text)]
-    if empty:
+    if empty := [name for name, *text in zip(names, *texts.values(), strict=True) if not any(text)]:
         _warn_once(
             f"{path}: {len(empty)} of {len(names)} reports are empty ({_some(empty)}): of these volumes only the "
             "images are trained on; list their names in a file given as exclude to leave them out"
         )
     return texts
-
-
-def _report_text(texts: pd.Series) -> list[str]:
-    """Stripped text; "" where nothing was reported, for which CT-RATE has blanks and "Not given."."""
-    texts = texts.fillna("").str.strip()
-    return texts.mask(texts.str.fullmatch(r"not given\.?", case=False), "").tolist()
 
 
 def _sections(report: str) -> tuple[str, str] | None:
@@ -493,37 +480,20 @@ def _sections(report: str) -> tuple[str, str] | None:
 
 
 def _labels(
-    path: Path,
-    frame: pd.DataFrame,
-    names: pd.Series,
-    classes: Sequence[str],
-    columns: Mapping[str, str],
-    exclusive: bool,
-    optional: bool,
-    used: set[str | None],
+    path: Path, frame: pd.DataFrame, names: pd.Series, headers: dict[str, str], classes: Sequence[str], exclusive: bool
 ) -> list:
-    """Per row an array of zeros and ones in the order of the classes, or a code; NaN for an optional class."""
-    wanted = {name: (name, columns.get(name)) for name in (["label"] if exclusive else classes)}
-    if optional:
-        wanted = {name: candidates for name, candidates in wanted.items() if _header(frame, *candidates)}
-    headers = _present(path, frame, wanted)
-    extra = [header for header in frame.columns if header not in {*used, *headers.values()}]
-    if extra and not optional:
-        _warn_once(f"{path}: {len(extra)} columns are no class, and are not used: {', '.join(extra)}")
-    values = frame[list(headers.values())].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32, copy=True)
-    wrong = np.argwhere(~np.isin(values, range(len(classes)) if exclusive else (0, 1)))
-    if len(wrong):
+    """Per row an array of zeros and ones in the order of the classes, or a code; NaN for a class without a header."""
+    cells = frame[list(headers.values())].set_axis(list(headers), axis=1)
+    values = cells.apply(pd.to_numeric, errors="coerce").astype(np.float32)
+    if len(wrong := np.argwhere(~np.isin(values, range(len(classes)) if exclusive else (0, 1)))):
         row, column = wrong[0]
-        found = frame[list(headers.values())[column]].iloc[row]
         raise InputError(
-            f"{path}: {list(headers)[column]} of {names.iloc[row]} is {found}: make it "
+            f"{path}: {cells.columns[column]} of {names.iloc[row]} is {cells.iloc[row, column]}: make it "
             f"{f'a code from 0 to {len(classes) - 1}' if exclusive else '0 or 1'}"
         )
     if exclusive:
-        return values[:, 0].astype(int).tolist()
-    labels = np.full((len(frame), len(classes)), np.nan, np.float32)
-    labels[:, [list(classes).index(name) for name in headers]] = values
-    return list(labels)
+        return values["label"].astype(int).tolist()
+    return list(values.reindex(columns=list(classes)).to_numpy(np.float32, copy=True))
 
 
 def _once(path: Path, rows: list[dict]) -> list[dict]:
@@ -532,14 +502,15 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
     repeated = []
     scans: dict[str, set[tuple]] = defaultdict(set)
     for row in rows:
-        scans[row["words"].get("scan", row["name"])].add((row.get("findings"), row.get("impression")))
+        report = row.get("findings"), row.get("impression")
+        scans[row["words"].get("scan", row["name"])].add(report)
         other = first.setdefault((row["split"], row["name"]), row)
         if other is row:
             continue
         repeated.append(row["name"])
         if "findings" not in row:
             raise InputError(f"{path} names {row['name']} twice: keep one row per volume")
-        if any(row[key] != other[key] for key in ("findings", "impression")):
+        if report != (other["findings"], other["impression"]):
             raise InputError(f"{path} has two different reports of {row['name']}: keep one row per volume")
     if several := [scan for scan, reports in scans.items() if len(reports) > 1]:
         _warn_once(f"{path}: {len(several)} scans have several reports ({_some(several)}): each volume keeps its own")
@@ -557,9 +528,8 @@ def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dic
         return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     order = _order([row["patient"] for row in rows], seed)
     held_out = set(order[len(order) - round(test_share * len(order)) :])
-    return {
-        split: [row for row in rows if (row["patient"] in held_out) == (split == "test")] for split in ("train", "test")
-    }
+    testing = [row for row in rows if row["patient"] in held_out]
+    return {"train": [row for row in rows if row["patient"] not in held_out], "test": testing}
 
 
 def _select(
@@ -581,38 +551,31 @@ def _order(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
     return np.random.RandomState(seed).permutation(sorted(set(owners))).tolist()
 
 
-def _share(items: list, owners: Sequence[Hashable], order: Sequence[Hashable], data_fraction: float) -> list:
-    """The items of the first `data_fraction` of the owners in `order`, of those that have one."""
+def _chosen(left: set[Hashable], order: Sequence[Hashable], data_fraction: float) -> set[Hashable]:
+    """The first `data_fraction` of those that are left, in `order`."""
     if not 0 < data_fraction <= 1:
         raise InputError(f"data_fraction is {data_fraction}: give a share above 0 and up to 1, such as 0.1 for 10 %")
-    left = set(owners)
-    order = [owner for owner in order if owner in left]
     # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
-    chosen = set(order[: math.ceil(data_fraction * len(order) - 1e-9)])
-    return [item for item, owner in zip(items, owners, strict=True) if owner in chosen]
+    count = math.ceil(data_fraction * len(left) - 1e-9)
+    return set([owner for owner in order if owner in left][:count])
 
 
 # ----------------------------------------------------------------------------------------------------- files and names
 
 
-def _first(files: Files, folder: Path) -> Path | None:
-    """The first of some files, absolute or relative to a folder, that there is."""
+def _first(files: Files, folder: Path, key: str | None = None) -> Path | None:
+    """The first of some files, absolute or relative to a folder, that there is; with a `key`, one must be there."""
     paths = (folder / Path(file).expanduser() for file in ([files] if isinstance(files, str) else files or ()))
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _required(files: Files, folder: Path, key: str) -> Path:
-    path = _first(files, folder)
-    if path is None:
+    path = next((path for path in paths if path.is_file()), None)
+    if key and path is None:
         raise InputError(f"{key} is {files}, and {folder} has no such file: set {key} to the table of the volumes")
     return path
 
 
 def _beside(tables: Tables, split: str, folder: Path, key: str) -> Path | None:
     """The table that belongs to a split, if there is any; one that is named alone must be there."""
-    if isinstance(tables, str):
-        return _required(tables, folder, key)
-    return _first(tables.get(split) if isinstance(tables, Mapping) else tables, folder)
+    files = tables.get(split) if isinstance(tables, Mapping) else tables
+    return _first(files, folder, key if isinstance(tables, str) else None)
 
 
 def _find(patterns: Sequence[str], dataset_dir: Path, words: Mapping[str, str]) -> tuple[str, str | None]:
@@ -656,8 +619,11 @@ def _excluded(path: str | os.PathLike | None) -> set[str]:
     return {name.removesuffix(".nii.gz") for cell in cells for name in (cell, Path(cell).name)}
 
 
-def _is_ct_file(path: Path) -> bool:
-    # A name that starts with a dot is no scan: macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies.
+def _is_scan(path: Path) -> bool:
+    """A CT file by its ending, or a folder with DICOM files, of which DICOMDIR is but an index of the series below."""
+    if path.is_dir():
+        return any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
+    # macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies
     return path.name.lower().endswith(CT_SUFFIXES) and not path.name.startswith(".") and path.is_file()
 
 
@@ -669,11 +635,6 @@ def _is_dicom_file(path: Path) -> bool:
         return True
     with open(path, "rb") as file:
         return file.read(132)[128:] == b"DICM"
-
-
-def _is_dicom_folder(path: Path) -> bool:
-    # DICOMDIR is a DICOM file too, but an index of the series below it.
-    return path.is_dir() and any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
 
 
 def _stem(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,6 @@ class LoadCTd(MapTransform):
         keys: of the paths, which the volumes replace.
         hu_range: HU to clip to, or None. Clipping comes first, because interpolation would mix what scanners write
             outside their field of view (-3024) into the voxels at its edge.
-        allow_missing_keys: whether to pass over keys that an item does not have.
         check_hu: whether to refuse intensities that cannot be HU: a chest has air (below -500) and tissue (above 0).
 
     Raises:
@@ -81,9 +81,9 @@ def _in_one_line() -> Iterator[None]:
 
 def _tensor(path: Path, raw: Raw) -> MetaTensor:
     """[1, X, Y, Z] with what a map made of the scan needs to come back to its grid, as MONAI's LoadImage has it."""
-    voxels = torch.from_numpy(raw.hu())[None]
-    grid = {"original_affine": raw.affine, "spatial_shape": np.array(raw.voxels.shape)}
-    return MetaTensor(voxels, affine=torch.from_numpy(raw.affine), meta={"filename_or_obj": str(path)} | grid)
+    shape = np.array(raw.voxels.shape)
+    meta = {"filename_or_obj": str(path), "original_affine": raw.affine, "spatial_shape": shape}
+    return MetaTensor(torch.from_numpy(raw.hu())[None], affine=torch.from_numpy(raw.affine), meta=meta)
 
 
 def _in_memory_order(image: Tensor) -> Tensor:
@@ -139,15 +139,13 @@ class LoadLabeld(MapTransform):
                 )
             label, in_memory_order = label.byte(), in_memory_order.byte()
         present = in_memory_order.bincount(minlength=1).nonzero().flatten().tolist()
-        unknown = [value for value in present if self.label_values.get(value, value) > len(self.classes)]
-        if unknown:
+        if unknown := [value for value in present if self.label_values.get(value, value) > len(self.classes)]:
             raise InputError(
                 f"{path} holds label values {unknown}, and classes end at {len(self.classes)} "
                 f"({self.classes[-1]}): declare them in classes, or give label_values, such as {{'{unknown[0]}': 0}} "
                 "to count them as background"
             )
-        mapped = {value: self.label_values[value] for value in present if value in self.label_values}
-        if mapped:
+        if mapped := {value: self.label_values[value] for value in present if value in self.label_values}:
             label = MapLabelValue(list(mapped), list(mapped.values()), np.uint8)(label)
         if not any(self.label_values.get(value, value) for value in present):
             logger.warning(f"{path} holds none of the classes: the whole scan counts as background")
@@ -160,10 +158,7 @@ def _check_same_grid(path: Path, label: MetaTensor, image: MetaTensor) -> None:
     if label.shape != image.shape:
         found, wanted = (" x ".join(str(size) for size in tensor.shape[1:]) for tensor in (label, image))
         raise InputError(f"{path} has {found} voxels and {scan} has {wanted}: give a label map on the scan's own grid")
-    corners = np.array([[x, y, z, 1] for x in (0, 1) for y in (0, 1) for z in (0, 1)]) * [
-        *np.array(image.shape[1:]) - 1,
-        1,
-    ]
+    corners = np.array(list(product(*((0, size - 1) for size in image.shape[1:]), [1])))
     apart = np.linalg.norm(((label.affine - image.affine).numpy() @ corners.T)[:3], axis=0).max()
     if apart > 0.5 * np.linalg.norm(image.affine.numpy()[:3, :3], axis=0).min():
         raise InputError(

@@ -11,15 +11,17 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
+from nibabel.orientations import axcodes2ornt
 from PIL import Image
 from tqdm import tqdm
 
-from custom_components.data.volume import Raw, Unfit, first_line, is_hu, read_itk, read_nifti
+from custom_components.data.volume import Raw, Unfit, first_line, is_hu, read_nifti, read_volume
 from custom_components.errors import InputError
 
 SLICE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -41,7 +43,7 @@ class Scan:
 
 
 def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Sequence[float]) -> Raw:
-    """An array without geometry: `axcodes` ("SPL") tells where index grows to on each axis, `spacing` its mm."""
+    """An array without geometry: `axcodes` ("SPL") says where index grows to on each axis, `spacing` its mm."""
     with np.load(path, allow_pickle=False) as archive:
         names = archive.files
         if key is None and len(names) == 1:
@@ -49,7 +51,8 @@ def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Se
         if key not in names:
             raise KeyError(f"it has no array {key}, but {', '.join(names) or 'none'}")
         voxels = archive[key]
-    voxels = voxels.reshape([n for n in voxels.shape if n > 1] if voxels.ndim > 3 else voxels.shape)
+    if voxels.ndim > 3:
+        voxels = voxels.squeeze()
     if voxels.ndim != 3 or voxels.dtype.kind not in "iuf":
         shape = " x ".join(map(str, voxels.shape))
         raise Unfit(f"{path} is not one 3D volume but {shape} of {voxels.dtype}: export it again", "wrong_dimensions")
@@ -61,7 +64,12 @@ def read_slices(folder: str | os.PathLike, window: Sequence[float], axcodes: str
 
     Slices of another size than most are resampled to that of most.
     """
-    paths = _slices(Path(folder))
+
+    def natural(path: Path) -> list:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+
+    files = (p for p in Path(folder).iterdir() if p.suffix.lower() in SLICE_SUFFIXES and not p.name.startswith("."))
+    paths = sorted(files, key=natural)
     if len(paths) < 3:
         raise Unfit(
             f"{folder} holds {len(paths)} slices, and a volume has three or more: download it again", "few_slices"
@@ -75,26 +83,22 @@ def read_slices(folder: str | os.PathLike, window: Sequence[float], axcodes: str
                 pictures.append(picture.convert("L"))
         except Exception as error:  # Pillow raises OSError, SyntaxError, ValueError and struct.error for damaged files
             raise ValueError(f"{path.name}: {first_line(error)}") from error
-    sizes = Counter(picture.size for picture in pictures)
-    size = sizes.most_common(1)[0][0]
-    resized = len(pictures) - sizes[size]
+    size, most = Counter(picture.size for picture in pictures).most_common(1)[0]
     voxels = np.stack(
         [np.asarray(p if p.size == size else p.resize(size, Image.Resampling.BILINEAR)) for p in pictures]
     )
     low, high = window
     version = f"8-bit slices, window [{low:g}, {high:g}] and {_assumed(axcodes, spacing)}"
-    if resized:
+    if resized := len(pictures) - most:
         version += f", {resized} of {len(pictures)} slices resized to {size[0]} x {size[1]}"
     return Raw(voxels, affine_from(axcodes, spacing, voxels.shape), (high - low) / 255, low, version)
 
 
 def affine_from(axcodes: str, spacing: Sequence[float], shape: Sequence[int]) -> np.ndarray:
     """Affine [4, 4] of an array whose axes grow towards `axcodes` ("SPL"), with RAS+ 0 mm in its middle."""
-    affine = np.eye(4)
-    affine[:3, :3] = 0
-    for axis, (code, step) in enumerate(zip(axcodes, spacing, strict=True)):
-        row = next(i for i, pair in enumerate(("LR", "PA", "IS")) if code in pair)
-        affine[row, axis] = step if code in "RAS" else -step
+    affine = np.diag([0.0, 0, 0, 1])
+    rows, signs = axcodes2ornt(axcodes).T
+    affine[rows.astype(int), range(3)] = signs * spacing
     affine[:3, 3] = -affine[:3, :3] @ ((np.asarray(shape) - 1) / 2)
     return affine
 
@@ -108,69 +112,62 @@ def _assumed(axcodes: str, spacing: Sequence[float]) -> str:
     return f"{axcodes} and {' x '.join(f'{s:g}' for s in spacing)} mm assumed"
 
 
-def _slices(folder: Path) -> list[Path]:
-    def natural(path: Path) -> list:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
-
-    files = (p for p in folder.iterdir() if p.suffix.lower() in SLICE_SUFFIXES and not p.name.startswith("."))
-    return sorted(files, key=natural)
-
-
 # ---------------------------------------------------------------------------------------------------------- data sets
 
 
+@dataclass
 class Source:
     """A data set: `scans()` lists it, `read(scan)` and `read_label(scan)` read one. Instances pickle to the workers.
 
     Attributes:
+        dataset_dir: the folder that the data set was downloaded to.
         tables: files and folders of lists, labels and reports, which are copied beside the prepared volumes.
         label_values: value in a published label map -> value in the prepared one, all others 0; empty: kept.
     """
 
-    tables: tuple[str, ...] = ()
-    label_values: Mapping[int, int] = {}
+    tables: ClassVar[tuple[str, ...]] = ("lists",)
+    label_values: ClassVar[Mapping[int, int]] = {}
+    dataset_dir: str | os.PathLike
 
-    def __init__(self, dataset_dir: str | os.PathLike) -> None:
-        self.dataset_dir = str(Path(dataset_dir).expanduser())
+    def __post_init__(self) -> None:
+        given, self.dataset_dir = self.dataset_dir, str(Path(self.dataset_dir).expanduser())
         if not os.path.isdir(self.dataset_dir):
-            raise InputError(
-                f"dataset_dir {dataset_dir} is no folder: give the one that the data set was downloaded to"
-            )
+            raise InputError(f"dataset_dir {given} is no folder: give the one that the data set was downloaded to")
 
     def scans(self) -> list[Scan]:
         """All scans, sorted by name, each name once."""
         raise NotImplementedError
 
     def read(self, scan: Scan) -> Raw:
-        raise NotImplementedError
+        return read_volume(scan.image)
 
     def read_label(self, scan: Scan) -> Raw:
-        raise NotImplementedError
+        return read_volume(scan.label)
 
     def _listed(self, scans: Mapping[str, Scan], wanted: str) -> list[Scan]:
         if not scans:
             raise InputError(f"dataset_dir {self.dataset_dir} holds no {wanted}: give the folder above it")
         return [scans[name] for name in sorted(scans)]
 
-    def _walk(self, *folders: str) -> Iterator[tuple[Path, list[str]]]:
-        """Folders below those of `folders` that exist, each with the names in it that are not hidden, sorted."""
+    def _walk(self, *folders: str) -> Iterator[Path]:
+        """Files that are not hidden, in and below those of `folders` that exist, by folder and name."""
         with tqdm(desc="listing", unit="folder", delay=5, leave=False) as bar:
             for top in folders:
                 for folder, subfolders, files in os.walk(os.path.join(self.dataset_dir, top)):
                     subfolders.sort()
                     bar.update()
-                    yield Path(folder), sorted(name for name in files if not name.startswith("."))
+                    yield from (Path(folder, name) for name in sorted(files) if not name.startswith("."))
 
 
+@dataclass
 class CTRate(Source):
     """CT-RATE, both versions, and volumes preprocessed as CT-CLIP does (``train_preprocessed/train_1/train_1a/...``).
 
-    Which version a volume is of is told from itself. A blank header (identity affine) takes spacing, orientation and
-    position from the metadata table; intensities that are no HU take its slope and intercept; nothing is applied to
-    what is right already. Of one name in several folders, `*_fixed` counts before the first version, and that before
-    CT-CLIP's.
+    A volume's own content shows its version. A blank header (identity affine) takes spacing, orientation and position
+    from the metadata table; intensities that are no HU take its slope and intercept; what is right already stays. Of
+    one name in several folders, `*_fixed` counts before the first version, and that before CT-CLIP's.
 
-    Args:
+    Attributes:
         preprocessed_spacing: mm of CT-CLIP's volumes, whose affine is lost, in R, A, S order.
         preprocessed_axcodes: where the index of their arrays grows to: of .npz and of .nii.gz files.
     """
@@ -180,33 +177,27 @@ class CTRate(Source):
         for root in ("dataset/", "")
         for folder in ("radiology_text_reports", "multi_abnormality_labels", "metadata")
     ) + ("lists",)
+    preprocessed_spacing: Sequence[float] = (0.75, 0.75, 1.5)
+    preprocessed_axcodes: Mapping[str, str] = field(default_factory=lambda: {".npz": "SLP", ".nii.gz": "LPS"})
 
-    def __init__(
-        self,
-        dataset_dir: str | os.PathLike,
-        preprocessed_spacing: Sequence[float] = (0.75, 0.75, 1.5),
-        preprocessed_axcodes: Mapping[str, str] = {".npz": "SLP", ".nii.gz": "LPS"},  # noqa: B006
-    ) -> None:
-        super().__init__(dataset_dir)
-        for suffix, axcodes in preprocessed_axcodes.items():
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for suffix, axcodes in self.preprocessed_axcodes.items():
             _check_axcodes(f"preprocessed_axcodes {suffix}", axcodes)
-        self.preprocessed_spacing = tuple(preprocessed_spacing)
-        self.preprocessed_axcodes = dict(preprocessed_axcodes)
 
     def scans(self) -> list[Scan]:
         metadata = self._metadata()
         found: dict[str, Scan] = {}
         roots = [os.path.join(top, split) for split in ("train", "valid") for top in ("dataset", "")]
         folders = [f"{root}{version}" for version in ("_fixed", "", "_preprocessed") for root in roots]
-        for folder, files in self._walk(*folders):
-            for file in files:
-                name = file.removesuffix(".gz").removesuffix(".nii").removesuffix(".npz")
-                parts = name.split("_")
-                if name == file or len(parts) != 4 or name in found:
-                    continue
-                patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
-                output = f"dataset/{parts[0]}_fixed/{patient}/{scan}/{name}.nii"
-                found[name] = Scan(name, str(folder / file), output, metadata=metadata.get(name))
+        for path in self._walk(*folders):
+            name = path.name.removesuffix(".gz").removesuffix(".nii").removesuffix(".npz")
+            parts = name.split("_")
+            if name == path.name or len(parts) != 4 or name in found:
+                continue
+            patient, scan = "_".join(parts[:2]), "_".join(parts[:3])
+            output = f"dataset/{parts[0]}_fixed/{patient}/{scan}/{name}.nii"
+            found[name] = Scan(name, str(path), output, metadata=metadata.get(name))
         return self._listed(found, "dataset/train_fixed, dataset/train or train_preprocessed with volumes of CT-RATE")
 
     def _metadata(self) -> dict[str, dict[str, str]]:
@@ -221,7 +212,7 @@ class CTRate(Source):
                 placing = [c for c in ("ImageOrientationPatient", "ImagePositionPatient") if c in frame.columns]
                 frame = frame.dropna(subset=["VolumeName"])
                 names = frame["VolumeName"].str.strip().str.removesuffix(".nii.gz")
-                rows |= dict(zip(names, frame[[*wanted, *placing]].fillna("").to_dict("records")))
+                rows |= zip(names, frame[[*wanted, *placing]].fillna("").to_dict("records"), strict=True)
         return rows
 
     def read(self, scan: Scan) -> Raw:
@@ -249,13 +240,10 @@ class CTRate(Source):
         rescaled = Raw(raw.voxels, raw.affine, raw.slope * slope, raw.intercept * slope + intercept)
         # Where a header is blank, the rescaling most likely is missing too; where it is right, it most likely is done.
         candidates = [rescaled, raw] if blank else [raw, rescaled]
+        rescaled.version = "v1" if blank else "v2 header, rescaling was missing"
+        raw.version = "v1 header, HU right" if blank else "v2"
         # where neither is HU, the checks refuse the first
-        chosen = next((candidate for candidate in candidates if is_hu(candidate.sample())), candidates[0])
-        if chosen is rescaled:
-            chosen.version = "v1" if blank else "v2 header, rescaling was missing"
-        else:
-            chosen.version = "v1 header, HU right" if blank else "v2"
-        return chosen
+        return next((candidate for candidate in candidates if is_hu(candidate.sample())), candidates[0])
 
     def _read_preprocessed(self, scan: Scan) -> Raw:
         suffix = ".npz" if scan.image.endswith(".npz") else ".nii.gz"
@@ -284,8 +272,8 @@ def _rescaling(scan: Scan) -> tuple[np.ndarray, float, float]:
         if spacing.shape != (3,) or not np.isfinite([*spacing, slope, intercept]).all() or slope == 0:
             raise ValueError
     except (ValueError, SyntaxError, TypeError) as error:
-        told = ", ".join(f"{key} {value!r}" for key, value in row.items())
-        raise Unfit(f"{scan.name} has {told} in the metadata table: correct it", "metadata") from error
+        found = ", ".join(f"{key} {value!r}" for key, value in row.items())
+        raise Unfit(f"{scan.name} has {found} in the metadata table: correct it", "metadata") from error
     return spacing, slope, intercept
 
 
@@ -302,65 +290,57 @@ def _dicom_affine(scan: Scan, spacing: np.ndarray, shape: Sequence[int]) -> np.n
     return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
 
 
+@dataclass
 class RadChestCT(Source):
     """RAD-ChestCT: one .npz a scan, key ``ct``, int16 HU, first axis slices, no geometry in the file.
 
-    Args:
+    Attributes:
         spacing: mm along the array's axes; the publishers resampled to 0.8 mm.
         axcodes: where the array's index grows to, slices first. Look at the contact sheet.
     """
 
-    tables = ("lists",)
+    spacing: Sequence[float] = (0.8, 0.8, 0.8)
+    axcodes: str = "IPL"
 
-    def __init__(
-        self, dataset_dir: str | os.PathLike, spacing: Sequence[float] = (0.8, 0.8, 0.8), axcodes: str = "IPL"
-    ) -> None:
-        super().__init__(dataset_dir)
-        _check_axcodes("axcodes", axcodes)
-        self.spacing, self.axcodes = tuple(spacing), axcodes
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_axcodes("axcodes", self.axcodes)
 
     def scans(self) -> list[Scan]:
         found = {}
-        for folder, files in self._walk(""):
-            for file in files:
-                name = file.removesuffix(".npz")
-                if name != file:
-                    found.setdefault(name, Scan(name, str(folder / file), f"images/{name}.nii"))
+        for path in self._walk(""):
+            if path.suffix == ".npz":
+                found.setdefault(path.stem, Scan(path.stem, str(path), f"images/{path.stem}.nii"))
         return self._listed(found, ".npz files of RAD-ChestCT")
 
     def read(self, scan: Scan) -> Raw:
         return read_npz(scan.image, "ct", self.axcodes, self.spacing)
 
 
+@dataclass
 class CCCCII(Source):
     """CC-CCII: a folder of 8-bit slices a scan, without HU, spacing or orientation; what is assumed are keys.
 
-    Args:
+    Attributes:
         window: HU of grey 0 and of grey 255.
         spacing: mm between slices, rows and columns.
         axcodes: where slices, rows and columns grow to.
     """
 
-    tables = ("lists",)
+    window: Sequence[float] = (-1000.0, 1000.0)
+    spacing: Sequence[float] = (5.0, 0.7, 0.7)
+    axcodes: str = "IPL"
 
-    def __init__(
-        self,
-        dataset_dir: str | os.PathLike,
-        window: Sequence[float] = (-1000.0, 1000.0),
-        spacing: Sequence[float] = (5.0, 0.7, 0.7),
-        axcodes: str = "IPL",
-    ) -> None:
-        super().__init__(dataset_dir)
-        _check_axcodes("axcodes", axcodes)
-        self.window, self.spacing, self.axcodes = tuple(window), tuple(spacing), axcodes
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_axcodes("axcodes", self.axcodes)
 
     def scans(self) -> list[Scan]:
         found: dict[str, Scan] = {}
-        for folder, files in self._walk(""):
-            if any(file.lower().endswith(SLICE_SUFFIXES) for file in files):
-                if folder.name in found:
-                    raise InputError(f"{folder} and {found[folder.name].image} are two scans of one name: rename one")
-                found[folder.name] = Scan(folder.name, str(folder), f"images_resized/{folder.name}.nii")
+        for folder in dict.fromkeys(path.parent for path in self._walk("") if path.suffix.lower() in SLICE_SUFFIXES):
+            if folder.name in found:
+                raise InputError(f"{folder} and {found[folder.name].image} are two scans of one name: rename one")
+            found[folder.name] = Scan(folder.name, str(folder), f"images_resized/{folder.name}.nii")
         return self._listed(found, "folders of .png or .jpg slices")
 
     def read(self, scan: Scan) -> Raw:
@@ -375,20 +355,12 @@ class LUNA16(Source):
 
     def scans(self) -> list[Scan]:
         found = {}
-        for folder, files in self._walk(*(f"subset{i}" for i in range(10))):
-            for file in files:
-                name = file.removesuffix(".mhd")
-                if name != file:
-                    label = os.path.join(self.dataset_dir, "seg-lungs-LUNA16", file)
-                    places = (label, f"masks_processed/{name}.nii") if os.path.isfile(label) else (None, None)
-                    found[name] = Scan(name, str(folder / file), f"images/{name}.nii", *places)
+        for path in self._walk(*(f"subset{i}" for i in range(10))):
+            if path.suffix == ".mhd":
+                label = os.path.join(self.dataset_dir, "seg-lungs-LUNA16", path.name)
+                places = (label, f"masks_processed/{path.stem}.nii") if os.path.isfile(label) else (None, None)
+                found[path.stem] = Scan(path.stem, str(path), f"images/{path.stem}.nii", *places)
         return self._listed(found, "subset0 to subset9 with .mhd files")
-
-    def read(self, scan: Scan) -> Raw:
-        return read_itk(scan.image)
-
-    def read_label(self, scan: Scan) -> Raw:
-        return read_itk(scan.label)
 
 
 class BTCV(Source):
@@ -398,21 +370,15 @@ class BTCV(Source):
 
     def scans(self) -> list[Scan]:
         found = {}
-        for folder, files in self._walk("imagesTr", "imagesTs"):
-            for file in files:
-                stem = file.removesuffix(".gz").removesuffix(".nii")
-                if stem == file:
-                    continue
-                labels = Path(self.dataset_dir, "labelsTr")
-                candidates = [labels / file, labels / file.replace("img", "label")]
-                label = next((p for p in candidates if p.is_file()), None) if folder.name == "imagesTr" else None
-                name = f"{folder.name}/{stem}"
-                label_output = label and f"labelsTr/{label.name.removesuffix('.gz').removesuffix('.nii')}.nii"
-                found[name] = Scan(name, str(folder / file), f"{name}.nii", label and str(label), label_output)
+        labels = Path(self.dataset_dir, "labelsTr")
+        for path in self._walk("imagesTr", "imagesTs"):
+            stem = path.name.removesuffix(".gz").removesuffix(".nii")
+            if stem == path.name:
+                continue
+            folder = path.parent.name
+            candidates = [labels / path.name, labels / path.name.replace("img", "label")]
+            label = next((p for p in candidates if p.is_file()), None) if folder == "imagesTr" else None
+            name = f"{folder}/{stem}"
+            label_output = label and f"labelsTr/{label.name.removesuffix('.gz').removesuffix('.nii')}.nii"
+            found[name] = Scan(name, str(path), f"{name}.nii", label and str(label), label_output)
         return self._listed(found, "imagesTr with .nii.gz files")
-
-    def read(self, scan: Scan) -> Raw:
-        return read_nifti(scan.image)
-
-    def read_label(self, scan: Scan) -> Raw:
-        return read_nifti(scan.label)

@@ -21,7 +21,7 @@ from isal import igzip
 from custom_components.data.lists import CT_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES
 from custom_components.errors import InputError
 
-# Outside of what any scanner makes: they find zero, metres and micrometres, and intensities that are not HU.
+# beyond what any scanner makes: they find zero, metres and micrometres, and intensities that are not HU
 MIN_SLICES = 3
 SPACING = (0.05, 20.0)  # mm
 EXTENT = (20.0, 2500.0)  # mm
@@ -77,10 +77,9 @@ class Raw:
 
 def is_hu(sample: np.ndarray) -> bool:
     """Whether intensities can be HU of a trunk: it has air (below -500) and tissue (above 0), nothing far beyond."""
-    return bool(np.isfinite(sample).all()) and _between(*np.percentile(sample, PERCENTILES)[::2])
-
-
-def _between(low: float, high: float) -> bool:
+    if not np.isfinite(sample).all():
+        return False
+    low, _, high = np.percentile(sample, PERCENTILES)
     return bool(LOW_HU[0] < low < LOW_HU[1] and HIGH_HU[0] < high < HIGH_HU[1])
 
 
@@ -117,16 +116,17 @@ def check_voxels(path: str | os.PathLike, raw: Raw, check_hu: bool = True) -> np
         raise Unfit(f"{path} holds NaN or infinity in {count} of {voxels.size} voxels: export it again", "non_finite")
     if not np.isfinite([raw.slope, raw.intercept]).all() or raw.slope == 0:
         raise Unfit(f"{path} has a rescaling of {raw.slope:g} x + {raw.intercept:g}: correct its header", "not_hu")
-    low, middle, high = np.percentile(raw.sample(), PERCENTILES)
+    sample = raw.sample()
+    percentiles = low, _, high = np.percentile(sample, PERCENTILES)
     if low == high:
         raise Unfit(f"{path} is empty, 99 % of its voxels are {low:g}: export it again", "empty")
-    if check_hu and not _between(low, high):
+    if check_hu and not is_hu(sample):
         raise Unfit(
             f"{path} has intensities from {low:g} to {high:g}, which are not HU (air is -1000, water 0): apply the "
             "rescale slope and intercept, once (those of CT-RATE's first version are in its metadata CSV)",
             "not_hu",
         )
-    return np.array([low, middle, high])
+    return percentiles
 
 
 def _sizes(values: Any) -> str:
@@ -171,12 +171,10 @@ def read_volume(path: str | os.PathLike) -> Raw:
     if not path.exists():
         raise Unfit(f"{path} does not exist: give the path of a CT file or of a DICOM folder")
     with reading(path):
-        if path.is_dir():
-            return read_dicom(path)
+        if path.is_dir() or name.endswith(ITK_SUFFIXES):
+            return read_itk(path)
         if name.endswith(NIFTI_SUFFIXES):
             return read_nifti(path)
-        if name.endswith(ITK_SUFFIXES):
-            return read_itk(path)
     raise Unfit(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: convert it to one")
 
 
@@ -191,8 +189,8 @@ def read_nifti(path: str | os.PathLike) -> Raw:
         kind = nib.Nifti2Header if file.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
         file.seek(0)
         header = kind.from_fileobj(file)
-        shape, dtype, offset = header.get_data_shape(), header.get_data_dtype(), int(header.get_data_offset())
-        shape = _three_axes(path, shape)
+        dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
+        shape = _three_axes(path, header.get_data_shape())
         if dtype.kind not in "iuf":
             raise Unfit(f"{path} holds {dtype}, not one number a voxel: export it as a CT", "wrong_dimensions")
         count = int(np.prod(shape, dtype=np.int64))
@@ -203,12 +201,11 @@ def read_nifti(path: str | os.PathLike) -> Raw:
         else:
             file.seek(offset)
             voxels = np.empty(count, dtype)
-            content, at = memoryview(voxels).cast("B"), 0
-            while at < len(content):
-                length = file.readinto(content[at : at + (1 << 20)])
-                if not length:
+            content = memoryview(voxels).cast("B")
+            for at in range(0, len(content), 1 << 20):
+                part = content[at : at + (1 << 20)]
+                if file.readinto(part) < len(part):
                     raise EOFError("its voxels are cut off")
-                at += length
             while file.read(1 << 20):  # on to the check sum
                 pass
     slope, intercept = header.get_slope_inter()
@@ -217,26 +214,16 @@ def read_nifti(path: str | os.PathLike) -> Raw:
     return Raw(voxels.reshape(shape, order="F"), affine, slope, intercept, "NIfTI")
 
 
-def read_itk(path: str | os.PathLike) -> Raw:
-    """A .nrrd, .nhdr, .mha or .mhd with its voxels."""
+def read_itk(path: Path) -> Raw:
+    """A .nrrd, .nhdr, .mha or .mhd with its voxels, or a folder with one DICOM series."""
     import itk  # takes a second, which files of other formats need not
 
-    path = Path(path)
-    if path.suffix.lower() == ".mhd":
-        _check_mhd(path)
-    return _of_itk(path, _by_itk(itk.imread, str(path)))
-
-
-def _by_itk(read: Callable, *arguments: Any) -> Any:
-    try:
-        return read(*arguments)
-    except Exception as error:  # its text is about ITK's own source files
-        raise ValueError("its header or its voxels are missing, cut off or of another format") from error
-
-
-def _of_itk(path: Path, image: Any) -> Raw:
-    import itk
-
+    if path.is_dir():
+        image = _read_dicom(path)
+    else:
+        if path.suffix.lower() == ".mhd":
+            _check_mhd(path)
+        image = _by_itk(itk.imread, str(path))
     shape = _three_axes(path, (*itk.size(image), image.GetNumberOfComponentsPerPixel()))
     affine = np.eye(4)
     affine[:3, :3] = itk.array_from_matrix(image.GetDirection())[:3, :3] * np.asarray(image.GetSpacing())[:3]
@@ -244,6 +231,13 @@ def _of_itk(path: Path, image: Any) -> Raw:
     # ITK's +x is left and +y posterior, NIfTI's right and anterior
     affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     return Raw(itk.array_from_image(image).T.reshape(shape, order="F"), affine, version="ITK")
+
+
+def _by_itk(read: Callable, *arguments: Any) -> Any:
+    try:
+        return read(*arguments)
+    except Exception as error:  # its text is about ITK's own source files
+        raise ValueError("its header or its voxels are missing, cut off or of another format") from error
 
 
 def _check_mhd(path: Path) -> None:
@@ -266,11 +260,8 @@ def _check_mhd(path: Path) -> None:
         raise EOFError(f"{data.name} has {size} bytes, and the header tells of {expected}")
 
 
-def read_dicom(folder: str | os.PathLike) -> Raw:
-    """A folder with one DICOM series, without gaps.
-
-    ITK would take the first of several, or stretch the slices over the place of a missing one: here both are errors.
-    """
+def _read_dicom(folder: Path) -> Any:
+    """ITK would take the first of several series, or stretch slices over a missing one's place: both are errors."""
     import itk
 
     finder = itk.GDCMSeriesFileNames.New()
@@ -291,10 +282,7 @@ def read_dicom(folder: str | os.PathLike) -> Raw:
             f"{folder} has slices {meta[key]:.1f} mm off an even spacing: "
             "files of the series are missing or damaged, export it again"
         )
-    return _of_itk(Path(folder), image)
-
-
-# ------------------------------------------------------------------------------------------------------- interpolation
+    return image
 
 
 def linear_weights(places: np.ndarray, size: int, width: float = 1.0) -> np.ndarray:

@@ -551,6 +551,12 @@ def test_splits_of_ones_own_reports(mine: dict) -> None:
         volumes("pretrain", (), reports="reports.jsonl", **mine, split_column="fold")
 
 
+def test_a_split_without_a_table_is_said(mine: dict) -> None:
+    write_lines(mine["dataset_dir"] / "reports.jsonl", REPORTS)
+    with pytest.raises(InputError, match="has no reports of split valid .none is named;"):
+        volumes("pretrain", (), "valid", reports={"train": "reports.jsonl", "valid": None}, **mine)
+
+
 def test_labels_beside_reports(mine: dict) -> None:
     write_lines(mine["dataset_dir"] / "reports.jsonl", REPORTS)
     table = pd.DataFrame({"scan": list("dcba"), "fluid": [1, 1, 0, 0], "Nodule": [0, 0, 0, 1]})

@@ -589,6 +589,15 @@ def test_a_raw_that_is_cut_off_makes_no_volume(truth: Truth, tmp_path: Path) -> 
     assert refused.value.reason == "unreadable"
 
 
+def test_a_damaged_label_is_named_and_not_its_scan(truth: Truth, tmp_path: Path) -> None:
+    for name, voxels in (("imagesTr/a.nii.gz", truth.volume), ("labelsTr/a.nii.gz", truth.organs)):
+        save(tmp_path / name, voxels, truth.affine)
+    label = tmp_path / "labelsTr" / "a.nii.gz"
+    label.write_bytes(label.read_bytes()[:-100])
+    with pytest.raises(Unfit, match=f"{label} cannot be read"):
+        prepare_scan(source := BTCV(tmp_path), only(source), Recipe(**RECIPE), tmp_path / "out")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", FUZZED)
 def test_no_damaged_file_of_many_makes_a_volume(truth: Truth, tmp_path: Path, kind: str) -> None:
