@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -19,12 +20,9 @@ from custom_components.errors import InputError
 
 
 class AutocastInferer(SimpleInferer):
-    """Forward pass in bfloat16 on any device. Needs no gradient scaler, unlike ``SupervisedTrainer(amp=True)``.
+    """Forward pass in bfloat16 if ``amp``. Needs no gradient scaler, unlike ``SupervisedTrainer(amp=True)``.
 
     A network's tensor comes out in float32, so that any loss or metric may follow; any other output as it is.
-
-    Args:
-        amp: whether to autocast at all.
     """
 
     def __init__(self, amp: bool = True) -> None:
@@ -47,9 +45,7 @@ class WindowInferer(SlidingWindowInferer):
         roi_size: the network's region, in voxels. Smaller volumes are padded with air.
         sw_batch_size: windows in one forward pass.
         overlap: share of a window that it has in common with the next.
-        amp: as :class:`AutocastInferer` has it.
         slab_windows: windows along the last axis in one slab.
-        progress: whether to show a bar over windows.
     """
 
     def __init__(
@@ -86,23 +82,23 @@ class WindowInferer(SlidingWindowInferer):
         return output
 
 
+@dataclass
 class ReadableLoader:
     """Batches of one from a data set, passing over items that cannot be read; a progress bar shows how far it is.
 
     Args:
         dataset: whose items have a ``name``.
         num_workers: processes that read ahead.
-        description: what the progress bar calls this.
+        description: the progress bar's.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
     """
 
-    def __init__(self, dataset: Dataset, num_workers: int = 0, description: str | None = None) -> None:
-        self.dataset = dataset
-        self.num_workers = num_workers
-        self.description = description
-        self.failures: list[tuple[str, str]] = []
+    dataset: Dataset
+    num_workers: int = 0
+    description: str | None = None
+    failures: list[tuple[str, str]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
@@ -124,11 +120,11 @@ class ReadableLoader:
             )
 
 
+@dataclass
 class _Attempts(torch.utils.data.Dataset):
     """Each item with its name and the reason why it cannot be read, or None."""
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    dataset: Dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
