@@ -151,14 +151,12 @@ class Checkpointer:
             self.loss_check()
         if rank() > 0:
             return
-        for item in self.objects.values():
-            if isinstance(item, nn.Module) and not all(
-                p.isfinite().all() for p in item.parameters() if p.requires_grad
-            ):
-                raise InputError(
-                    f"{self.path}: not written, since the weights are no longer finite; lower learning_rate or set amp "
-                    "to false, and give --resume the path of the checkpoint that is there"
-                )
+        modules = [item for item in self.objects.values() if isinstance(item, nn.Module)]
+        if not all(p.isfinite().all() for module in modules for p in module.parameters() if p.requires_grad):
+            raise InputError(
+                f"{self.path}: not written, since the weights are no longer finite; lower learning_rate or set amp to "
+                "false, and give --resume the path of the checkpoint that is there"
+            )
         loader = engine.data_loader
         epoch, batch = divmod(engine.state.iteration, engine.state.epoch_length)
         position = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
 import json
 import os
 import re
@@ -34,12 +35,10 @@ def start(
 ) -> None:
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
-    Errors that a person can mend end in one line from here on (:class:`OneLineErrors`); the components are the
-    bundle's own (:func:`check_components`); freed memory stays with the process where there is no GPU
-    (:func:`custom_components.cpu.keep_freed`).
+    Errors that a person can mend end in one line from here on (:class:`OneLineErrors`), the components are the bundle's
+    own (:func:`check_components`), and freed memory stays with the process where there is no GPU.
 
     Args:
-        bundle_root: folder of the bundle.
         seed: of Python's, NumPy's and torch's random numbers, with deterministic algorithms; None for a run that draws
             none.
         timeout_minutes: under torchrun, how long a process waits for the others; None where one process works alone.
@@ -62,9 +61,9 @@ def start(
 def check_components(bundle_root: str | Path) -> None:
     """Make sure that a bundle runs on its own components, or on equal ones that another bundle brought before it.
 
-    Every exported bundle brings ``custom_components``, and Python imports the first one only. An export holds the
-    modules that its bundle needs and no others: from here on, what is not loaded yet is found in this bundle. A bundle
-    without components, as in the repository, takes what is installed.
+    Every exported bundle brings ``custom_components``, with the modules that it needs and no others, and Python imports
+    the first one only. What is not loaded yet is found in this bundle from here on. A bundle without components, as in
+    the repository, takes what is installed.
 
     Raises:
         InputError: a module of the bundle differs from the one of that name in the components already loaded.
@@ -74,15 +73,12 @@ def check_components(bundle_root: str | Path) -> None:
     if own in folders or not own.is_dir():
         return
     modules = sorted(module.relative_to(own) for module in own.rglob("*.py"))
-    for module in modules:
-        for folder in folders:
-            other = folder / module
-            if other.is_file() and other.read_bytes() != (own / module).read_bytes():
-                raise InputError(
-                    f"{own} ({version(own)}): its {module} is not that of {folder} ({version(folder)}), on which "
-                    "this process runs already: run the bundles in processes of their own, or export both anew from "
-                    "one version"
-                )
+    for module, folder in itertools.product(modules, folders):
+        if (folder / module).is_file() and (folder / module).read_bytes() != (own / module).read_bytes():
+            raise InputError(
+                f"{own} ({version(own)}): its {module} is not that of {folder} ({version(folder)}), on which this "
+                "process runs already: run the bundles in processes of their own, or export both anew from one version"
+            )
     custom_components.__path__.append(str(own))
     for package in {module.parent.name for module in modules} - {""}:
         importlib.import_module(f"{custom_components.__name__}.{package}").__path__.append(str(own / package))
@@ -97,11 +93,10 @@ def version(folder: Path) -> str:
 
 
 class OneLineErrors:
-    """Print an :class:`InputError`, or a full disk, as one line instead of nested tracebacks.
+    """A ``sys.excepthook`` that prints an :class:`InputError`, or a full disk, as one line; any other error in full.
 
-    Installs itself as ``sys.excepthook``, so the exit code stays 1; any other exception is shown in full. Under
-    torchrun, a process that fails ends at once, so that the others do not wait for it. Ranks above 0 wait a moment
-    before they print, so that rank 0 alone reports what goes wrong in all of them.
+    Under torchrun, a process that fails ends at once, so that the others do not wait for it. Ranks above 0 wait a
+    moment before they print, so that rank 0 alone reports what goes wrong in all of them.
     """
 
     PATTERN = re.compile(rf"^(?:.*\.)?{InputError.__name__}: (.+)$", re.MULTILINE)
