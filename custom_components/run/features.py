@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -127,13 +128,11 @@ class OnlineFeatures:
     Slow where the encoder is frozen, and the only way where it is fine-tuned.
 
     Args:
-        network: the probe.
+        network: the probe, on ``device``.
         read: deterministic transforms that every volume starts with.
         plain, augment: transforms that follow for evaluation, and for training.
-        device: where the network is.
         amp: encode in bfloat16.
         seed: of order and augmentation.
-        num_workers: processes that read ahead.
         batch_size: volumes per forward pass of an evaluation.
     """
 
@@ -222,9 +221,8 @@ class FeatureCache(OnlineFeatures):
 
     def folders(self) -> tuple[Path, Path]:
         """Folder of plain and of augmented views, for the network's weights as they are now."""
-        transforms = [self.read, self.plain]
-        encoder = {"version": CACHE_VERSION, "encoder": self.encoder_key(), "amp": self.amp}
-        key = describe(encoder | {"transforms": transforms})
+        chain = [self.read, self.plain]
+        key = describe({"version": CACHE_VERSION, "encoder": self.encoder_key(), "transforms": chain, "amp": self.amp})
         augmentation = describe({"augment": self.augment, "seed": self.seed})
         folder = self.cache_dir / _hash(key)
         folder.mkdir(parents=True, exist_ok=True)
@@ -283,12 +281,14 @@ class FeatureCache(OnlineFeatures):
 
     def _encode(self, items: Sequence[Mapping[str, Any]], description: str) -> dict[str, str]:
         """Write each item's ``files``, a feature per view; returns names and reasons of those that cannot be read."""
-        loader = ReadableLoader(_Views(items, self), self.num_workers, description)
+        views = partial(_views, read=self.read, plain=self.plain, augment=self.augment, seed=self.seed)
+        data = [{**item, "index": index} for index, item in enumerate(items)]
+        loader = ReadableLoader(monai.data.Dataset(data, views), self.num_workers, description)
         with eval_mode(self.network):
             for batch in loader:
-                views = batch["image"][0].to(self.device).split(self.batch_size)
+                chunks = batch["image"][0].to(self.device).split(self.batch_size)
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    features = torch.cat([self.network.features(chunk) for chunk in views]).float().cpu().numpy()
+                    features = torch.cat([self.network.features(chunk) for chunk in chunks]).float().cpu().numpy()
                 for file, feature in zip(items[batch["index"]]["files"].values(), features, strict=True):
                     with replacing(file) as temporary, open(temporary, "wb") as stream:
                         np.save(stream, feature)
@@ -311,29 +311,17 @@ def probe_features(cache_dir: str | None, num_views: int, **options: Any) -> Onl
     return FeatureCache(cache_dir=cache_dir, num_views=num_views, **options)
 
 
-class _Views(Dataset):
-    """Volumes in the views of their ``files``: ``image [V, 1, X, Y, Z]`` and ``index``."""
-
-    def __init__(self, data: Sequence[Mapping[str, Any]], cache: FeatureCache) -> None:
-        self.data = data
-        # not the cache itself, whose network would go along to every worker
-        self.read, self.plain, self.augment, self.seed = cache.read, cache.plain, cache.augment, cache.seed
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.data[index]
-        volume = self.read({"image": item["image"], "name": item["name"]})
-        views = []
-        for view in item["files"]:
-            transform = self.augment if view else self.plain
-            if view:
-                digest = hashlib.sha256(f"{self.seed} {item['name']} {view}".encode()).digest()
-                transform.set_random_state(seed=int.from_bytes(digest[:4], "little"))
-            image = transform({**volume, "image": volume["image"].clone()})["image"]
-            views.append(torch.as_tensor(image).as_subclass(Tensor))
-        return {"image": torch.stack(views), "index": index}
+def _views(item: Mapping[str, Any], read: Callable, plain: Callable, augment: Compose, seed: int) -> dict[str, Any]:
+    """A volume in the views of its ``files``: ``image [V, 1, X, Y, Z]``, and the item's ``index``."""
+    volume = read({"image": item["image"], "name": item["name"]})
+    views = []
+    for view in item["files"]:
+        if view:
+            digest = hashlib.sha256(f"{seed} {item['name']} {view}".encode()).digest()
+            augment.set_random_state(seed=int.from_bytes(digest[:4], "little"))
+        image = (augment if view else plain)({**volume, "image": volume["image"].clone()})["image"]
+        views.append(torch.as_tensor(image).as_subclass(Tensor))
+    return {"image": torch.stack(views), "index": item["index"]}
 
 
 def _load(file: Path) -> np.ndarray | None:

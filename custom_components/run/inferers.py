@@ -42,9 +42,7 @@ class WindowInferer(SlidingWindowInferer):
     overlap are computed for both, so the result is that of one pass, but fp32 sums exist for one slab at a time.
 
     Args:
-        roi_size: the network's region, in voxels. Smaller volumes are padded with air.
-        sw_batch_size: windows in one forward pass.
-        overlap: share of a window that it has in common with the next.
+        roi_size, sw_batch_size, overlap, progress: MONAI's. Volumes smaller than ``roi_size`` are padded with air.
         slab_windows: windows along the last axis in one slab.
     """
 
@@ -88,7 +86,6 @@ class ReadableLoader:
 
     Args:
         dataset: whose items have a ``name``.
-        num_workers: processes that read ahead.
         description: the progress bar's.
 
     Attributes:
@@ -102,7 +99,8 @@ class ReadableLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
-        loader = DataLoader(_Attempts(self.dataset), self.num_workers, collate_fn=itemgetter(0))
+        attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
+        loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
         for item, name, reason in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
             if reason is None:
                 yield list_data_collate([item])
@@ -120,23 +118,15 @@ class ReadableLoader:
             )
 
 
-@dataclass
-class _Attempts(torch.utils.data.Dataset):
-    """Each item with its name and the reason why it cannot be read, or None."""
-
-    dataset: Dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, str, str | None]:
-        name = self.dataset.data[index]["name"]
-        try:
-            return self.dataset[index], name, None
-        except Exception as error:  # MONAI wraps what a transform raises; anything else is a bug and goes on up
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError):
-                cause = cause.__cause__
-            if cause is None:
-                raise
-            return None, name, str(cause)
+def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, str | None]:
+    """An item with its name and the reason why it cannot be read, or None."""
+    name = dataset.data[index]["name"]
+    try:
+        return dataset[index], name, None
+    except Exception as error:  # MONAI wraps what a transform raises; anything else is a bug and goes on up
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        return None, name, str(cause)

@@ -112,8 +112,8 @@ def import_weights(
         patch_size, pos_embed, seed: patch, formula of the positions and random start, for a 2D checkpoint only.
 
     Raises:
-        InputError: no such checkpoint, unreadable, of another network, incomplete, or not finite; ``img_size`` does not
-            give the file's number of patches; ``encoder_file`` exists, or cannot be written.
+        InputError: no such checkpoint, unreadable, of another network or ``img_size``, incomplete, or not finite;
+            ``encoder_file`` exists, or cannot be written.
     """
     found = _published(checkpoint, encoder_file, "encoder_file")
     fc1, proj = found.get("blocks.0.mlp.fc1.weight"), found.get("patch_embed.proj.weight")

@@ -39,19 +39,15 @@ logger = logging.getLogger(__name__)
 class LossCheck:
     """Ends a training whose loss is no longer finite, and names the files of the batch.
 
-    The losses stay on the device and are looked at together, since each look waits for it.
+    The losses stay on the device until they are looked at together, since each look waits for it.
 
     Args:
-        dataloader: of the training.
         interval: iterations between two looks.
     """
 
     dataloader: SeededDataLoader
     interval: int = 10
     pending: dict[int, Tensor] = field(default_factory=dict, init=False)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
 
     def iteration_completed(self, engine: Engine) -> None:
         self.pending[engine.state.iteration] = engine.state.output[CommonKeys.LOSS].detach()
@@ -83,7 +79,6 @@ class Checkpointer:
     Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share.
 
     Args:
-        path: the checkpoint.
         objects: what to keep by name (network, optimizer, lr_scheduler, ...): anything with a state dict.
         weights: modules by file name beside ``path``: state dicts, written at the end of epochs. None is left out.
         interval: epochs between two checkpoints; the last epoch always writes one.
@@ -91,7 +86,7 @@ class Checkpointer:
             and replaces what is there. A path resumes from that file.
         minutes: time between two checkpoints within an epoch, after a step of the optimiser; None writes none.
         recipe: settings of the training. ``auto`` refuses a checkpoint of another recipe.
-        loss_check: attached to the same engine, ahead of the checkpoints, and called before anything is written.
+        loss_check: sees every loss, and is called before anything is written.
 
     Raises:
         InputError: nothing readable to resume from, or made by another recipe, or it does not fit the network.
@@ -121,7 +116,7 @@ class Checkpointer:
                 "custom_components.run.seeded.SeededDataLoader, without which no checkpoint can be resumed"
             )
         if self.loss_check is not None:
-            self.loss_check.attach(engine)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.loss_check.iteration_completed)
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
@@ -217,15 +212,14 @@ class Checkpointer:
 
     def _compare_recipe(self, path: Path, saved: Mapping[str, Any]) -> None:
         changed = [key for key in self.recipe if key in saved and self.recipe[key] != saved[key]]
-        if not changed:
-            return
-        told = "; ".join(f"{key} was {saved[key]} and is {self.recipe[key]}" for key in changed)
-        if self.resume == "auto":
+        changes = "; ".join(f"{key} was {saved[key]} and is {self.recipe[key]}" for key in changed)
+        if changed and self.resume == "auto":
             raise InputError(
-                f"{path}: was trained by another recipe ({told}). Give the old values to go on, --models_dir another "
-                f"folder or --resume null to start anew, or --resume {path} to go on by the new recipe"
+                f"{path}: was trained by another recipe ({changes}). Give the old values to go on, --models_dir "
+                f"another folder or --resume null to start anew, or --resume {path} to go on by the new recipe"
             )
-        logger.warning(f"{path}: going on by another recipe ({told})")
+        if changed:
+            logger.warning(f"{path}: going on by another recipe ({changes})")
 
     def _restore_position(self, path: Path, engine: SupervisedTrainer, saved: Mapping[str, int]) -> None:
         loader, state = engine.data_loader, engine.state
@@ -251,7 +245,7 @@ class Checkpointer:
 
 def _state(item: Any) -> dict[str, Any]:
     """``item.state_dict()``, without frozen parameters."""
-    frozen = frozen_parameters(item) if isinstance(item, nn.Module) else set()
+    frozen = frozen_parameters(item) if isinstance(item, nn.Module) else {}
     return {name: value for name, value in item.state_dict().items() if name not in frozen}
 
 
@@ -286,9 +280,7 @@ class KeepBest:
 
     Args:
         network: whose state dict is written.
-        evaluator: whose metric counts.
-        metric: its name; higher is better.
-        path: of the weights.
+        evaluator, metric: the metric that counts; higher is better.
         patience: validations without improvement before the training ends; None never ends it.
     """
 

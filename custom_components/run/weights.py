@@ -51,14 +51,14 @@ def save_atomically(content: Any, path: str | Path, previous: str | Path | None 
         ) from error
 
 
-def frozen_parameters(module: nn.Module) -> set[str]:
-    """Names of the parameters that do not train."""
-    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that do not train, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
 def fingerprint(module: nn.Module) -> str | None:
     """A number for the frozen parameters of a module, or None if it has none; precision beyond bfloat16 is ignored."""
-    frozen = {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    frozen = frozen_parameters(module)
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in frozen.items():
         digest.update(name.encode())
@@ -165,14 +165,13 @@ def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
     Frozen weights, which :class:`custom_components.run.resume.Checkpointer` leaves out, are compared instead.
 
     Raises:
-        InputError: unreadable file, any tensor missing or of another size; names the first. Or other frozen weights.
+        InputError: unreadable file, any tensor missing or of another size, or other frozen weights.
     """
-    content = load_file(checkpoint)
-    kept_elsewhere: set[str] = set()
+    content, left_out = load_file(checkpoint), {}
     if isinstance(content, Mapping) and "frozen" in content:
         check_fingerprint(module, content["frozen"].get("network"), checkpoint)
-        kept_elsewhere = frozen_parameters(module)
-    _fill(module, checkpoint, content, lambda name: name not in kept_elsewhere)
+        left_out = frozen_parameters(module)
+    _fill(module, checkpoint, content, lambda name: name not in left_out)
     return module
 
 
