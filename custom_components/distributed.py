@@ -61,10 +61,8 @@ def local_device() -> torch.device:
 def start(device: torch.device, timeout_minutes: float = 10.0) -> None:
     """Join the processes that torchrun started: nccl between GPUs, gloo between CPUs. Ranks above 0 log warnings alone.
 
-    Args:
-        device: of this process.
-        timeout_minutes: how long a process waits for the others before it gives up. It must exceed the time that
-            rank 0 alone takes to make its data or to write a checkpoint.
+    A process gives up when it has waited for the others for ``timeout_minutes``, which must exceed the time that rank 0
+    alone takes to make its data or to write a checkpoint.
     """
     _environment("RANK")
     hook = sys.excepthook

@@ -40,12 +40,9 @@ class ExportError(ValueError):
 
 def module_of(dotted: str) -> Path | None:
     """The file of the module that a dotted name such as ``.run.start.start`` leads to or through, below the package."""
-    folder = PACKAGE
-    for part in dotted.strip(".").split("."):
-        if (folder / f"{part}.py").is_file():
-            return folder / f"{part}.py"
-        folder = folder / part
-    return None
+    parts = dotted.strip(".").split(".")
+    files = (PACKAGE.joinpath(*parts[:depth]).with_suffix(".py") for depth in range(1, len(parts) + 1))
+    return next((file for file in files if file.is_file()), None)
 
 
 def imported(module: Path) -> set[str]:
@@ -212,9 +209,9 @@ def export(
             advice = "for the model zoo, which takes no such file, host it elsewhere and give --weights_url"
             if weights_url:
                 advice = f"left out, put what is in {bundle / 'models'} at {weights_url}"
+                for path in large:
+                    path.unlink()
             logger.warning(f"{', '.join(path.name for path in large)}: over 25 MB; {advice}")
-            for path in large if weights_url else []:
-                path.unlink()
         refuse_paths(work, {Path.home(), PACKAGE.resolve().parent, bundle})
         stamp = {"bundle": bundle.name, "version": metadata["version"], "sha256": content_hash(work)}
         (work / PACKAGE.name / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")

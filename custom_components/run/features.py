@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -42,7 +42,7 @@ def describe(configured: Any) -> str:
 
 
 def _parts(thing: Any) -> Any:
-    """What JSON does not know, by what it does."""
+    """What stands in JSON for a thing that it does not know."""
     if isinstance(thing, (Transform, ImageReader)):
         arguments = {*inspect.signature(type(thing).__init__).parameters, "kwargs"}
         return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}"} | {
@@ -52,10 +52,8 @@ def _parts(thing: Any) -> Any:
         }
     if isinstance(thing, (Tensor, np.ndarray, np.generic)):
         return thing.tolist()
-    if isinstance(thing, Mapping):
-        return dict(thing)
-    if isinstance(thing, (Sequence, set, frozenset)):
-        return list(thing)
+    if isinstance(thing, Collection):
+        return list(thing.items() if isinstance(thing, Mapping) else thing)
     if inspect.isfunction(thing):
         return [thing.__module__, thing.__qualname__, thing.__code__.co_code.hex(), str(thing.__code__.co_consts)]
     return str(thing) if isinstance(thing, (type, torch.dtype, np.dtype, Enum)) else type(thing).__qualname__
@@ -191,7 +189,6 @@ class FeatureCache(OnlineFeatures):
     the seed. Names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
 
     Args:
-        cache_dir: where the files lie.
         num_views: per training volume; ``batch_size`` counts views. All else as in :class:`OnlineFeatures`.
     """
 

@@ -42,20 +42,13 @@ class WindowInferer(SlidingWindowInferer):
     overlap are computed for both, so the result is that of one pass, but fp32 sums exist for one slab at a time.
 
     Args:
-        roi_size, sw_batch_size, overlap, progress: MONAI's. Volumes smaller than ``roi_size`` are padded with air.
+        roi_size: the network's region, in voxels. Smaller volumes are padded with air.
         slab_windows: windows along the last axis in one slab.
+        options: MONAI's, such as ``sw_batch_size`` and ``overlap``.
     """
 
-    def __init__(
-        self,
-        roi_size: Sequence[int],
-        sw_batch_size: int = 4,
-        overlap: float = 0.5,
-        amp: bool = True,
-        slab_windows: int = 8,
-        progress: bool = False,
-    ) -> None:
-        super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cval=-1.0, progress=progress)
+    def __init__(self, roi_size: Sequence[int], amp: bool = True, slab_windows: int = 8, **options: Any) -> None:
+        super().__init__(roi_size, mode="gaussian", cval=-1.0, **options)
         self.forward = AutocastInferer(amp)
         self.slab_windows = slab_windows
 
@@ -86,7 +79,6 @@ class ReadableLoader:
 
     Args:
         dataset: whose items have a ``name``.
-        description: the progress bar's.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.

@@ -50,10 +50,8 @@ def _import(
         else:
             rows.append(("taken", name, there, "as stored" if there.dtype == tensor.dtype else f"from {there.dtype}"))
     for name, tensor in found.items():
-        if name not in own:
-            rows.append(("skipped", name, tensor, "no part of this network"))
-        elif not wanted(name):
-            rows.append(("skipped", name, tensor, "of no use to this network"))
+        if name not in own or not wanted(name):
+            rows.append(("skipped", name, tensor, f"{'of no use to' if name in own else 'no part of'} this network"))
     table = pd.DataFrame(rows, columns=["status", "tensor", "shape", "reason"])
     table["shape"] = ["x".join(map(str, tensor.shape)) for tensor in table["shape"]]
     table["reason"] = [reasons.get(f"{row.status} {row.tensor}", row.reason) for row in table.itertuples()]
@@ -182,7 +180,6 @@ def import_unetr(network: nn.Module, checkpoint: str | Path, model_file: str | P
 
     Args:
         network: a :class:`custom_components.unetr.SimCroPUNETR` of the checkpoint's sizes; returned filled.
-        checkpoint: the published file; loaded as weights only, never executed.
         model_file: where to write, with the table of tensors beside it; must not exist.
 
     Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ class SeededDataLoader(DataLoader):
             num_workers,
             batch_size=batch_size,
             sampler=EpochSampler(dataset, world_size(), rank(), seed=seed),
-            collate_fn=_SeededCollate(collate_fn),
+            collate_fn=partial(_seeded, collate_fn),
             **kwargs,
         )
 
@@ -120,13 +121,8 @@ class _SeededItems(torch.utils.data.Dataset):
         return seed, self.items[place[1]]
 
 
-@dataclass
-class _SeededCollate:
-    """Runs a collate function with torch's CPU generator started from the first item's seed, and then set back."""
-
-    collate: Callable[[Sequence[Any]], Any]
-
-    def __call__(self, seeded: Sequence[tuple[int, Any]]) -> Any:
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seeded[0][0])
-            return self.collate([item for _, item in seeded])
+def _seeded(collate: Callable[[Sequence[Any]], Any], items: Sequence[tuple[int, Any]]) -> Any:
+    """Collates with torch's CPU generator started from the first item's seed, and then set back."""
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(items[0][0])
+        return collate([item for _, item in items])

@@ -39,8 +39,7 @@ def start(
     own (:func:`check_components`), and freed memory stays with the process where there is no GPU.
 
     Args:
-        seed: of Python's, NumPy's and torch's random numbers, with deterministic algorithms; None for a run that draws
-            none.
+        seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
         timeout_minutes: under torchrun, how long a process waits for the others; None where one process works alone.
         rank_zero_alone: under torchrun, end all processes but one: the work is not divided.
 
