@@ -59,18 +59,6 @@ def _parts(thing: Any) -> Any:
     return str(thing) if isinstance(thing, (type, torch.dtype, np.dtype, Enum)) else type(thing).__qualname__
 
 
-def describe_network(network: nn.Module) -> str:
-    """SHA-256 of a network's weights and of the plain attributes (patch size, heads, eps) of all its modules."""
-    digest = hashlib.sha256()
-    for name, module in network.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple)) and k != "training"}
-        digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}\n".encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -153,8 +141,17 @@ class OnlineFeatures:
         self.inferer = AutocastInferer(self.amp)
 
     def encoder_key(self) -> str:
-        """Hash of the encoder's weights and architecture, as they are now."""
-        return describe_network(self.network.encoder)
+        """SHA-256 of the encoder's weights, and of the plain attributes (patch size, heads, eps) of all its modules."""
+        digest = hashlib.sha256()
+        for name, module in self.network.encoder.named_modules():
+            plain = [
+                (k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, (int, float, str, tuple))
+            ]
+            digest.update(f"{name} {type(module).__qualname__} {sorted(plain)}\n".encode())
+        for name, tensor in self.network.encoder.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def training(self, data: Sequence[Mapping[str, Any]]) -> Dataset:
         """Items with ``image`` and ``label``, augmented."""
