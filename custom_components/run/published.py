@@ -122,10 +122,8 @@ def import_weights(
         )
     mlp_dim, hidden_size = fc1.shape
     volumetric = proj.ndim == 5
-    if num_heads is None:
-        num_heads, rest = divmod(hidden_size, 64)
-        if rest:
-            raise InputError(f"checkpoint {checkpoint}: {hidden_size} channels are not heads of 64: give num_heads")
+    if num_heads is None and hidden_size % 64:
+        raise InputError(f"checkpoint {checkpoint}: {hidden_size} channels are not heads of 64: give num_heads")
     if volumetric:
         patch_size = tuple(proj.shape[2:])
     grid = patch_grid(img_size, patch_size)
@@ -145,7 +143,7 @@ def import_weights(
         "hidden_size": hidden_size,
         "mlp_dim": mlp_dim,
         "num_layers": len({name.split(".")[1] for name in found if name.startswith("blocks.")}),
-        "num_heads": num_heads,
+        "num_heads": hidden_size // 64 if num_heads is None else num_heads,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -157,8 +155,8 @@ def import_weights(
     else:
         random = ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")
         reasons = {f"missing {name}": f"starts at random, seed {seed}" for name in random}
-        reasons |= {"missing pos_embed": f"made anew: {pos_embed}"}
         reasons |= {f"skipped {name}": "of images, not of volumes" for name in (*random, "pos_embed")}
+        reasons["missing pos_embed"] = f"made anew: {pos_embed}"
     _import(
         encoder,
         found,

@@ -253,8 +253,7 @@ def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
     """``item.load_state_dict(saved)``, but what a config sets stays as it is set."""
     if isinstance(item, nn.Module):
         own = _state(item)
-        strangers = [*misfits(own, saved), *saved.keys() - own.keys()]
-        if strangers:
+        if strangers := [*misfits(own, saved), *saved.keys() - own.keys()]:
             raise KeyError(*strangers)
         item.load_state_dict(saved, strict=False)
     elif isinstance(item, Optimizer):

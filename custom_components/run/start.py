@@ -107,7 +107,7 @@ class OneLineErrors:
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(self.SECONDS_BEHIND_RANK_ZERO)
-        message = self.message(kind, error, trace)
+        message = self.message(error)
         if message is None:
             sys.__excepthook__(kind, error, trace)
         else:
@@ -119,11 +119,10 @@ class OneLineErrors:
             sys.stderr.flush()
             os._exit(1)  # the interpreter's own end would first wait for the process group
 
-    def message(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> str | None:
+    def message(self, error: BaseException) -> str | None:
         """The line that says what to do, or None where there is none."""
         # a data loader's worker sends its exception as text, so the text is what can be searched
-        found = self.PATTERN.findall("".join(traceback.format_exception(kind, error, trace)))
-        if found:
+        if found := self.PATTERN.findall("".join(traceback.format_exception(error))):
             return found[-1]  # a worker's own stands behind "InputError: Caught InputError in DataLoader worker"
         cause: BaseException | None = error
         while cause is not None:

@@ -90,8 +90,7 @@ def load_file(path: str | Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors of many types
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named:  # torch's own words would advise to load it all the same
+        if named := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own words would advise to load it all the same
             raise InputError(
                 f"{path}: not a readable checkpoint of weights only: it names {named[1]}, which might run code; get a "
                 "file of tensors alone from where it came, and do not open this one in another way"
