@@ -1,8 +1,7 @@
 """Training in several processes, one per device: who this process is, how to start, and sums over all of them.
 
-Everything here also works in a single process without a process group, where the sums are those of that process.
-torch.distributed raises there; ignite.distributed does not, but its first call waits for all processes, and after the
-group has ended each raises. Neither gathers rows whose number differs with gradients, nor weights a mean by its counts.
+All of it also works in a single process without a process group, where torch.distributed raises. ignite.distributed
+does not, but its first call waits for all processes, and after the group has ended each raises.
 """
 
 from __future__ import annotations
@@ -62,14 +61,12 @@ def local_device() -> torch.device:
 def start(device: torch.device, timeout_minutes: float = 10.0) -> None:
     """Join the processes that torchrun started: nccl between GPUs, gloo between CPUs. Ranks above 0 log warnings alone.
 
-    Args:
-        device: of this process.
-        timeout_minutes: how long a process waits for the others before it gives up. It must exceed the time that
-            rank 0 alone takes to make its data or to write a checkpoint.
+    A process gives up when it has waited for the others for ``timeout_minutes``, which must exceed the time that rank 0
+    alone takes to make its data or to write a checkpoint.
     """
     _environment("RANK")
-    timeout = timedelta(minutes=timeout_minutes)
     hook = sys.excepthook
+    timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=timeout, device_id=device)
@@ -125,7 +122,7 @@ def mean_over_ranks(mean: Tensor, count: int | Tensor) -> Tensor:
     """A mean over ``count`` things of this process -> the mean over those of all processes.
 
     Its gradient is scaled so that DistributedDataParallel, which averages over processes, makes it that of the common
-    mean even where counts differ. All processes must call it, with a count of 0 where they have nothing.
+    mean. All processes must call it, with a count of 0 where they have nothing.
     """
     if world_size() == 1:
         return mean
@@ -161,8 +158,6 @@ def gather_rows(rows: Tensor) -> list[Tensor]:
     """
     if world_size() == 1:
         return [rows]
-    sizes = [torch.zeros((), dtype=torch.long, device=rows.device) for _ in range(world_size())]
-    dist.all_gather(sizes, torch.tensor(len(rows), device=rows.device))
-    sizes = torch.stack(sizes).tolist()
+    sizes = _AllGather.apply(torch.tensor(len(rows), device=rows.device)).tolist()
     padded = F.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(sizes) - len(rows)))
     return [part[:n] for part, n in zip(_AllGather.apply(padded), sizes, strict=True)]

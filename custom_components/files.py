@@ -1,4 +1,4 @@
-"""Files that are whole under their name at any moment, whenever a run is killed; and stamps that tell of a change."""
+"""Files that are whole under their name even if a run is killed, and stamps that show a change."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ VOXEL_SUFFIXES = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz", ".raw.
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path``, in a folder that is made if need be, for the block to write.
 
-    Renamed to ``path`` when the block ends well, deleted when it raises. It ends like ``path``, since some libraries
-    choose the format by the ending, and holds the process's number, so that several may write at once.
+    Renamed to ``path`` when the block ends well, deleted when it raises. It ends like ``path``, by which some libraries
+    choose the format, and holds the process's number, so that several may write at once.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +56,9 @@ def file_stamp(path: str | Path) -> str:
         OSError: there is no such file.
     """
     path = Path(path)
-    files = [path]
     if path.is_dir():
-        files = [Path(entry.path) for entry in os.scandir(path) if entry.is_file()]
-    elif (suffixes := VOXEL_SUFFIXES.get(path.suffix.lower())) is not None:
-        files += [file for file in map(path.with_suffix, suffixes) if file.exists()]
-    found = [file.stat() for file in files]
+        found = [entry.stat() for entry in os.scandir(path) if entry.is_file()]
+    else:
+        voxels = map(path.with_suffix, VOXEL_SUFFIXES.get(path.suffix.lower(), ()))
+        found = [path.stat(), *(file.stat() for file in voxels if file.exists())]
     return f"{len(found)}:{sum(f.st_size for f in found)}:{max((f.st_mtime_ns for f in found), default=0)}"

@@ -40,12 +40,9 @@ class ExportError(ValueError):
 
 def module_of(dotted: str) -> Path | None:
     """The file of the module that a dotted name such as ``.run.start.start`` leads to or through, below the package."""
-    folder = PACKAGE
-    for part in dotted.strip(".").split("."):
-        if (folder / f"{part}.py").is_file():
-            return folder / f"{part}.py"
-        folder = folder / part
-    return None
+    parts = dotted.strip(".").split(".")
+    files = (PACKAGE.joinpath(*parts[:depth]).with_suffix(".py") for depth in range(1, len(parts) + 1))
+    return next((file for file in files if file.is_file()), None)
 
 
 def imported(module: Path) -> set[str]:
@@ -70,8 +67,7 @@ def components(configs: Path) -> list[Path]:
     found: set[Path] = {PACKAGE / "__init__.py"}
     while wanted:
         name, source = wanted.popitem()
-        module = module_of(name)
-        if module is None:
+        if (module := module_of(name)) is None:
             raise ExportError(
                 f"{source} names {PACKAGE.name}{name}, and {PACKAGE} has no such module: correct the name"
             )
@@ -88,12 +84,9 @@ def sha256(path: Path) -> str:
 
 def requirements(metadata: dict[str, Any]) -> str:
     """The packages of ``metadata.json`` as pip takes them."""
-    pins = {
-        "monai": metadata["monai_version"],
-        "torch": metadata["pytorch_version"],
-        "numpy": metadata["numpy_version"],
-    }
-    return "".join(f"{name}=={version}\n" for name, version in (pins | metadata["required_packages_version"]).items())
+    names = {"monai": "monai_version", "torch": "pytorch_version", "numpy": "numpy_version"}
+    pins = {name: metadata[key] for name, key in names.items()} | metadata["required_packages_version"]
+    return "".join(f"{name}=={version}\n" for name, version in pins.items())
 
 
 def copy_weights(models: Path, target: Path) -> list[Path]:
@@ -101,50 +94,50 @@ def copy_weights(models: Path, target: Path) -> list[Path]:
 
     A TorchScript file is a zip. Its ``*.debug_pkl`` hold the path of the source of every line; it runs without them.
     """
-    copies = []
-    for source in (models / name for name in WEIGHTS):
-        if not source.is_file():
+    names = [name for name in WEIGHTS if (models / name).is_file()]
+    for name in names:
+        if not name.endswith(".ts"):
+            shutil.copyfile(models / name, target / name)
             continue
-        copy = target / source.name
-        if source.suffix == ".ts":
-            with zipfile.ZipFile(source) as script, zipfile.ZipFile(copy, "w") as stripped:
-                for entry in script.infolist():
-                    if not entry.filename.endswith(".debug_pkl"):
-                        stripped.writestr(entry, script.read(entry))
-        else:
-            shutil.copyfile(source, copy)
-        copies.append(copy)
-    return copies
+        with zipfile.ZipFile(models / name) as script, zipfile.ZipFile(target / name, "w") as stripped:
+            for entry in script.infolist():
+                if not entry.filename.endswith(".debug_pkl"):
+                    stripped.writestr(entry, script.read(entry))
+    return [target / name for name in names]
 
 
 def large_files(weights: list[Path], weights_url: str | None) -> str:
     """``large_files.yml`` as the model zoo, and MONAI's ``download_large_files``, read it."""
-    lines = ["large_files:\n"]
+    text = "large_files:\n"
     for path in weights:
         url = f"{weights_url.rstrip('/')}/{path.name}" if weights_url else ""
-        lines.append(f'  - path: "models/{path.name}"\n    url: "{url}"\n')
-        lines.append(f'    hash_val: "{sha256(path)}"\n    hash_type: "sha256"\n')
-    return "".join(lines)
+        text += f'  - path: "models/{path.name}"\n    url: "{url}"\n'
+        text += f'    hash_val: "{sha256(path)}"\n    hash_type: "sha256"\n'
+    return text
 
 
 def with_weights(readme: str, weights: list[Path], trained_on: str | None) -> str:
     """A README whose section Weights says what the bundle holds; without weights, the README as it is."""
     if not weights:
         return readme
-    lines = ["## Weights\n", f"Trained on: {trained_on or 'not told by those who exported them'}.\n\n"]
-    lines += ["| file | bytes | SHA-256 |\n|---|---|---|\n"]
-    lines += [f"| `models/{path.name}` | {path.stat().st_size:,} | `{sha256(path)}` |\n" for path in weights]
-    changed, count = re.subn(r"(?ms)^## Weights\n.*?(?=^#)", lambda _: "".join(lines) + "\n", readme)
+    section = f"## Weights\nTrained on: {trained_on or 'not told by those who exported them'}.\n\n"
+    section += "| file | bytes | SHA-256 |\n|---|---|---|\n"
+    section += "".join(f"| `models/{path.name}` | {path.stat().st_size:,} | `{sha256(path)}` |\n" for path in weights)
+    changed, count = re.subn(r"(?ms)^## Weights\n.*?(?=^#)", lambda _: section + "\n", readme)
     if count != 1:
         raise ExportError(f"docs/README.md has {count} sections '## Weights', where the weights are told: it needs one")
     return changed
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def refuse_paths(folder: Path, places: set[Path]) -> None:
     """Raise an ExportError for a file that holds a path below one of these places."""
     prefixes = [re.escape(str(place).encode() + os.sep.encode()) for place in places if place != Path(place.anchor)]
     pattern = re.compile(b"(?<![\\w.])(?:" + b"|".join(prefixes) + b")[^\\s\"']*")
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    for path in files_of(folder):
         for match in pattern.finditer(path.read_bytes()):
             if not match[0].startswith(PLACEHOLDER):
                 raise ExportError(
@@ -155,16 +148,15 @@ def refuse_paths(folder: Path, places: set[Path]) -> None:
 
 def content_hash(folder: Path) -> str:
     """SHA-256 over names and content of all files of a folder."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    lines = "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files)
+    lines = "".join(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in files_of(folder))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def write_zip(folder: Path, path: Path) -> None:
     """A zip that unpacks into one folder of that name; equal content makes equal bytes."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for file in sorted(p for p in folder.rglob("*") if p.is_file()):
-            entry = zipfile.ZipInfo((folder.name / file.relative_to(folder)).as_posix(), EPOCH)
+        for file in files_of(folder):
+            entry = zipfile.ZipInfo(file.relative_to(folder.parent).as_posix(), EPOCH)
             entry.compress_type, entry.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
             with archive.open(entry, "w", force_zip64=True) as target, open(file, "rb") as source:
                 shutil.copyfileobj(source, target)
@@ -173,18 +165,15 @@ def write_zip(folder: Path, path: Path) -> None:
 def export(
     bundle: str | Path, out: str | Path, weights_url: str | None = None, trained_on: str | None = None
 ) -> tuple[Path, Path]:
-    """Write ``<out>/<name>/`` and ``<out>/<name>_v<version>.zip``, each whole under its name or not there.
+    """Write ``<out>/<name>/`` and ``<out>/<name>_v<version>.zip``, each whole or not there, and return both paths.
 
     Args:
         bundle: a folder with configs, docs and perhaps models.
-        out: where the two go; made if need be.
+        out: a folder, made if need be.
         weights_url: where the person hosts the bundle's models folder. Weights over 25 MB, which the model zoo takes
             from elsewhere, are then left out; ``large_files.yml`` has address and hash, and MONAI's
             ``download_large_files`` brings them back. Without it they stay in, and the file has their hash alone.
         trained_on: what the weights have seen, for the README.
-
-    Returns:
-        The folder and the zip.
 
     Raises:
         ExportError: the bundle lacks a file; ``out`` holds an export already; a path of this machine is in a file.
@@ -217,17 +206,12 @@ def export(
         large = [path for path in weights if path.stat().st_size > LARGE]
         if large:
             (work / "large_files.yml").write_text(large_files(large, weights_url))
-            names = ", ".join(path.name for path in large)
-            logger.warning(
-                f"{names}: over 25 MB; "
-                + (
-                    f"left out, put what is in {bundle / 'models'} at {weights_url}"
-                    if weights_url
-                    else "for the model zoo, which takes no such file, host it elsewhere and give --weights_url"
-                )
-            )
-            for path in large if weights_url else []:
-                path.unlink()
+            advice = "for the model zoo, which takes no such file, host it elsewhere and give --weights_url"
+            if weights_url:
+                advice = f"left out, put what is in {bundle / 'models'} at {weights_url}"
+                for path in large:
+                    path.unlink()
+            logger.warning(f"{', '.join(path.name for path in large)}: over 25 MB; {advice}")
         refuse_paths(work, {Path.home(), PACKAGE.resolve().parent, bundle})
         stamp = {"bundle": bundle.name, "version": metadata["version"], "sha256": content_hash(work)}
         (work / PACKAGE.name / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")
@@ -249,7 +233,3 @@ def main() -> None:
     except (ExportError, OSError) as error:
         sys.exit(f"error: {error}")
     logger.info(f"{folder}\n{archive}")
-
-
-if __name__ == "__main__":
-    main()

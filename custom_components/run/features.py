@@ -6,9 +6,10 @@ import hashlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from monai.data import ImageReader
+from monai.networks import eval_mode
 from monai.transforms import Compose, Transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -31,66 +33,54 @@ from custom_components.run.seeded import SeededDataLoader, mixed_seed
 CACHE_VERSION = 1  # raise it when the same keys would give other features
 
 
-def describe(thing: Any) -> Any:
-    """What was configured, as JSON can hold it: of a transform its class and the arguments that it was made with.
+def describe(configured: Any) -> str:
+    """What was configured, as JSON: of a transform its class and the arguments that it was made with.
 
     What a transform draws or fills in while it works is no argument, so a used transform is described as a fresh one.
     """
-    if thing is None or isinstance(thing, (bool, int, float, str)):
-        return thing
-    if isinstance(thing, Enum):
-        return str(thing.value)
-    if isinstance(thing, (Tensor, np.ndarray, np.generic)):
-        return thing.tolist()
-    if isinstance(thing, Mapping):
-        return {str(key): describe(value) for key, value in thing.items()}
-    if isinstance(thing, (Sequence, set, frozenset)):
-        return [describe(value) for value in thing]
+    return json.dumps(configured, default=_parts, indent=2, sort_keys=True)
+
+
+def _parts(thing: Any) -> Any:
+    """What stands in JSON for a thing that it does not know."""
     if isinstance(thing, (Transform, ImageReader)):
         arguments = {*inspect.signature(type(thing).__init__).parameters, "kwargs"}
-        parts = {
-            name: describe(value)
-            for name, value in sorted(vars(thing).items())
+        return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}"} | {
+            name: value
+            for name, value in vars(thing).items()
             if not name.startswith("_") and (name in arguments or isinstance(value, (Transform, ImageReader)))
         }
-        return {"class": f"{type(thing).__module__}.{type(thing).__qualname__}", **parts}
+    if isinstance(thing, (Tensor, np.ndarray, np.generic)):
+        return thing.tolist()
+    if isinstance(thing, Collection):
+        return list(thing.items() if isinstance(thing, Mapping) else thing)
     if inspect.isfunction(thing):
         return [thing.__module__, thing.__qualname__, thing.__code__.co_code.hex(), str(thing.__code__.co_consts)]
-    return str(thing) if isinstance(thing, (type, torch.dtype, np.dtype)) else type(thing).__qualname__
+    return str(thing) if isinstance(thing, (type, torch.dtype, np.dtype, Enum)) else type(thing).__qualname__
 
 
-def describe_network(network: nn.Module) -> str:
-    """SHA-256 of a network's weights and of the plain attributes (patch size, heads, eps) of all its modules."""
-    digest = hashlib.sha256()
-    for name, module in network.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple)) and k != "training"}
-        digest.update(f"{name} {type(module).__qualname__} {sorted(plain.items())}\n".encode())
-    for name, tensor in network.state_dict().items():
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-
+@dataclass
 class FeatureDataset(Dataset):
     """Encoded volumes: an item is ``image [C]`` float32, the volume's first view, and ``label``.
 
-    Attributes:
+    Args:
         features: ``[N, V, C]``, N volumes in V views.
-        labels: ``[N, ...]``.
         data: the volumes' items.
         failures: ``(name, reason)`` of volumes that could not be read.
+
+    Attributes:
+        labels: ``[N, ...]``.
     """
 
-    def __init__(
-        self, features: Tensor, data: Sequence[Mapping[str, Any]], failures: Sequence[tuple[str, str]] = ()
-    ) -> None:
-        self.features = features
-        self.data = list(data)
-        self.failures = list(failures)
+    features: Tensor
+    data: Sequence[Mapping[str, Any]]
+    failures: Sequence[tuple[str, str]] = ()
+
+    def __post_init__(self) -> None:
         self.labels = torch.stack([torch.as_tensor(item["label"]) for item in self.data])
 
     def __len__(self) -> int:
@@ -103,15 +93,13 @@ class FeatureDataset(Dataset):
 class FeatureLoader(SeededDataLoader):
     """Batches of a :class:`FeatureDataset`, each volume in one of its views, drawn anew in every epoch.
 
-    Order and views follow from seed, epoch and batch, as in the parent; a batch is one indexing of a tensor.
+    Order and views follow from seed, epoch and batch, as in the parent.
     """
-
-    dataset: Any
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         start, self.start = self.start, 0
         self.sampler.start = start * self.batch_size
-        content: FeatureDataset = self.dataset.items
+        content = self.dataset.items
         order = torch.tensor([index for _, index in self.sampler], dtype=torch.long)
         for i, rows in enumerate(order.split(self.batch_size), start):
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, self.sampler.epoch, i, self.sampler.rank))
@@ -123,16 +111,14 @@ class FeatureLoader(SeededDataLoader):
 class OnlineFeatures:
     """Feeds a probe with volumes, which are read and encoded anew in every epoch: the published way.
 
-    It is slow where the encoder is frozen, and the only way where it is fine-tuned.
+    Slow where the encoder is frozen, and the only way where it is fine-tuned.
 
     Args:
-        network: the probe.
+        network: the probe, on ``device``.
         read: deterministic transforms that every volume starts with.
         plain, augment: transforms that follow for evaluation, and for training.
-        device: where the network is.
         amp: encode in bfloat16.
         seed: of order and augmentation.
-        num_workers: processes that read ahead.
         batch_size: volumes per forward pass of an evaluation.
     """
 
@@ -155,15 +141,24 @@ class OnlineFeatures:
         self.inferer = AutocastInferer(self.amp)
 
     def encoder_key(self) -> str:
-        """Hash of the encoder's weights and architecture, as they are now."""
-        return describe_network(self.network.encoder)
+        """SHA-256 of the encoder's weights, and of the plain attributes (patch size, heads, eps) of all its modules."""
+        digest = hashlib.sha256()
+        for name, module in self.network.encoder.named_modules():
+            plain = [
+                (k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, (int, float, str, tuple))
+            ]
+            digest.update(f"{name} {type(module).__qualname__} {sorted(plain)}\n".encode())
+        for name, tensor in self.network.encoder.state_dict().items():
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def training(self, data: Sequence[Mapping[str, Any]]) -> Dataset:
         """Items with ``image`` and ``label``, augmented."""
         return monai.data.Dataset(data, Compose([self.read, self.augment]))
 
     def plain_views(self, data: Sequence[Mapping[str, Any]], description: str = "") -> Dataset:
-        """The same for evaluation: no augmentation, in order."""
+        """Items for evaluation: no augmentation, in order."""
         return monai.data.Dataset(data, Compose([self.read, self.plain]))
 
     def training_loader(self, dataset: Dataset, batch_size: int) -> SeededDataLoader:
@@ -182,16 +177,15 @@ class OnlineFeatures:
 class FeatureCache(OnlineFeatures):
     """Encodes volumes once per view, and keeps each view's feature in a file of its own: no volume is encoded twice.
 
-    View 0 is the volume as in evaluation, centre crop and padding; views 1, 2, ... are augmented, each with random
-    numbers that depend on ``seed``, the volume's name and the view alone. So evaluation shares view 0 with training, a
-    larger ``num_views`` encodes only what is new, and so does a larger fraction of the data.
+    View 0 is the volume as in evaluation; views 1, 2, ... are augmented, each with random numbers that depend on
+    ``seed``, the volume's name and the view alone. So evaluation shares view 0 with training, and more views or more
+    data encode only what is new.
 
     Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``. The key hashes the encoder's
     weights and architecture, the deterministic transforms, and ``amp``; the augmentation's hashes its transforms and
     the seed. Names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
 
     Args:
-        cache_dir: where the files lie.
         num_views: per training volume; ``batch_size`` counts views. All else as in :class:`OnlineFeatures`.
     """
 
@@ -221,18 +215,14 @@ class FeatureCache(OnlineFeatures):
 
     def folders(self) -> tuple[Path, Path]:
         """Folder of plain and of augmented views, for the network's weights as they are now."""
-        what = {
-            "version": CACHE_VERSION,
-            "encoder": self.encoder_key(),
-            "transforms": [describe(self.read), describe(self.plain)],
-            "amp": self.amp,
-        }
-        how = {"augment": describe(self.augment), "seed": self.seed}
-        folder = self.cache_dir / _hash(what)
+        chain = [self.read, self.plain]
+        key = describe({"version": CACHE_VERSION, "encoder": self.encoder_key(), "transforms": chain, "amp": self.amp})
+        augmentation = describe({"augment": self.augment, "seed": self.seed})
+        folder = self.cache_dir / _hash(key)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, content in (("key.json", what), (f"{_hash(how)}.json", how)):
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        return folder / "plain", folder / _hash(how)
+        (folder / "key.json").write_text(key)
+        (folder / f"{_hash(augmentation)}.json").write_text(augmentation)
+        return folder / "plain", folder / _hash(augmentation)
 
     def encode(self, data: Sequence[Mapping[str, Any]], num_views: int = 1, description: str = "") -> FeatureDataset:
         """Features of items with ``image`` and ``name``; volumes that cannot be read are reported, and left out.
@@ -248,24 +238,30 @@ class FeatureCache(OnlineFeatures):
         if num_views < 1:
             raise InputError(f"num_views is {num_views}: give the number of views per volume, 1 or more")
         plain, augmented = self.folders()
-        files: list[list[Path] | None] = []
+        files: list[list[Path]] = []  # of the views of each volume
         failures: dict[str, str] = {}
         for item in data:
             try:
-                stamp = _hash([os.path.realpath(item["image"]), file_stamp(item["image"])])
-                stem = f"{Path(item['name']).name}-{stamp}"
+                stamp = _hash(f"{os.path.realpath(item['image'])} {file_stamp(item['image'])}")
             except OSError as error:
                 failures[item["name"]] = f"{item['image']} cannot be read ({error.strerror}): restore it"
-                files.append(None)
+                files.append([])
                 continue
+            stem = f"{Path(item['name']).name}-{stamp}"
             files.append([(augmented if view else plain) / f"{stem}-{view}.npy" for view in range(num_views)])
-        self._encode_missing(data, files, failures, description)
+        missing = [
+            {**item, "files": absent}
+            for item, views in zip(data, files, strict=True)
+            if (absent := {view: file for view, file in enumerate(views) if _load(file) is None})
+        ]
+        if own := missing[rank() :: world_size()]:
+            failures |= self._encode(own, description)
         if world_size() > 1:
             dist.barrier()
 
         kept, features = [], []
         for item, views in zip(data, files, strict=True):
-            loaded = [_load(file) for file in views or ()]
+            loaded = [_load(file) for file in views]
             if loaded and all(feature is not None for feature in loaded):
                 kept.append(item)
                 features.append(torch.from_numpy(np.stack(loaded)))
@@ -277,6 +273,22 @@ class FeatureCache(OnlineFeatures):
             raise InputError(f"none of {len(data)} volumes could be read, the first for this reason: {first}")
         return FeatureDataset(torch.stack(features), kept, list(failures.items()))
 
+    def _encode(self, items: Sequence[Mapping[str, Any]], description: str) -> dict[str, str]:
+        """Write each item's ``files``, a feature per view; returns names and reasons of those that cannot be read."""
+        views = partial(_views, read=self.read, plain=self.plain, augment=self.augment, seed=self.seed)
+        data = [{**item, "index": index} for index, item in enumerate(items)]
+        loader = ReadableLoader(monai.data.Dataset(data, views), self.num_workers, description)
+        with eval_mode(self.network):
+            for batch in loader:
+                chunks = batch["image"][0].to(self.device).split(self.batch_size)
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                    features = torch.cat([self.network.features(chunk) for chunk in chunks]).float().cpu().numpy()
+                for file, feature in zip(items[batch["index"]]["files"].values(), features, strict=True):
+                    with replacing(file) as temporary, open(temporary, "wb") as stream:
+                        np.save(stream, feature)
+                self.encoded += len(features)
+        return dict(loader.failures)
+
     def report(self) -> None:
         """Raise an :class:`InputError` that lists the volumes left out, so that the run ends with exit code 1."""
         if self.failures:
@@ -285,68 +297,25 @@ class FeatureCache(OnlineFeatures):
                 "else is done, the reasons stand above: repair them, or list their names in a file given as exclude"
             )
 
-    def _encode_missing(
-        self,
-        data: Sequence[Mapping[str, Any]],
-        files: Sequence[Sequence[Path] | None],
-        failures: dict[str, str],
-        description: str,
-    ) -> None:
-        missing = []
-        for item, views in zip(data, files, strict=True):
-            absent = [view for view, file in enumerate(views or ()) if _load(file) is None]
-            if absent:
-                missing.append({**item, "views": absent, "files": [views[view] for view in absent]})
-        missing = missing[rank() :: world_size()]
-        if not missing:
-            return
-        loader = ReadableLoader(_Views(missing, self), self.num_workers, description)
-        was_training = self.network.training
-        self.network.eval()
-        for batch in loader:
-            for volumes, index in zip(batch["image"], batch["index"].tolist()):
-                views = volumes.to(self.device).split(self.batch_size)
-                with torch.inference_mode(), torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    features = torch.cat([self.network.features(chunk) for chunk in views]).float().cpu().numpy()
-                for file, feature in zip(missing[index]["files"], features, strict=True):
-                    with replacing(file) as temporary, open(temporary, "wb") as stream:
-                        np.save(stream, feature)
-                self.encoded += len(features)
-        self.network.train(was_training)
-        failures |= dict(loader.failures)
-
 
 def probe_features(cache_dir: str | None, num_views: int, **options: Any) -> OnlineFeatures:
-    """How a config feeds its probe: a :class:`FeatureCache` in ``cache_dir``, or :class:`OnlineFeatures` where that is
-    None. ``options`` are those of :class:`OnlineFeatures`."""
+    """How a config feeds its probe: a :class:`FeatureCache`, or :class:`OnlineFeatures` where ``cache_dir`` is None."""
     if cache_dir is None:
         return OnlineFeatures(**options)
     return FeatureCache(cache_dir=cache_dir, num_views=num_views, **options)
 
 
-class _Views(Dataset):
-    """Volumes in those views that are wanted: ``image [V, 1, X, Y, Z]`` and ``index``."""
-
-    def __init__(self, data: Sequence[Mapping[str, Any]], cache: FeatureCache) -> None:
-        self.data = list(data)
-        # not the cache itself, whose network would go along to every worker
-        self.read, self.plain, self.augment, self.seed = cache.read, cache.plain, cache.augment, cache.seed
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        item = self.data[index]
-        volume = self.read({"image": item["image"], "name": item["name"]})
-        views = []
-        for view in item["views"]:
-            transform = self.augment if view else self.plain
-            if view:
-                digest = hashlib.sha256(f"{self.seed} {item['name']} {view}".encode()).digest()
-                transform.set_random_state(seed=int.from_bytes(digest[:4], "little"))
-            image = transform({**volume, "image": volume["image"].clone()})["image"]
-            views.append(torch.as_tensor(image).as_subclass(Tensor))
-        return {"image": torch.stack(views), "index": index}
+def _views(item: Mapping[str, Any], read: Callable, plain: Callable, augment: Compose, seed: int) -> dict[str, Any]:
+    """A volume in the views of its ``files``: ``image [V, 1, X, Y, Z]``, and the item's ``index``."""
+    volume = read({"image": item["image"], "name": item["name"]})
+    views = []
+    for view in item["files"]:
+        if view:
+            digest = hashlib.sha256(f"{seed} {item['name']} {view}".encode()).digest()
+            augment.set_random_state(seed=int.from_bytes(digest[:4], "little"))
+        image = (augment if view else plain)({**volume, "image": volume["image"].clone()})["image"]
+        views.append(torch.as_tensor(image).as_subclass(Tensor))
+    return {"image": torch.stack(views), "index": item["index"]}
 
 
 def _load(file: Path) -> np.ndarray | None:

@@ -1,11 +1,11 @@
-"""What a training does beside its steps: the losses' parts, progress, the learning rate by optimiser steps, clipping,
-the last step."""
+"""What a training does beside its steps: weight decay, learning rate, losses' parts, progress, last step, clipping."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -39,17 +39,12 @@ def completes_step(engine: SupervisedTrainer) -> bool:
     return done % engine.accumulation_steps == 0 or done == engine.state.epoch_length
 
 
+@dataclass
 class OptimizerSteps:
-    """What goes by the optimiser's steps and not by iterations, where ``accumulation_steps`` make a step.
+    """Steps the learning rate, and exchanges gradients between processes, as often as the optimiser steps: once in
+    ``accumulation_steps`` iterations."""
 
-    That is the learning rate, and the exchange of gradients between processes.
-
-    Args:
-        lr_scheduler: stepped after each step of the optimiser.
-    """
-
-    def __init__(self, lr_scheduler: LRScheduler) -> None:
-        self.lr_scheduler = lr_scheduler
+    lr_scheduler: LRScheduler
 
     def attach(self, engine: SupervisedTrainer) -> None:
         engine.add_event_handler(Events.ITERATION_STARTED, self.iteration_started)
@@ -67,11 +62,7 @@ class OptimizerSteps:
 
 
 class LossParts:
-    """Puts what each part of a loss gave in an iteration into the engine's output: ``output["losses"]``, detached.
-
-    Args:
-        loss: its parts are its own modules; one that an iteration does not call has no value there.
-    """
+    """Puts the value of each module of ``loss`` that an iteration calls into the engine's ``output["losses"]``."""
 
     def __init__(self, loss: nn.Module) -> None:
         self.values: dict[str, Tensor] = {}
@@ -103,10 +94,9 @@ class TrainingProgress:
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.completed)
 
     def epoch_started(self, engine: Engine) -> None:
-        if self.bar is not None:
-            return
-        total = engine.state.max_epochs * engine.state.epoch_length
-        self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", mininterval=0, dynamic_ncols=True)
+        if self.bar is None:
+            total = engine.state.max_epochs * engine.state.epoch_length
+            self.bar = tqdm(total=total, initial=engine.state.iteration, unit="step", mininterval=0, dynamic_ncols=True)
 
     def iteration_completed(self, engine: Engine) -> None:
         # reading a loss waits for the device, so it is done as often as it is seen
@@ -123,15 +113,17 @@ class TrainingProgress:
             self.bar.close()
 
 
+@dataclass
 class LastStep:
-    """Ends training at ``max_steps`` iterations exactly, within an epoch if need be, so that a cosine schedule really
-    reaches its end. That epoch still counts as completed: its validation and its checkpoint are made.
+    """Ends training at ``max_steps`` iterations exactly, within an epoch if need be, so that a cosine schedule reaches
+    its end. That epoch still counts as completed: its validation and its checkpoint are made.
     """
 
-    def __init__(self, max_steps: int) -> None:
-        if max_steps < 1:
-            raise InputError(f"max_steps is {max_steps}: give the number of optimiser steps, 1 or more")
-        self.max_steps = max_steps
+    max_steps: int
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise InputError(f"max_steps is {self.max_steps}: give the number of optimiser steps, 1 or more")
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
@@ -146,12 +138,12 @@ class LastStep:
             engine.terminate_epoch()
 
 
+@dataclass
 class ClipGradients:
     """Scales the gradient of all parameters down to a norm of ``max_norm`` before each optimiser step."""
 
-    def __init__(self, network: nn.Module, max_norm: float) -> None:
-        self.network = network
-        self.max_norm = max_norm
+    network: nn.Module
+    max_norm: float
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip)

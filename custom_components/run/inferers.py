@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
 from typing import Any
@@ -19,12 +20,9 @@ from custom_components.errors import InputError
 
 
 class AutocastInferer(SimpleInferer):
-    """Forward pass in bfloat16 on any device. Needs no gradient scaler, unlike ``SupervisedTrainer(amp=True)``.
+    """Forward pass in bfloat16 if ``amp``. Needs no gradient scaler, unlike ``SupervisedTrainer(amp=True)``.
 
     A network's tensor comes out in float32, so that any loss or metric may follow; any other output as it is.
-
-    Args:
-        amp: whether to autocast at all.
     """
 
     def __init__(self, amp: bool = True) -> None:
@@ -45,23 +43,12 @@ class WindowInferer(SlidingWindowInferer):
 
     Args:
         roi_size: the network's region, in voxels. Smaller volumes are padded with air.
-        sw_batch_size: windows in one forward pass.
-        overlap: share of a window that it has in common with the next.
-        amp: as :class:`AutocastInferer` has it.
         slab_windows: windows along the last axis in one slab.
-        progress: whether to show a bar over windows.
+        options: MONAI's, such as ``sw_batch_size`` and ``overlap``.
     """
 
-    def __init__(
-        self,
-        roi_size: Sequence[int],
-        sw_batch_size: int = 4,
-        overlap: float = 0.5,
-        amp: bool = True,
-        slab_windows: int = 8,
-        progress: bool = False,
-    ) -> None:
-        super().__init__(roi_size, sw_batch_size, overlap, mode="gaussian", cval=-1.0, progress=progress)
+    def __init__(self, roi_size: Sequence[int], amp: bool = True, slab_windows: int = 8, **options: Any) -> None:
+        super().__init__(roi_size, mode="gaussian", cval=-1.0, **options)
         self.forward = AutocastInferer(amp)
         self.slab_windows = slab_windows
 
@@ -86,27 +73,26 @@ class WindowInferer(SlidingWindowInferer):
         return output
 
 
+@dataclass
 class ReadableLoader:
     """Batches of one from a data set, passing over items that cannot be read; a progress bar shows how far it is.
 
     Args:
         dataset: whose items have a ``name``.
-        num_workers: processes that read ahead.
-        description: what the progress bar calls this.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
     """
 
-    def __init__(self, dataset: Dataset, num_workers: int = 0, description: str | None = None) -> None:
-        self.dataset = dataset
-        self.num_workers = num_workers
-        self.description = description
-        self.failures: list[tuple[str, str]] = []
+    dataset: Dataset
+    num_workers: int = 0
+    description: str | None = None
+    failures: list[tuple[str, str]] = field(default_factory=list, init=False)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
-        loader = DataLoader(_Attempts(self.dataset), self.num_workers, collate_fn=itemgetter(0))
+        attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
+        loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
         for item, name, reason in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
             if reason is None:
                 yield list_data_collate([item])
@@ -124,23 +110,15 @@ class ReadableLoader:
             )
 
 
-class _Attempts(torch.utils.data.Dataset):
-    """Each item with its name and the reason why it cannot be read, or None."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[Any, str, str | None]:
-        name = self.dataset.data[index]["name"]
-        try:
-            return self.dataset[index], name, None
-        except Exception as error:  # MONAI wraps what a transform raises; anything else is a bug and goes on up
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, InputError):
-                cause = cause.__cause__
-            if cause is None:
-                raise
-            return None, name, str(cause)
+def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, str | None]:
+    """An item with its name and the reason why it cannot be read, or None."""
+    name = dataset.data[index]["name"]
+    try:
+        return dataset[index], name, None
+    except Exception as error:  # MONAI wraps what a transform raises; anything else is a bug and goes on up
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, InputError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        return None, name, str(cause)

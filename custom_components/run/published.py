@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -18,47 +18,6 @@ from custom_components.run.weights import load_file, misfits, positions_formula,
 from custom_components.vit import SimCroPEncoder, patch_grid
 
 logger = logging.getLogger(__name__)
-
-
-def _tensor_table(
-    own: Mapping[str, Tensor], found: Mapping[str, Tensor], wanted: Callable[[str], bool]
-) -> tuple[list[dict[str, str]], list[str]]:
-    """What becomes of every tensor of a module and of a file, and what stands in the way of taking those wanted.
-
-    Returns:
-        a row of tensor, status (taken, skipped or missing), shape and reason for each; and the faults.
-    """
-    rows = []
-    reasons = misfits({name: tensor for name, tensor in own.items() if wanted(name)}, found)
-
-    def add(name: str, status: str, tensor: Tensor, reason: str) -> None:
-        shape = "x".join(map(str, tensor.shape))
-        rows.append({"status": status, "tensor": name, "shape": shape, "reason": reason})
-
-    for name, tensor in own.items():
-        there = found.get(name)
-        if not wanted(name):
-            add(name, "missing", tensor, "nothing in the file serves")
-        elif name in reasons:
-            add(name, "missing", tensor, reasons[name])
-        else:
-            add(name, "taken", there, "as stored" if there.dtype == tensor.dtype else f"from {there.dtype}")
-    for name, tensor in found.items():
-        if name not in own:
-            add(name, "skipped", tensor, "no part of this network")
-        elif not wanted(name):
-            add(name, "skipped", tensor, "of no use to this network")
-    return rows, [f"{name} {reason}" for name, reason in reasons.items()]
-
-
-def _print_table(rows: Iterable[Mapping[str, str]]) -> None:
-    """A line for each kind of tensor, those of all blocks together; the CSV has a line for each tensor."""
-    kinds = Counter(tuple(re.sub(r"\.\d+(?=\.)", ".*", cell) for cell in row.values()) for row in rows)
-    lines = [("status", "tensors", "tensor", "shape", "reason")]
-    lines += [(status, str(count), *rest) for (status, *rest), count in kinds.items()]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    for line in lines:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
 def _import(
@@ -80,22 +39,38 @@ def _import(
         reasons: better ones than the table's own, by ``status tensor``.
     """
     own = module.state_dict()
-    rows, faults = _tensor_table(own, found, wanted)
-    rows = [row | {"reason": reasons.get(f"{row['status']} {row['tensor']}", row["reason"])} for row in rows]
+    misfit = misfits({name: tensor for name, tensor in own.items() if wanted(name)}, found)
+    rows = []
+    for name, tensor in own.items():
+        there = found.get(name)
+        if not wanted(name):
+            rows.append(("missing", name, tensor, "nothing in the file serves"))
+        elif name in misfit:
+            rows.append(("missing", name, tensor, misfit[name]))
+        else:
+            rows.append(("taken", name, there, "as stored" if there.dtype == tensor.dtype else f"from {there.dtype}"))
+    for name, tensor in found.items():
+        if name not in own or not wanted(name):
+            rows.append(("skipped", name, tensor, f"{'of no use to' if name in own else 'no part of'} this network"))
+    table = pd.DataFrame(rows, columns=["status", "tensor", "shape", "reason"])
+    table["shape"] = ["x".join(map(str, tensor.shape)) for tensor in table["shape"]]
+    table["reason"] = [reasons.get(f"{row.status} {row.tensor}", row.reason) for row in table.itertuples()]
+    # a line for each kind of tensor, those of all blocks together
+    kinds = table.replace(r"\.\d+(?=\.)", ".*", regex=True).value_counts(sort=False).rename("tensors").reset_index()
+    print(kinds.to_string(index=False))
+    faults = [f"{name} {reason}" for name, reason in misfit.items()]
     faults += [f"{name} is none of this network's" for name in found if name not in own and not harmless(name)]
-    _print_table(rows)
     if faults:
         raise InputError(
             f"checkpoint {checkpoint}: {faults[0]}, and {len(faults) - 1} more of its tensors do not fit; {cure}"
         )
     module.load_state_dict({name: found[name] for name in own if wanted(name)}, strict=False)
     save_atomically(module.state_dict(), path)
-    table = Path(path).with_suffix(".csv")
-    with replacing(table) as temporary:
-        pd.DataFrame(rows).to_csv(temporary, index=False)
-    count = Counter(row["status"] for row in rows)
-    counts = ", ".join(f"{count[status]} tensors {status}" for status in ("taken", "skipped", "missing"))
-    print(f"{path}: {counts}; each in {table}")
+    table_file = Path(path).with_suffix(".csv")
+    with replacing(table_file) as temporary:
+        table.to_csv(temporary, index=False)
+    counts = ", ".join(f"{sum(table['status'] == s)} tensors {s}" for s in ("taken", "skipped", "missing"))
+    print(f"{path}: {counts}; each in {table_file}")
 
 
 def _published(checkpoint: str | Path, target: str | Path, key: str) -> dict[str, Tensor]:
@@ -130,16 +105,13 @@ def import_weights(
     Args:
         checkpoint: the published file; loaded as weights only, never executed.
         encoder_file: where to write; must not exist.
-        img_size: voxels along each axis of the volumes that the checkpoint was trained on. The file has the number of
-            patches alone.
+        img_size: voxels of the volumes that the checkpoint was trained on. The file has the number of patches alone.
         num_heads: attention heads, which no file has; None for width / 64, as in ViT-B.
-        patch_size: for a 2D checkpoint only.
-        pos_embed: formula of the positions, for a 2D checkpoint only.
-        seed: of the random start, for a 2D checkpoint only.
+        patch_size, pos_embed, seed: patch, formula of the positions and random start, for a 2D checkpoint only.
 
     Raises:
-        InputError: no such checkpoint, unreadable, of another network, incomplete, or not finite; ``img_size`` does not
-            give the file's number of patches; ``encoder_file`` exists, or cannot be written.
+        InputError: no such checkpoint, unreadable, of another network or ``img_size``, incomplete, or not finite;
+            ``encoder_file`` exists, or cannot be written.
     """
     found = _published(checkpoint, encoder_file, "encoder_file")
     fc1, proj = found.get("blocks.0.mlp.fc1.weight"), found.get("patch_embed.proj.weight")
@@ -150,25 +122,19 @@ def import_weights(
         )
     mlp_dim, hidden_size = fc1.shape
     volumetric = proj.ndim == 5
-    if num_heads is None:
-        num_heads, rest = divmod(hidden_size, 64)
-        if rest:
-            raise InputError(f"checkpoint {checkpoint}: {hidden_size} channels are not heads of 64: give num_heads")
+    if num_heads is None and hidden_size % 64:
+        raise InputError(f"checkpoint {checkpoint}: {hidden_size} channels are not heads of 64: give num_heads")
     if volumetric:
         patch_size = tuple(proj.shape[2:])
     grid = patch_grid(img_size, patch_size)
     stored = found.get("pos_embed")
-    if volumetric and stored is not None and stored.shape[1] != 1 + grid[0] * grid[1] * grid[2]:
-        count = stored.shape[1] - 1
+    if volumetric and stored is not None and (count := stored.shape[1] - 1) != math.prod(grid):
         side = round(count ** (1 / 3))
-        likely = (
-            f"{[side * size for size in patch_size]} if the grid is a cube"
-            if side**3 == count
-            else "that of its training"
-        )
+        cube = f"{[side * size for size in patch_size]} if the grid is a cube"
         raise InputError(
             f"checkpoint {checkpoint}: has positions for {count} patches of {list(patch_size)}, but img_size "
-            f"{list(img_size)} makes {grid[0] * grid[1] * grid[2]}; set img_size: {likely}"
+            f"{list(img_size)} makes {math.prod(grid)}; set img_size: "
+            f"{cube if side**3 == count else 'that of its training'}"
         )
     sizes = {
         "in_channels": proj.shape[1] if volumetric else 1,
@@ -177,7 +143,7 @@ def import_weights(
         "hidden_size": hidden_size,
         "mlp_dim": mlp_dim,
         "num_layers": len({name.split(".")[1] for name in found if name.startswith("blocks.")}),
-        "num_heads": num_heads,
+        "num_heads": hidden_size // 64 if num_heads is None else num_heads,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -189,8 +155,8 @@ def import_weights(
     else:
         random = ("cls_token", "patch_embed.proj.weight", "patch_embed.proj.bias")
         reasons = {f"missing {name}": f"starts at random, seed {seed}" for name in random}
-        reasons |= {"missing pos_embed": f"made anew: {pos_embed}"}
         reasons |= {f"skipped {name}": "of images, not of volumes" for name in (*random, "pos_embed")}
+        reasons["missing pos_embed"] = f"made anew: {pos_embed}"
     _import(
         encoder,
         found,
@@ -212,18 +178,17 @@ def import_unetr(network: nn.Module, checkpoint: str | Path, model_file: str | P
 
     Args:
         network: a :class:`custom_components.unetr.SimCroPUNETR` of the checkpoint's sizes; returned filled.
-        checkpoint: the published file; loaded as weights only, never executed.
         model_file: where to write, with the table of tensors beside it; must not exist.
 
     Raises:
         InputError: as :func:`import_weights`; the network's region, classes or widths are not the checkpoint's.
     """
-    names = ((r"^vit\.fc_norm\.", "encoder.norm."), (r"^vit\.", "encoder."), (r"^decoder2\.conv3d\.", "decoder2.conv."))
-    found = {}
-    for name, tensor in _published(checkpoint, model_file, "model_file").items():
-        for theirs, ours in names:
-            name = re.sub(theirs, ours, name)
-        found[name] = tensor
+    names = {"vit.fc_norm.": "encoder.norm.", "vit.": "encoder.", "decoder2.conv3d.": "decoder2.conv."}
+    pattern = re.compile("^(" + "|".join(map(re.escape, names)) + ")")
+    found = {
+        pattern.sub(lambda match: names[match[0]], name): tensor
+        for name, tensor in _published(checkpoint, model_file, "model_file").items()
+    }
     _import(
         network,
         found,

@@ -39,19 +39,15 @@ logger = logging.getLogger(__name__)
 class LossCheck:
     """Ends a training whose loss is no longer finite, and names the files of the batch.
 
-    The losses stay on the device and are looked at together, since each look waits for it.
+    The losses stay on the device until they are looked at together, since each look waits for it.
 
     Args:
-        dataloader: of the training.
         interval: iterations between two looks.
     """
 
     dataloader: SeededDataLoader
     interval: int = 10
     pending: dict[int, Tensor] = field(default_factory=dict, init=False)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
 
     def iteration_completed(self, engine: Engine) -> None:
         self.pending[engine.state.iteration] = engine.state.output[CommonKeys.LOSS].detach()
@@ -71,19 +67,18 @@ class LossCheck:
                 )
 
 
+@dataclass
 class Checkpointer:
     """Writes checkpoints, resumes from them, and writes the weights that other bundles take.
 
     A checkpoint goes to ``path`` at the end of epochs, and within them by the clock; the one before is kept as
-    ``..._previous``. Both are whole files at any moment. :class:`custom_components.run.seeded.SeededDataLoader` makes
-    order and random numbers follow from the position in the training, so a resumed run ends with the weights of one
-    that was never interrupted. Frozen parameters are not stored; a resumed run must have the same.
+    ``..._previous``. Both are whole files at any moment. Order and random numbers follow from the position in the
+    training (:class:`custom_components.run.seeded.SeededDataLoader`), so a resumed run ends with the weights of one
+    that was never interrupted. Frozen parameters are not stored; a resumed run must have the same. For optimiser and
+    schedule the config's values hold, and not the checkpoint's: ``max_epochs`` may be raised.
     Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share.
 
-    For optimiser and schedule the config's values hold, and not the checkpoint's: ``max_epochs`` may be raised.
-
     Args:
-        path: the checkpoint.
         objects: what to keep by name (network, optimizer, lr_scheduler, ...): anything with a state dict.
         weights: modules by file name beside ``path``: state dicts, written at the end of epochs. None is left out.
         interval: epochs between two checkpoints; the last epoch always writes one.
@@ -91,37 +86,28 @@ class Checkpointer:
             and replaces what is there. A path resumes from that file.
         minutes: time between two checkpoints within an epoch, after a step of the optimiser; None writes none.
         recipe: settings of the training. ``auto`` refuses a checkpoint of another recipe.
-        loss_check: attached to the same engine, ahead of the checkpoints, and called before anything is written.
+        loss_check: sees every loss, and is called before anything is written.
 
     Raises:
         InputError: nothing readable to resume from, or made by another recipe, or it does not fit the network.
     """
 
-    def __init__(
-        self,
-        path: str,
-        objects: Mapping[str, Any],
-        weights: Mapping[str, nn.Module | None] | None = None,
-        interval: int = 1,
-        resume: str | None = "auto",
-        minutes: float | None = None,
-        recipe: Mapping[str, Any] | None = None,
-        loss_check: LossCheck | None = None,
-    ) -> None:
-        self.path = Path(path)
+    path: str | Path
+    objects: Mapping[str, Any]
+    weights: Mapping[str, nn.Module | None] | None = None
+    interval: int = 1
+    resume: str | None = "auto"
+    minutes: float | None = None
+    recipe: Mapping[str, Any] | None = None
+    loss_check: LossCheck | None = None
+    resumed: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.path = Path(self.path)
         self.previous = self.path.with_name(f"{self.path.stem}_previous{self.path.suffix}")
-        self.objects = dict(objects)
-        self.weights = {
-            self.path.with_name(name): module for name, module in (weights or {}).items() if module is not None
-        }
-        self.interval = interval
-        self.resume = None if resume == "null" else resume  # the command line gives null as a word
-        self.minutes = math.inf if minutes is None else minutes
-        self.recipe = dict(recipe or {})
-        self.loss_check = loss_check
-        self.resumed = False
-        self.saved_at = time.monotonic()
-        self.frozen: dict[str, str | None] = {}
+        self.weights = {self.path.with_name(k): v for k, v in (self.weights or {}).items() if v is not None}
+        self.resume = None if self.resume == "null" else self.resume  # the command line gives null as a word
+        self.recipe = dict(self.recipe or {})
 
     def attach(self, engine: SupervisedTrainer) -> None:
         if not isinstance(engine.data_loader, SeededDataLoader):
@@ -130,7 +116,7 @@ class Checkpointer:
                 "custom_components.run.seeded.SeededDataLoader, without which no checkpoint can be resumed"
             )
         if self.loss_check is not None:
-            self.loss_check.attach(engine)
+            engine.add_event_handler(Events.ITERATION_COMPLETED, self.loss_check.iteration_completed)
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
@@ -146,7 +132,7 @@ class Checkpointer:
         self.saved_at = time.monotonic()
 
     def iteration_completed(self, engine: SupervisedTrainer) -> None:
-        due = time.monotonic() - self.saved_at >= 60 * self.minutes
+        due = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
         if due and completes_step(engine) and engine.state.iteration % engine.state.epoch_length:
             self.save(engine)
 
@@ -160,22 +146,22 @@ class Checkpointer:
             self.loss_check()
         if rank() > 0:
             return
-        content: dict[str, Any] = {}
-        for name, item in self.objects.items():
-            content[name] = item.state_dict()
-            if isinstance(item, nn.Module):
-                frozen = frozen_parameters(item)
-                content[name] = {k: v for k, v in content[name].items() if k not in frozen}
-                self._check_finite(item)
+        modules = [item for item in self.objects.values() if isinstance(item, nn.Module)]
+        if not all(p.isfinite().all() for module in modules for p in module.parameters() if p.requires_grad):
+            raise InputError(
+                f"{self.path}: not written, since the weights are no longer finite; lower learning_rate or set amp to "
+                "false, and give --resume the path of the checkpoint that is there"
+            )
         loader = engine.data_loader
         epoch, batch = divmod(engine.state.iteration, engine.state.epoch_length)
-        content["trainer"] = {
+        position = {
             "iteration": engine.state.iteration,
             "epoch": epoch,
             "items": batch * loader.batch_size * world_size(),  # of the running epoch, that were trained on
             "epoch_items": len(loader.dataset),
         }
-        content |= {"recipe": self.recipe, "frozen": self.frozen}
+        content = {name: _state(item) for name, item in self.objects.items()}
+        content |= {"trainer": position, "recipe": self.recipe, "frozen": self.frozen}
         if batch == 0:
             for path, module in self.weights.items():
                 save_atomically(module.state_dict(), path)
@@ -184,14 +170,6 @@ class Checkpointer:
             self.previous.unlink(missing_ok=True)  # of a training that this one replaces
         self.resumed = True
         self.saved_at = time.monotonic()
-
-    def _check_finite(self, module: nn.Module) -> None:
-        trained = [p for p in module.parameters() if p.requires_grad]
-        if not torch.stack([p.isfinite().all() for p in trained]).all():
-            raise InputError(
-                f"{self.path}: not written, since the weights are no longer finite; lower learning_rate or set amp to "
-                "false, and give --resume the path of the checkpoint that is there"
-            )
 
     def restore(self, engine: SupervisedTrainer) -> None:
         """Resume from a checkpoint, if there is one."""
@@ -202,9 +180,8 @@ class Checkpointer:
             return
         if rank() > 0:
             content = load_file(path)
-        wanted = {*self.objects, "trainer", "recipe", "frozen"}
-        absent = sorted(wanted - set(content)) if isinstance(content, Mapping) else sorted(wanted)
-        if absent:
+        found = content if isinstance(content, Mapping) else {}
+        if absent := sorted({*self.objects, "trainer", "recipe", "frozen"} - found.keys()):
             raise InputError(f"{path}: not a checkpoint to resume from, it lacks {', '.join(absent)}")
         self._compare_recipe(path, content["recipe"])
         for name, item in self.objects.items():
@@ -226,26 +203,23 @@ class Checkpointer:
         found = [path for path in (self.path, self.previous) if path.is_file()]
         for path in found:
             try:
-                content = load_file(path)
+                return path, load_file(path)
             except InputError as error:
                 if path == found[-1]:
                     raise InputError(f"{error}; no other is kept: start anew with --resume null") from error
                 logger.warning(f"{error}; going on from the one before it")
-                continue
-            return path, content
         return None, None
 
     def _compare_recipe(self, path: Path, saved: Mapping[str, Any]) -> None:
         changed = [key for key in self.recipe if key in saved and self.recipe[key] != saved[key]]
-        if not changed:
-            return
-        told = "; ".join(f"{key} was {saved[key]} and is {self.recipe[key]}" for key in changed)
-        if self.resume == "auto":
+        changes = "; ".join(f"{key} was {saved[key]} and is {self.recipe[key]}" for key in changed)
+        if changed and self.resume == "auto":
             raise InputError(
-                f"{path}: was trained by another recipe ({told}). Give the old values to go on, --models_dir another "
-                f"folder or --resume null to start anew, or --resume {path} to go on by the new recipe"
+                f"{path}: was trained by another recipe ({changes}). Give the old values to go on, --models_dir "
+                f"another folder or --resume null to start anew, or --resume {path} to go on by the new recipe"
             )
-        logger.warning(f"{path}: going on by another recipe ({told})")
+        if changed:
+            logger.warning(f"{path}: going on by another recipe ({changes})")
 
     def _restore_position(self, path: Path, engine: SupervisedTrainer, saved: Mapping[str, int]) -> None:
         loader, state = engine.data_loader, engine.state
@@ -259,24 +233,27 @@ class Checkpointer:
         loader.start = batch
         state.epoch = saved["epoch"]
         state.iteration = state.epoch * state.epoch_length + batch
-        if state.epoch >= state.max_epochs:
-            logger.info(
-                f"{path}: training has had {state.epoch} of {state.max_epochs} epochs and is finished; raise "
-                "max_epochs to train on, or train anew with --resume null"
-            )
+        if state.epoch < state.max_epochs:
+            where = f"going on in epoch {state.epoch + 1} of {state.max_epochs}, after iteration {state.iteration}"
         else:
-            logger.info(
-                f"{path}: going on in epoch {state.epoch + 1} of {state.max_epochs}, after iteration {state.iteration}"
+            where = (
+                f"training has had {state.epoch} of {state.max_epochs} epochs and is finished; raise max_epochs to "
+                "train on, or train anew with --resume null"
             )
+        logger.info(f"{path}: {where}")
+
+
+def _state(item: Any) -> dict[str, Any]:
+    """``item.state_dict()``, without frozen parameters."""
+    frozen = frozen_parameters(item) if isinstance(item, nn.Module) else {}
+    return {name: value for name, value in item.state_dict().items() if name not in frozen}
 
 
 def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
     """``item.load_state_dict(saved)``, but what a config sets stays as it is set."""
     if isinstance(item, nn.Module):
-        frozen = frozen_parameters(item)
-        own = {name: tensor for name, tensor in item.state_dict().items() if name not in frozen}
-        strangers = [*misfits(own, saved), *saved.keys() - own.keys()]
-        if strangers:
+        own = _state(item)
+        if strangers := [*misfits(own, saved), *saved.keys() - own.keys()]:
             raise KeyError(*strangers)
         item.load_state_dict(saved, strict=False)
     elif isinstance(item, Optimizer):
@@ -297,14 +274,12 @@ def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
 class KeepBest:
     """Keeps the weights of the best validation, and ends a training that no longer improves.
 
-    Attach it to the trainer before :class:`Checkpointer`, and give it to that as one of its objects: a resumed training
-    then knows what it has to beat.
+    Attach it to the trainer before :class:`Checkpointer`, whose ``objects`` must hold it: a resumed training then knows
+    what it has to beat.
 
     Args:
         network: whose state dict is written.
-        evaluator: whose metric counts.
-        metric: its name; higher is better.
-        path: of the weights.
+        evaluator, metric: the metric that counts; higher is better.
         patience: validations without improvement before the training ends; None never ends it.
     """
 
@@ -317,10 +292,9 @@ class KeepBest:
     epoch: int = field(default=0, init=False)
     waited: int = field(default=0, init=False)
 
-    def attach(self, engine: Engine) -> None:
-        """``engine``: the trainer."""
-        self.evaluator.add_event_handler(Events.COMPLETED, self.compare, engine)
-        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
+    def attach(self, trainer: Engine) -> None:
+        self.evaluator.add_event_handler(Events.COMPLETED, self.compare, trainer)
+        trainer.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
 
     def epoch_started(self, engine: Engine) -> None:
         if self.exhausted:  # resumed from the checkpoint of a training that had ended so
@@ -347,7 +321,6 @@ class KeepBest:
 
     @property
     def exhausted(self) -> bool:
-        """Whether patience is at its end."""
         return self.patience is not None and self.waited >= self.patience
 
     def restore(self) -> None:

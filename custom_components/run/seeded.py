@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,12 +27,10 @@ def mixed_seed(*numbers: int) -> int:
 class EpochSampler(DistributedSampler):
     """``(epoch, index)`` of each item of an epoch, in the order that seed and epoch shuffle; every process its share.
 
-    As torch's own sampler, it repeats a few items where the processes would get unequal shares. MONAI's engines set the
-    epoch.
+    It repeats a few items where the processes would get unequal shares. MONAI's engines set the epoch.
 
     Attributes:
-        start: how many items the next epoch skips at its beginning: a run that resumes in the middle of an epoch has
-            trained on them already.
+        start: how many items the next epoch skips, since a run that resumes within it has trained on them already.
     """
 
     start: int = 0
@@ -43,7 +43,7 @@ class EpochSampler(DistributedSampler):
 class SeededDataLoader(DataLoader):
     """MONAI's DataLoader for training, made repeatable: a run resumes within an epoch from its position alone.
 
-    - The order of an epoch follows from the seed and the epoch.
+    - The order follows from the seed and the epoch.
     - An item's random transforms start from seed, epoch and index; the collate function's random numbers from the
       batch's first item. So they are the same for any number of workers.
     - Before a batch is handed out, the generators of Python, NumPy and torch (all devices) are set from seed, epoch,
@@ -55,13 +55,10 @@ class SeededDataLoader(DataLoader):
     Args:
         dataset: whose ``transform`` may be random, and whose ``data`` names each item's file under ``image``.
         batch_size: items per batch of this process.
-        seed: of everything above.
-        num_workers: processes that read ahead.
-        collate_fn: list of items -> batch.
         kwargs: more of torch's DataLoader's arguments.
 
     Attributes:
-        start: how many batches the next epoch skips at its beginning; their items are not read.
+        start: how many batches the next epoch skips; their items are not read.
     """
 
     def __init__(
@@ -80,7 +77,7 @@ class SeededDataLoader(DataLoader):
             num_workers,
             batch_size=batch_size,
             sampler=EpochSampler(dataset, world_size(), rank(), seed=seed),
-            collate_fn=_SeededCollate(collate_fn),
+            collate_fn=partial(_seeded, collate_fn),
             **kwargs,
         )
 
@@ -107,12 +104,12 @@ class SeededDataLoader(DataLoader):
         return names
 
 
+@dataclass
 class _SeededItems(torch.utils.data.Dataset):
     """``(seed, item)`` at ``(epoch, index)``, the item's random transforms started from that seed."""
 
-    def __init__(self, items: Dataset, seed: int) -> None:
-        self.items = items
-        self.seed = seed
+    items: Dataset
+    seed: int
 
     def __len__(self) -> int:
         return len(self.items)
@@ -124,13 +121,8 @@ class _SeededItems(torch.utils.data.Dataset):
         return seed, self.items[place[1]]
 
 
-class _SeededCollate:
-    """Runs a collate function with torch's CPU generator started from the first item's seed, and then set back."""
-
-    def __init__(self, collate: Callable[[Sequence[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, seeded: Sequence[tuple[int, Any]]) -> Any:
-        with torch.random.fork_rng(devices=()):
-            torch.default_generator.manual_seed(seeded[0][0])
-            return self.collate([item for _, item in seeded])
+def _seeded(collate: Callable[[Sequence[Any]], Any], items: Sequence[tuple[int, Any]]) -> Any:
+    """Collates with torch's CPU generator started from the first item's seed, and then set back."""
+    with torch.random.fork_rng(devices=()):
+        torch.default_generator.manual_seed(items[0][0])
+        return collate([item for _, item in items])

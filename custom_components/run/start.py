@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
 import json
 import os
 import re
@@ -34,14 +35,11 @@ def start(
 ) -> None:
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
-    Errors that a person can mend end in one line from here on (:class:`OneLineErrors`); the components are the
-    bundle's own (:func:`check_components`); freed memory stays with the process where there is no GPU
-    (:func:`custom_components.cpu.keep_freed`).
+    Errors that a person can mend end in one line from here on (:class:`OneLineErrors`), the components are the bundle's
+    own (:func:`check_components`), and freed memory stays with the process where there is no GPU.
 
     Args:
-        bundle_root: folder of the bundle.
-        seed: of Python's, NumPy's and torch's random numbers, with deterministic algorithms; None for a run that draws
-            none.
+        seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
         timeout_minutes: under torchrun, how long a process waits for the others; None where one process works alone.
         rank_zero_alone: under torchrun, end all processes but one: the work is not divided.
 
@@ -62,9 +60,9 @@ def start(
 def check_components(bundle_root: str | Path) -> None:
     """Make sure that a bundle runs on its own components, or on equal ones that another bundle brought before it.
 
-    Every exported bundle brings ``custom_components``, and Python imports the first one only. An export holds the
-    modules that its bundle needs and no others: from here on, what is not loaded yet is found in this bundle. A bundle
-    without components, as in the repository, takes what is installed.
+    Every exported bundle brings ``custom_components``, with the modules that it needs and no others, and Python imports
+    the first one only. What is not loaded yet is found in this bundle from here on. A bundle without components, as in
+    the repository, takes what is installed.
 
     Raises:
         InputError: a module of the bundle differs from the one of that name in the components already loaded.
@@ -74,15 +72,12 @@ def check_components(bundle_root: str | Path) -> None:
     if own in folders or not own.is_dir():
         return
     modules = sorted(module.relative_to(own) for module in own.rglob("*.py"))
-    for module in modules:
-        for folder in folders:
-            other = folder / module
-            if other.is_file() and other.read_bytes() != (own / module).read_bytes():
-                raise InputError(
-                    f"{own} ({version(own)}): its {module} is not that of {folder} ({version(folder)}), on which "
-                    "this process runs already: run the bundles in processes of their own, or export both anew from "
-                    "one version"
-                )
+    for module, folder in itertools.product(modules, folders):
+        if (folder / module).is_file() and (folder / module).read_bytes() != (own / module).read_bytes():
+            raise InputError(
+                f"{own} ({version(own)}): its {module} is not that of {folder} ({version(folder)}), on which this "
+                "process runs already: run the bundles in processes of their own, or export both anew from one version"
+            )
     custom_components.__path__.append(str(own))
     for package in {module.parent.name for module in modules} - {""}:
         importlib.import_module(f"{custom_components.__name__}.{package}").__path__.append(str(own / package))
@@ -97,11 +92,10 @@ def version(folder: Path) -> str:
 
 
 class OneLineErrors:
-    """Print an :class:`InputError`, or a full disk, as one line instead of nested tracebacks.
+    """A ``sys.excepthook`` that prints an :class:`InputError`, or a full disk, as one line; any other error in full.
 
-    Installs itself as ``sys.excepthook``, so the exit code stays 1; any other exception is shown in full. Under
-    torchrun, a process that fails ends at once, so that the others do not wait for it. Ranks above 0 wait a moment
-    before they print, so that rank 0 alone reports what goes wrong in all of them.
+    Under torchrun, a process that fails ends at once, so that the others do not wait for it. Ranks above 0 wait a
+    moment before they print, so that rank 0 alone reports what goes wrong in all of them.
     """
 
     PATTERN = re.compile(rf"^(?:.*\.)?{InputError.__name__}: (.+)$", re.MULTILINE)
@@ -113,7 +107,7 @@ class OneLineErrors:
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         if int(os.environ.get("RANK", 0)) > 0:
             time.sleep(self.SECONDS_BEHIND_RANK_ZERO)
-        message = self.message(kind, error, trace)
+        message = self.message(error)
         if message is None:
             sys.__excepthook__(kind, error, trace)
         else:
@@ -125,11 +119,10 @@ class OneLineErrors:
             sys.stderr.flush()
             os._exit(1)  # the interpreter's own end would first wait for the process group
 
-    def message(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> str | None:
+    def message(self, error: BaseException) -> str | None:
         """The line that says what to do, or None where there is none."""
         # a data loader's worker sends its exception as text, so the text is what can be searched
-        found = self.PATTERN.findall("".join(traceback.format_exception(kind, error, trace)))
-        if found:
+        if found := self.PATTERN.findall("".join(traceback.format_exception(error))):
             return found[-1]  # a worker's own stands behind "InputError: Caught InputError in DataLoader worker"
         cause: BaseException | None = error
         while cause is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,6 @@ from custom_components.vit import POSITIONS, patch_grid
 logger = logging.getLogger(__name__)
 
 ENCODER_SOURCE = "give the encoder.pt that the pretrain bundle or configs/import_weights.json wrote to a models folder"
-
 ABSENT = "is not in it"
 
 
@@ -51,22 +51,19 @@ def save_atomically(content: Any, path: str | Path, previous: str | Path | None 
         ) from error
 
 
-def frozen_parameters(module: nn.Module) -> set[str]:
-    """Names of the parameters that do not train."""
-    return {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that do not train, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
 
 def fingerprint(module: nn.Module) -> str | None:
     """A number for the frozen parameters of a module, or None if it has none; precision beyond bfloat16 is ignored."""
-    names = frozen_parameters(module)
-    if not names:
-        return None
+    frozen = frozen_parameters(module)
     digest = hashlib.blake2b(digest_size=16)
-    for name, parameter in module.named_parameters():
-        if name in names:
-            digest.update(name.encode())
-            digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    for name, parameter in frozen.items():
+        digest.update(name.encode())
+        digest.update(parameter.detach().to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest() if frozen else None
 
 
 def check_fingerprint(module: nn.Module, expected: str | None, path: str | Path) -> None:
@@ -93,8 +90,7 @@ def load_file(path: str | Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle and end-of-file errors of many types
-        named = re.search(r"GLOBAL (\S+)", str(error))
-        if named:  # torch's own words would advise to load it all the same
+        if named := re.search(r"GLOBAL (\S+)", str(error)):  # torch's own words would advise to load it all the same
             raise InputError(
                 f"{path}: not a readable checkpoint of weights only: it names {named[1]}, which might run code; get a "
                 "file of tensors alone from where it came, and do not open this one in another way"
@@ -107,10 +103,11 @@ def load_file(path: str | Path) -> Any:
 
 def state_dict_of(content: Any) -> dict[str, Tensor]:
     """The state dict in a checkpoint: itself, or under ``model`` (MAE, SimCroP), ``network`` or ``state_dict``."""
+    content = content if isinstance(content, Mapping) else {}
     for key in ("model", "network", "state_dict"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+        if isinstance(content.get(key), Mapping):
             content = content[key]
-    return {k: v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
 
 
 def misfits(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str, str]:
@@ -127,9 +124,9 @@ def misfits(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> dict[str,
     return reasons
 
 
-def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool], content: Any = None) -> None:
-    """Load every tensor of ``module`` whose name is ``wanted`` from a checkpoint, and log what was taken and left."""
-    found = state_dict_of(load_file(path) if content is None else content)
+def _fill(module: nn.Module, path: str | Path, content: Any, wanted: Callable[[str], bool]) -> None:
+    """Load every tensor of ``module`` whose name is ``wanted`` from what a file holds; log what was taken and left."""
+    found = state_dict_of(content)
     own = module.state_dict()
     names = [name for name in own if wanted(name)]
     reasons = misfits({name: own[name] for name in names}, found)
@@ -152,12 +149,13 @@ def _fill(module: nn.Module, path: str | Path, wanted: Callable[[str], bool], co
     )
 
 
-def _require(key: str, checkpoint: str | Path, source: str) -> None:
-    """Raise an InputError that names the key, unless its file is there."""
+def _load(key: str, checkpoint: str | Path, source: str) -> Any:
+    """What a file holds; an InputError that names the key and the file's ``source`` if it is not there."""
     if not Path(checkpoint).is_file():
         raise InputError(
             f"{key} {checkpoint}: no such file; {source}, or set {key} to null to start from random weights"
         )
+    return load_file(checkpoint)
 
 
 def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
@@ -166,14 +164,13 @@ def load_weights(module: nn.Module, checkpoint: str | Path) -> nn.Module:
     Frozen weights, which :class:`custom_components.run.resume.Checkpointer` leaves out, are compared instead.
 
     Raises:
-        InputError: unreadable file, any tensor missing or of another size; names the first. Or other frozen weights.
+        InputError: unreadable file, any tensor missing or of another size, or other frozen weights.
     """
-    content = load_file(checkpoint)
-    kept_elsewhere: set[str] = set()
+    content, left_out = load_file(checkpoint), {}
     if isinstance(content, Mapping) and "frozen" in content:
         check_fingerprint(module, content["frozen"].get("network"), checkpoint)
-        kept_elsewhere = frozen_parameters(module)
-    _fill(module, checkpoint, lambda name: name not in kept_elsewhere, content)
+        left_out = frozen_parameters(module)
+    _fill(module, checkpoint, content, lambda name: name not in left_out)
     return module
 
 
@@ -183,28 +180,27 @@ def load_pretrained(encoder: nn.Module, pretrained: str | Path | None) -> nn.Mod
     With None the encoder stays random, and the log says so.
 
     Raises:
-        InputError: as :func:`load_weights`.
+        InputError: no such file, or as :func:`load_weights`.
     """
     if pretrained is None:
         logger.warning("pretrained is null: the encoder starts from RANDOM weights")
-        return encoder
-    _require("pretrained", pretrained, ENCODER_SOURCE)
-    return load_weights(encoder, pretrained)
+    else:
+        _fill(encoder, pretrained, _load("pretrained", pretrained, ENCODER_SOURCE), lambda name: True)
+    return encoder
 
 
 def load_mae(encoder: nn.Module, checkpoint: str | Path | None) -> nn.Module:
     """Initialise a :class:`custom_components.vit.SimCroPEncoder` from a 2D MAE ViT checkpoint, as the authors do.
 
-    Blocks and final norm are taken; patch embedding, positions, class token and decoder are not. With None the encoder
-    stays as it is.
+    Blocks and final norm are taken. With None the encoder stays as it is.
 
     Raises:
-        InputError: as :func:`load_weights`.
+        InputError: as :func:`load_pretrained`.
     """
     if checkpoint is not None:
         source = "download MAE's mae_pretrain_vit_base.pth (facebookresearch/mae) to there"
-        _require("mae_checkpoint", checkpoint, source)
-        _fill(encoder, checkpoint, lambda name: name.startswith(("blocks.", "norm.")))
+        content = _load("mae_checkpoint", checkpoint, source)
+        _fill(encoder, checkpoint, content, lambda name: name.startswith(("blocks.", "norm.")))
     return encoder
 
 
@@ -229,7 +225,6 @@ def load_for_region(
 
     Args:
         encoder: a :class:`custom_components.vit.SimCroPEncoder` without class token.
-        checkpoint: the file, or None.
         positions: ``rebuilt`` makes a table for the region's own grid by the formula of the checkpoint's, as published,
             whichever of :data:`custom_components.vit.POSITIONS` that is; ``interpolated`` stretches the checkpoint's
             table over it.
@@ -237,7 +232,7 @@ def load_for_region(
             table with it, and by the first two patches alone without it, or where it is another size.
 
     Raises:
-        InputError: as :func:`load_weights`; the checkpoint's positions are of no known formula, or not of
+        InputError: as :func:`load_pretrained`; the checkpoint's positions are of no known formula, or not of
             ``pretrained_img_size``; ``positions`` is unknown.
     """
     if positions not in ("rebuilt", "interpolated"):
@@ -245,25 +240,23 @@ def load_for_region(
     if checkpoint is None:
         logger.warning("pretrained is null: NOTHING is loaded, the encoder starts from random weights")
         return encoder
-    _require("pretrained", checkpoint, ENCODER_SOURCE)
-    content = load_file(checkpoint)
-    _fill(encoder, checkpoint, lambda name: name.startswith(("patch_embed.", "blocks.")), content)
+    content = _load("pretrained", checkpoint, ENCODER_SOURCE)
+    _fill(encoder, checkpoint, content, lambda name: name.startswith(("patch_embed.", "blocks.")))
     found = state_dict_of(content)
     if "pos_embed" not in found:
         raise InputError(f"pretrained {checkpoint}: has no pos_embed; give a whole encoder.pt")
     table = found["pos_embed"][0, int("cls_token" in found) :]
     grid = None if pretrained_img_size is None else patch_grid(pretrained_img_size, encoder.patch_size)
-    fits = grid is not None and grid[0] * grid[1] * grid[2] == len(table)
+    fits = grid is not None and math.prod(grid) == len(table)
     if positions == "interpolated":
         if grid is None:
             raise InputError("positions is interpolated: give pretrained_img_size, the img_size of pre-training")
         if not fits:
             raise InputError(
-                f"pretrained {checkpoint}: has positions for {len(table)} patches, not {grid[0] * grid[1] * grid[2]}; "
+                f"pretrained {checkpoint}: has positions for {len(table)} patches, not {math.prod(grid)}; "
                 f"set pretrained_img_size ({list(pretrained_img_size)}) to the img_size of pre-training"
             )
-        volume = table.T.reshape(1, -1, *grid)
-        volume = F.interpolate(volume, size=encoder.grid, mode="trilinear", align_corners=True)
+        volume = F.interpolate(table.T.reshape(1, -1, *grid), encoder.grid, mode="trilinear", align_corners=True)
         encoder.pos_embed.copy_(volume.flatten(2).transpose(1, 2))
         return encoder
     # the first two rows are those of patches (0, 0, 0) and (0, 0, 1), whatever the grid

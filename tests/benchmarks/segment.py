@@ -83,7 +83,7 @@ def window(name: str, precision: str, repeats: int) -> dict[str, Any]:
     """A sliding window over one volume: ours by its own inferer, the others' by ``sliding_window_inference``."""
     network = make(name).eval()
     volume = torch.randn(1, 1, *VOLUME, device=device())
-    inferer = WindowInferer(REGION, sw_batch_size=4, amp=precision == "bf16")
+    inferer = WindowInferer(REGION, sw_batch_size=4, overlap=0.5, amp=precision == "bf16")
 
     @torch.inference_mode()
     def run() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from monai.bundle import ConfigParser
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.multiprocessing import start_processes
 from transformers import BertConfig, BertModel
 
@@ -16,13 +16,14 @@ from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroP
 from custom_components.simcrop import (
     Aligner,
     ReportDecoder,
+    SentenceSimilarityInferer,
     SimCroP,
     VolumeDecoder,
     VolumeEmbedder,
     random_masking,
     similarity,
 )
-from custom_components.text import TextEncoder
+from custom_components.text import TextEncoder, load_text_encoder
 from custom_components.vit import SimCroPEncoder, patchify, unpatchify, upsample_patches
 
 ROOT = Path(__file__).parents[2]
@@ -438,3 +439,29 @@ def test_one_step_at_the_published_size(tmp_path):
     assert total.isfinite()
     for name, p in network.named_parameters():
         assert p.isfinite().all() and (p.grad is not None) == p.requires_grad, name
+
+
+# sentences over volumes
+
+
+def test_sentence_maps_show_the_cosine_of_each_patch(minilm, tokenizer):
+    torch.manual_seed(0)
+    encoder = SimCroPEncoder(
+        img_size=(6, 9, 6), patch_size=(3, 3, 3), hidden_size=24, mlp_dim=32, num_layers=1, num_heads=3
+    )
+    network = VolumeEmbedder(encoder, Aligner(24, 384, 16)).eval()
+    text_encoder, sentences = load_text_encoder(minilm), ["No effusion.", "A 3 mm nodule in the left lung."]
+    volume = torch.rand(2, 1, 6, 9, 6)
+    with torch.no_grad():
+        output = SentenceSimilarityInferer(sentences, text_encoder, tokenizer)(volume, network)
+        tokens = encoder(volume)[0][:, 1:]
+    assert output["similarity"].shape == (2, 2, 6, 9, 6)
+    torch.testing.assert_close(output["embedding"], network(volume))
+    for s, sentence in enumerate(sentences):
+        words = text_encoder(torch.tensor(tokenizer(sentence)["input_ids"])[None])[0, 1:-1]
+        feature = network.aligner.sentence_projection(words).mean(0)
+        for b in range(2):
+            expected = nn.functional.cosine_similarity(network.aligner.patch_projection(tokens[b]), feature[None])
+            # the middle voxel of each 3 x 3 x 3 patch keeps the patch's value
+            middle = output["similarity"][b, s, 1::3, 1::3, 1::3]
+            torch.testing.assert_close(middle.flatten(), expected, atol=1e-5, rtol=1e-4)

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from monai.bundle import ConfigParser
 
-from custom_components.data.lists import scans
+from custom_components.data.lists import msd, scans
 from custom_components.errors import InputError
 from tests.conftest import BUNDLES, classes_of
 
@@ -713,3 +713,71 @@ def test_a_list_of_folders_and_of_equal_names(tmp_path: Path) -> None:
     (tmp_path / "equal.txt").write_text("case1/ct.nii.gz\ncase2/ct.nii.gz\ncase1/ct.nii.gz\n")
     items = scans(tmp_path / "equal.txt")
     assert [item["name"] for item in items] == ["case1_ct", "case2_ct"]
+
+
+# MSD-style lists
+
+
+@pytest.fixture
+def btcv(tmp_path: Path) -> Path:
+    """A folder with a list as BTCV's: `test` is of bare file names."""
+    content = {
+        "training": [{"image": f"imagesTr/{i}.nii.gz", "label": f"labelsTr/{i}.nii.gz"} for i in range(20)],
+        "validation": [{"image": "imagesTr/20.nii.gz", "label": "labelsTr/20.nii.gz"}],
+        "test": ["0061.nii.gz"],
+        "labels": {"0": "background"},
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    for folder in ("imagesTr", "labelsTr", "imagesTs"):
+        (tmp_path / folder).mkdir()
+    for i in range(21):
+        (tmp_path / "imagesTr" / f"{i}.nii.gz").touch()
+        (tmp_path / "labelsTr" / f"{i}.nii.gz").touch()
+    (tmp_path / "imagesTs" / "0061.nii.gz").touch()
+    return tmp_path
+
+
+def test_lists_are_read_as_published(btcv: Path) -> None:
+    items = msd(btcv)
+    assert len(items) == 20
+    expected = {"image": str(btcv / "imagesTr/3.nii.gz"), "name": "3", "label": str(btcv / "labelsTr/3.nii.gz")}
+    assert items[3] == expected
+    assert [item["name"] for item in msd(btcv, split="validation")] == ["20"]
+    assert msd(btcv, split="test") == [{"image": str(btcv / "imagesTs/0061.nii.gz"), "name": "0061"}]
+    with pytest.raises(InputError, match="have no label.*0061"):
+        msd(btcv, split="test", labelled=True)
+
+
+def test_fractions_are_nested(btcv: Path) -> None:
+    def names(fraction: float) -> set[str]:
+        return {item["name"] for item in msd(btcv, data_fraction=fraction)}
+
+    assert [len(names(f)) for f in (0.05, 0.1, 0.5, 1.0)] == [1, 2, 10, 20]
+    assert names(0.05) < names(0.1) < names(0.5) < names(1.0)
+
+
+def test_scans_that_could_not_be_prepared_are_left_out(btcv: Path, tmp_path: Path) -> None:
+    failed = tmp_path / "failed.csv"  # as prepare writes it
+    failed.write_text("name,reason,message\nimagesTr/3,unreadable,download it again\nimagesTr/20,empty,air\n")
+    (btcv / "imagesTr" / "3.nii.gz").unlink()
+    assert [item["name"] for item in msd(btcv, exclude=failed)] == [str(i) for i in range(20) if i != 3]
+    with pytest.raises(InputError, match="failed.csv leaves nothing of validation"):
+        msd(btcv, split="validation", exclude=failed)
+
+
+def test_a_bad_list_is_told(btcv: Path) -> None:
+    with pytest.raises(InputError, match="no testing list .*training, validation, test"):
+        msd(btcv, split="testing")
+    (btcv / "labelsTr" / "7.nii.gz").unlink()
+    with pytest.raises(InputError, match="1 files of training.*7.nii.gz"):
+        msd(btcv)
+    with pytest.raises(InputError, match="absent.json"):
+        msd(btcv, "absent.json")
+    (btcv / "broken.json").write_text("{")
+    with pytest.raises(InputError, match="broken.json is not JSON"):
+        msd(btcv, "broken.json")
+    (btcv / "odd.json").write_text('{"training": [{"label": "a"}]}')
+    with pytest.raises(InputError, match="without an image"):
+        msd(btcv, "odd.json")
+    with pytest.raises(InputError, match="data_fraction"):
+        msd(btcv, data_fraction=0)

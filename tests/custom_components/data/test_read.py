@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-from custom_components.data.read import LoadCTd
+from custom_components.data.read import LoadCTd, LoadLabeld
 from custom_components.errors import InputError
 from tests.conftest import write_dicom
 
@@ -422,3 +423,70 @@ def test_map_goes_back_to_the_grid_of_the_file(tmp_path, axcodes):
     returned = Orientationd("pred", axcodes="RAS", labels=None)({"pred": back})["pred"][0].numpy()
     kept = np.s_[15:-15, 15:-15, 2:-2]
     assert np.corrcoef(original[kept].ravel(), returned[kept].ravel())[0, 1] > 0.98
+
+
+# label maps
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path, np.ndarray]:
+    """A scan and its label map."""
+    volume = np.full((12, 10, 8), -900, np.int16)
+    volume[3:6] = 40
+    labels = np.zeros(volume.shape, np.uint8)
+    labels[3:6] = 1
+    labels[8] = 2
+    for name, array in (("image", volume), ("label", labels)):
+        nib.save(nib.Nifti1Image(array, np.diag([2.0, 2.0, 3.0, 1.0])), tmp_path / f"{name}.nii.gz")
+    return tmp_path / "image.nii.gz", tmp_path / "label.nii.gz", labels
+
+
+def read(image: Path, label: Path, **keys) -> MetaTensor:
+    item = LoadCTd("image")({"image": image, "label": label})
+    return LoadLabeld("label", ["left lung", "right lung"], **keys)(item)["label"]
+
+
+def test_a_label_map_is_read_as_class_indices(pair: tuple) -> None:
+    image, label, values = pair
+    found = read(image, label)
+    assert found.dtype == torch.uint8 and found.shape == (1, 12, 10, 8)
+    np.testing.assert_array_equal(found.numpy()[0], values)
+    # all at once: 1 becomes 2 and 2 becomes 1
+    np.testing.assert_array_equal(
+        read(image, label, label_values={"1": 2, "2": 1}).numpy()[0],
+        [0, 2, 1] @ np.eye(3)[values].transpose(0, 1, 3, 2),
+    )
+
+
+def test_values_outside_the_classes_are_told(pair: tuple) -> None:
+    image, label, values = pair
+    nib.save(nib.Nifti1Image(values * 3, np.diag([2.0, 2.0, 3.0, 1.0])), label)
+    with pytest.raises(InputError, match=r"label.nii.gz holds label values \[3, 6\].*label_values"):
+        read(image, label)
+    found = read(image, label, label_values={"3": 1, "6": 0})
+    np.testing.assert_array_equal(found.numpy()[0], values == 1)
+    nib.save(nib.Nifti1Image(values * 0.5, np.diag([2.0, 2.0, 3.0, 1.0])), label)
+    with pytest.raises(InputError, match="not whole"):
+        read(image, label)
+
+
+def test_another_shape_or_place_is_told(pair: tuple) -> None:
+    image, label, values = pair
+    nib.save(nib.Nifti1Image(values[:-1], np.diag([2.0, 2.0, 3.0, 1.0])), label)
+    with pytest.raises(InputError, match="11 x 10 x 8 voxels and .*image.nii.gz has 12 x 10 x 8"):
+        read(image, label)
+    nib.save(nib.Nifti1Image(values, np.diag([-2.0, 2.0, 3.0, 1.0])), label)
+    with pytest.raises(InputError, match=r"label.nii.gz lies 44.0 mm off .*image.nii.gz"):
+        read(image, label)
+    moved = np.diag([2.0, 2.0, 3.0, 1.0])
+    moved[0, 3] = 0.1  # what rounding in a header does
+    nib.save(nib.Nifti1Image(values, moved), label)
+    assert read(image, label).any()
+
+
+def test_an_empty_label_map_is_a_warning(pair: tuple, caplog: pytest.LogCaptureFixture) -> None:
+    image, label, values = pair
+    nib.save(nib.Nifti1Image(values * 0, np.diag([2.0, 2.0, 3.0, 1.0])), label)
+    with caplog.at_level(logging.WARNING):
+        assert not read(image, label).any()
+    assert "label.nii.gz holds none of the classes" in caplog.text

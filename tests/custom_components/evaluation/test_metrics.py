@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import numpy as np
@@ -158,3 +159,13 @@ def test_a_thousand_resamples_at_ct_rates_size_take_seconds() -> None:
     start = time.perf_counter()
     classification_metrics(truth, random.rand(3009, 18), list("abcdefghijklmnopqr"), [str(i) for i in range(3009)])
     assert time.perf_counter() - start < 60
+
+
+def test_interval_covers_the_mean() -> None:
+    values = np.random.default_rng(0).normal(0.7, 0.1, 50)
+    found = mean_interval(np.append(values, np.nan), seed=1)
+    assert found["scans"] == 50 and found["mean"] == pytest.approx(values.mean())
+    error = values.std() / math.sqrt(50)
+    assert found["low"] == pytest.approx(values.mean() - 1.96 * error, abs=0.3 * error)
+    assert found["high"] == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
+    assert mean_interval(values, seed=1) == mean_interval(values, seed=1)

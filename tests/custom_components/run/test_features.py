@@ -16,7 +16,7 @@ from monai import transforms as mt
 from custom_components.data.read import LoadCTd
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
-from custom_components.run.features import FeatureCache, FeatureLoader, describe, describe_network
+from custom_components.run.features import FeatureCache, FeatureLoader, describe
 from custom_components.vit import SimCroPEncoder
 
 
@@ -125,7 +125,7 @@ def test_an_augmentations_argument_changes_the_augmented_key_alone(cache: Callab
 def test_the_encoder_is_part_of_the_key(cache: Callable) -> None:
     assert cache().folders() == cache().folders()
     assert cache().folders() != cache(network(seed=1)).folders()
-    assert describe_network(network().encoder) != describe_network(network(num_heads=4).encoder)
+    assert cache().encoder_key() != cache(network(num_heads=4)).encoder_key()
     assert cache().folders() != FeatureCache(network(), *chains(), cache_dir=cache().cache_dir, amp=True).folders()
 
 

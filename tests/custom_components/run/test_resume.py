@@ -1,4 +1,4 @@
-"""Engine parts: errors in one line, autocast, weight decay, progress, resuming, and bad items passed over."""
+"""Checkpoints that a training resumes from bit by bit, and losses that are not finite."""
 
 from __future__ import annotations
 
@@ -6,221 +6,22 @@ import math
 import os
 import random
 import shutil
-import subprocess
-import sys
-import traceback
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
 from monai.engines import SupervisedTrainer
 from monai.optimizers import WarmupCosineSchedule
-from monai.transforms import Compose, Lambdad, RandScaleIntensityd
+from monai.transforms import Compose, RandScaleIntensityd
 from torch import nn
 
 from custom_components.errors import InputError
-from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
-from custom_components.run.handlers import LossParts, OptimizerSteps, TrainingProgress, decay_groups
-from custom_components.run.inferers import AutocastInferer, ReadableLoader
+from custom_components.run.handlers import OptimizerSteps
 from custom_components.run.resume import Checkpointer, LossCheck
 from custom_components.run.seeded import EpochSampler, SeededDataLoader
-from custom_components.run.start import OneLineErrors
 from custom_components.run.weights import load_weights
-from custom_components.simcrop import Aligner, SentenceSimilarityInferer, VolumeEmbedder
-from custom_components.text import load_text_encoder
-from custom_components.vit import SimCroPEncoder
-
-# errors in one line
-
-TOLD = "a.nii.gz is empty (0.5 x 0.5): export it again"
-
-
-def bad(*_) -> None:
-    raise InputError(TOLD)
-
-
-def bug(*_) -> None:
-    raise KeyError("a bug")
-
-
-def nested() -> None:
-    try:
-        try:
-            bad()
-        except InputError as error:
-            raise RuntimeError("applying transform") from error
-    except RuntimeError as error:
-        raise RuntimeError("engine run is terminating") from error
-
-
-class DiskFull(InputError):
-    """A kind of InputError."""
-
-
-def narrower() -> None:
-    try:
-        raise DiskFull(TOLD) from OSError(28, "no space")
-    except InputError as error:
-        raise RuntimeError("failed to instantiate") from error
-
-
-class Scans(torch.utils.data.Dataset):
-    """Fails as it is read, without MONAI's RuntimeError around it."""
-
-    def __init__(self, read) -> None:
-        self.read = read
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, index: int):
-        return self.read()
-
-
-def load(dataset) -> None:
-    list(DataLoader(dataset, num_workers=1))
-
-
-def told(case, monkeypatch, capsys) -> str:
-    """What is printed for the exception that ``case`` raises."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # so that it comes back
-    OneLineErrors()
-    try:
-        case()
-    except Exception as error:
-        capsys.readouterr()
-        sys.excepthook(type(error), error, error.__traceback__)
-        traceback.clear_frames(error.__traceback__)  # else the garbage collector waits 5 s for each loader's worker
-    return capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "case",
-    [
-        bad,
-        nested,
-        narrower,
-        lambda: Dataset([{"image": 1}], Lambdad("image", bad))[0],
-        lambda: load(Dataset([{"image": 1}], Lambdad("image", bad))),
-        lambda: load(Scans(bad)),
-    ],
-    ids=["plain", "nested", "narrower", "transform", "transform in a worker", "data set in a worker"],
-)
-def test_input_errors_are_told_in_one_line(case, monkeypatch, capsys):
-    assert told(case, monkeypatch, capsys) == f"error: {TOLD}\n"
-
-
-@pytest.mark.parametrize("case", [bug, lambda: load(Scans(bug))], ids=["plain", "in a worker"])
-def test_bugs_keep_their_traceback(case, monkeypatch, capsys):
-    shown = told(case, monkeypatch, capsys)
-    assert shown.startswith("Traceback") and "a bug" in shown and "in bug" in shown
-
-
-UNCAUGHT = """
-import os, sys
-from custom_components.run.start import OneLineErrors
-from custom_components.errors import InputError
-for name, error in {"bad": InputError("told"), "bug": KeyError("a bug")}.items():
-    if os.fork() == 0:  # a process each, forked, since the imports take seconds
-        sys.stderr = open(name, "w")
-        OneLineErrors()
-        raise RuntimeError("engine run is terminating") from error
-    print(name, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
-"""
-
-
-def test_a_process_that_ends_in_an_input_error_has_exit_code_one(tmp_path):
-    done = subprocess.run([sys.executable, "-c", UNCAUGHT], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert done.stdout == "bad 1\nbug 1\n", done.stderr
-    assert (tmp_path / "bad").read_text() == "error: told\n"
-    assert (tmp_path / "bug").read_text().startswith("KeyError: 'a bug'\n\nThe above exception was the direct cause")
-
-
-# forward and optimizer
-
-
-@pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_autocast_inferer_runs_the_network_in_bfloat16_if_asked(amp, dtype):
-    network = nn.Linear(4, 2)
-    seen = []
-    network.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
-    output = AutocastInferer(amp)(torch.ones(3, 4), network)
-    assert seen == [dtype] and output.dtype == network.weight.dtype == torch.float32
-    torch.testing.assert_close(output, network(torch.ones(3, 4)), atol=0.02, rtol=0.02)
-
-
-def test_weight_decay_spares_biases_norms_and_tokens_and_groups_hold_all_that_trains(network):
-    model = network()
-    decay, no_decay = decay_groups(model, 0.05)
-    assert (decay["weight_decay"], no_decay["weight_decay"]) == (0.05, 0.0)
-    name_of = {p: name for name, p in model.named_parameters()}
-    decayed, spared = ({name_of[p] for p in group["params"]} for group in (decay, no_decay))
-    assert len(decayed) + len(spared) == len(decay["params"]) + len(no_decay["params"])
-    assert decayed | spared == {name for name, p in model.named_parameters() if p.requires_grad}
-    assert not decayed & spared
-    assert not any(name.startswith("text_encoder") for name in decayed | spared)
-    norms = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)}
-    for name in decayed | spared:
-        small = name.endswith("bias") or "cls_token" in name or "mask_token" in name or name in norms
-        assert (name in spared) == small, name
-
-
-# progress
-
-
-class Volume(nn.Module):
-    """Predicts the image times a weight of 1, where zeros are true."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(()))
-
-    def forward(self, image: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"volume_pred": self.weight * image, "volume_target": torch.zeros_like(image)}
-
-
-def test_progress_shows_epoch_steps_and_each_loss_without_a_second_look_at_the_batch(capsys):
-    weights = {"volume": 3, "alignment": 0, "report": 0}
-    loss = SimCroPLoss(weights, MaskedVolumeLoss(), SimilarityAlignmentLoss(), MaskedReportLoss())
-    seen, network = [], Volume()
-    loss.volume.register_forward_pre_hook(lambda module, args: seen.append(args))
-    trainer = SupervisedTrainer(
-        device=torch.device("cpu"),
-        max_epochs=1,
-        train_data_loader=[{"image": torch.tensor([value]), "label": torch.zeros(1)} for value in (1.0, 2.0)],
-        network=network,
-        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
-        loss_function=loss,
-        train_handlers=[LossParts(loss), TrainingProgress()],
-        decollate=False,
-    )
-    trainer.run()
-    shown = capsys.readouterr().err
-    assert "epoch 1/1" in shown and "2/2" in shown and "total=12.000, volume=4.000" in shown
-    assert trainer.state.output["losses"] == {"volume": 4.0}  # a part without weight is not called
-    assert not trainer.state.output["losses"]["volume"].requires_grad and len(seen) == 2
-
-
-def test_progress_reads_losses_only_when_it_shows_them():
-    """Reading waits for the device: the first and the last of five, here, since less than ten seconds pass."""
-    read = []
-
-    class Loss(torch.Tensor):
-        def item(self):
-            read.append(super().item())
-            return read[-1]
-
-    engine = Engine(lambda _, value: {"loss": torch.tensor(value).as_subclass(Loss)})
-    TrainingProgress().attach(engine)
-    engine.run([1.0, 2.0, 3.0, 4.0, 5.0], max_epochs=1)
-    assert read == [1.0, 5.0]
-
-
-# steps of the optimiser, checks of the loss, resuming
 
 
 class Network(nn.Module):
@@ -297,23 +98,6 @@ def assert_same(path, expected):
     content = saved(path)
     assert content.pop("frozen") == expected["frozen"] and content.pop("recipe") == expected["recipe"]
     torch.testing.assert_close(content, {k: expected[k] for k in content}, atol=0, rtol=0)
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(1, 9), st.integers(1, 3), st.integers(1, 4))
-def test_the_schedule_steps_as_often_as_the_optimiser(tmp_path_factory, items, batch_size, accumulation):
-    folder = tmp_path_factory.mktemp("schedule")
-    trainer = make_trainer(
-        folder, items=items, batch_size=batch_size, accumulation=accumulation, minutes=None, interval=99
-    )
-    steps, rates = [], []
-    trainer.optimizer.register_step_post_hook(lambda *_: steps.append(trainer.state.iteration))
-    trainer.optimizer.register_step_pre_hook(lambda opt, *_: rates.append(opt.param_groups[0]["lr"]))
-    trainer.run()
-    per_epoch = math.ceil(math.ceil(items / batch_size) / accumulation)
-    assert len(steps) == 2 * per_epoch
-    cosine = [0.5 * (1 + math.cos(math.pi * (step - 2) / 8)) for step in range(2, len(steps))]
-    assert rates == pytest.approx([0.05 * factor for factor in [0, 0.5][: len(steps)] + cosine])
 
 
 def copies_of(trainer, folder):
@@ -512,77 +296,3 @@ def test_a_full_disk_ends_the_training_and_keeps_the_checkpoint(tmp_path):
         trainer.run()
     assert saved(tmp_path / "checkpoint.pt")["trainer"]["epoch"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "encoder.pt"]
-
-
-def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
-    def write() -> None:
-        with open("/dev/full", "w") as file:
-            file.write("events")
-
-    assert told(write, monkeypatch, capsys).startswith("error: the disk is full ([Errno 28] No space left on device)")
-
-
-# reading
-
-
-def read(value: int) -> torch.Tensor:
-    if value < 0:
-        raise InputError(f"scan {value} is empty: export it again")
-    return torch.full((1, 2, 2, 2), 12 / value)  # 0 is a bug of ours, not of the scan
-
-
-def scans(*values: int, **keys) -> ReadableLoader:
-    items = [{"name": f"scan{value}", "image": value} for value in values]
-    return ReadableLoader(Dataset(items, Compose([Lambdad("image", read)])), **keys)
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_scans_that_cannot_be_read_are_passed_over_and_reported(num_workers, capsys):
-    loader = scans(3, -1, 4, -2, num_workers=num_workers)
-    for _ in range(2):  # a second pass starts a new report
-        batches = list(loader)
-        assert [batch["image"][0, 0, 0, 0, 0].item() for batch in batches] == [4.0, 3.0]
-        assert all(batch["image"].shape == (1, 1, 2, 2, 2) for batch in batches)
-        assert loader.failures == [(f"scan-{n}", f"scan -{n} is empty: export it again") for n in (1, 2)]
-    assert "skipped: scan -1 is empty: export it again" in capsys.readouterr().err
-    with pytest.raises(InputError, match=r"2 of 4 scans could not be read \(scan-1, scan-2\)"):
-        loader.report()
-
-
-def test_nothing_is_reported_if_all_can_be_read():
-    loader = scans(1, 2)
-    assert len(list(loader)) == 2
-    loader.report()
-
-
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_a_bug_is_no_unreadable_scan(num_workers):
-    with pytest.raises(RuntimeError, match="applying transform") as raised:
-        list(scans(1, 0, num_workers=num_workers))
-    traceback.clear_frames(raised.tb)
-
-
-# sentences over volumes
-
-
-def test_sentence_maps_show_the_cosine_of_each_patch(minilm, tokenizer):
-    torch.manual_seed(0)
-    encoder = SimCroPEncoder(
-        img_size=(6, 9, 6), patch_size=(3, 3, 3), hidden_size=24, mlp_dim=32, num_layers=1, num_heads=3
-    )
-    network = VolumeEmbedder(encoder, Aligner(24, 384, 16)).eval()
-    text_encoder, sentences = load_text_encoder(minilm), ["No effusion.", "A 3 mm nodule in the left lung."]
-    volume = torch.rand(2, 1, 6, 9, 6)
-    with torch.no_grad():
-        output = SentenceSimilarityInferer(sentences, text_encoder, tokenizer)(volume, network)
-        tokens = encoder(volume)[0][:, 1:]
-    assert output["similarity"].shape == (2, 2, 6, 9, 6)
-    torch.testing.assert_close(output["embedding"], network(volume))
-    for s, sentence in enumerate(sentences):
-        words = text_encoder(torch.tensor(tokenizer(sentence)["input_ids"])[None])[0, 1:-1]
-        feature = network.aligner.sentence_projection(words).mean(0)
-        for b in range(2):
-            expected = nn.functional.cosine_similarity(network.aligner.patch_projection(tokens[b]), feature[None])
-            # the middle voxel of each 3 x 3 x 3 patch keeps the patch's value
-            middle = output["similarity"][b, s, 1::3, 1::3, 1::3]
-            torch.testing.assert_close(middle.flatten(), expected, atol=1e-5, rtol=1e-4)

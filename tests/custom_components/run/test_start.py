@@ -1,14 +1,18 @@
-"""The first call of every config, and two exported bundles in one process: equal components are shared, others refused."""
+"""The first call of every config, errors in one line, and two exported bundles in one process."""
 
 from __future__ import annotations
 
 import shutil
+import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from monai.data import DataLoader, Dataset
+from monai.transforms import Lambdad
 
 import custom_components
 from custom_components.errors import InputError
@@ -101,3 +105,118 @@ def test_start_without_torchrun_says_how_to_start(
     with pytest.raises(InputError, match="torchrun"):
         start(tmp_path, **keys)
     assert isinstance(sys.excepthook, OneLineErrors)  # so that a person reads one line
+
+
+# errors in one line
+
+
+TOLD = "a.nii.gz is empty (0.5 x 0.5): export it again"
+
+
+def bad(*_) -> None:
+    raise InputError(TOLD)
+
+
+def bug(*_) -> None:
+    raise KeyError("a bug")
+
+
+def nested() -> None:
+    try:
+        try:
+            bad()
+        except InputError as error:
+            raise RuntimeError("applying transform") from error
+    except RuntimeError as error:
+        raise RuntimeError("engine run is terminating") from error
+
+
+class DiskFull(InputError):
+    """A kind of InputError."""
+
+
+def narrower() -> None:
+    try:
+        raise DiskFull(TOLD) from OSError(28, "no space")
+    except InputError as error:
+        raise RuntimeError("failed to instantiate") from error
+
+
+class Scans(torch.utils.data.Dataset):
+    """Fails as it is read, without MONAI's RuntimeError around it."""
+
+    def __init__(self, read) -> None:
+        self.read = read
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int):
+        return self.read()
+
+
+def load(dataset) -> None:
+    list(DataLoader(dataset, num_workers=1))
+
+
+def told(case, monkeypatch, capsys) -> str:
+    """What is printed for the exception that ``case`` raises."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # so that it comes back
+    OneLineErrors()
+    try:
+        case()
+    except Exception as error:
+        capsys.readouterr()
+        sys.excepthook(type(error), error, error.__traceback__)
+        traceback.clear_frames(error.__traceback__)  # else the garbage collector waits 5 s for each loader's worker
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        bad,
+        nested,
+        narrower,
+        lambda: Dataset([{"image": 1}], Lambdad("image", bad))[0],
+        lambda: load(Dataset([{"image": 1}], Lambdad("image", bad))),
+        lambda: load(Scans(bad)),
+    ],
+    ids=["plain", "nested", "narrower", "transform", "transform in a worker", "data set in a worker"],
+)
+def test_input_errors_are_told_in_one_line(case, monkeypatch, capsys):
+    assert told(case, monkeypatch, capsys) == f"error: {TOLD}\n"
+
+
+@pytest.mark.parametrize("case", [bug, lambda: load(Scans(bug))], ids=["plain", "in a worker"])
+def test_bugs_keep_their_traceback(case, monkeypatch, capsys):
+    shown = told(case, monkeypatch, capsys)
+    assert shown.startswith("Traceback") and "a bug" in shown and "in bug" in shown
+
+
+UNCAUGHT = """
+import os, sys
+from custom_components.run.start import OneLineErrors
+from custom_components.errors import InputError
+for name, error in {"bad": InputError("told"), "bug": KeyError("a bug")}.items():
+    if os.fork() == 0:  # a process each, forked, since the imports take seconds
+        sys.stderr = open(name, "w")
+        OneLineErrors()
+        raise RuntimeError("engine run is terminating") from error
+    print(name, os.waitstatus_to_exitcode(os.wait()[1]), flush=True)
+"""
+
+
+def test_a_process_that_ends_in_an_input_error_has_exit_code_one(tmp_path):
+    done = subprocess.run([sys.executable, "-c", UNCAUGHT], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "bad 1\nbug 1\n", done.stderr
+    assert (tmp_path / "bad").read_text() == "error: told\n"
+    assert (tmp_path / "bug").read_text().startswith("KeyError: 'a bug'\n\nThe above exception was the direct cause")
+
+
+def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
+    def write() -> None:
+        with open("/dev/full", "w") as file:
+            file.write("events")
+
+    assert told(write, monkeypatch, capsys).startswith("error: the disk is full ([Errno 28] No space left on device)")

@@ -1,0 +1,96 @@
+"""Labels back in the scan: at the place, with the geometry and the values that they should have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data import MetaTensor
+from monai.transforms import Compose, Orientation, Spacing
+from scipy.ndimage import map_coordinates
+
+from custom_components.data.read import LoadCTd
+from custom_components.data.save import LabelsInScand, SaveLabelsd, labels_in_scan
+
+
+def oblique(shape: tuple[int, int, int]) -> np.ndarray:
+    """A tilted affine with permuted and flipped axes, mm."""
+    turn = np.deg2rad(8)
+    rotation = np.array([[1, 0, 0], [0, np.cos(turn), -np.sin(turn)], [0, np.sin(turn), np.cos(turn)]])
+    affine = np.eye(4)
+    affine[:3, :3] = rotation @ np.array([[0, -1.4, 0], [0, 0, 1.1], [2.0, 0, 0]])
+    affine[:3, 3] = [40, -30, 10]
+    return affine
+
+
+def test_labels_come_back_to_the_place_in_the_scan() -> None:
+    """A ball painted in mm: resampled to the network's grid as logits, and back, it is where it was."""
+    shape = (30, 42, 36)
+    affine = torch.as_tensor(oblique(shape))
+    index = torch.stack(torch.meshgrid(*(torch.arange(size) for size in shape), indexing="ij"), -1).double()
+    place = index @ affine[:3, :3].T + affine[:3, 3]
+    centre = place.reshape(-1, 3).mean(0) + torch.tensor([5.0, -4.0, 3.0])
+    ball = ((place - centre).norm(dim=-1) < 14).float()
+    scan = MetaTensor(ball[None] * 8 - 4, affine=affine)
+    network = Compose([Orientation("RAS", labels=None), Spacing((1.0, 1.2, 1.5), mode="bilinear")])(scan)
+    logits = torch.cat([torch.zeros_like(network), network]).as_tensor()
+    labels, chance = labels_in_scan(logits, network.affine, affine, shape, probabilities=True)
+    assert labels.dtype == torch.uint8 and labels.shape == shape
+    assert 2 * (labels * ball).sum() / (labels.sum() + ball.sum()) > 0.97
+    assert chance.shape == (1, *shape) and ((chance[0] > 127) == (labels > 0)).float().mean() > 0.999
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    order=st.permutations(range(3)),
+    signs=st.tuples(*[st.sampled_from([-1.0, 1.0])] * 3),
+    steps=st.tuples(*[st.floats(0.3, 3)] * 3),
+    shift=st.tuples(*[st.floats(-3, 3)] * 3),
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(1, 40)),
+    tilt=st.sampled_from([0.0, 0.2]),
+)
+def test_logits_are_interpolated_at_every_voxel(order, signs, steps, shift, shape, tilt) -> None:
+    """Whatever the two grids' axes, spacings and places, beside scipy's interpolation of all of it at once."""
+    sizes = (7, 5, 9)
+    logits = torch.randn(3, *sizes, generator=torch.Generator().manual_seed(0))
+    to_network = np.eye(4)
+    to_network[:3, :3] = np.diag(signs)[order] * steps + tilt * np.roll(np.eye(3), 1, 0)
+    to_network[:3, 3] = np.array(sizes) / 2 - to_network[:3, :3] @ np.array(shape) / 2 + shift
+    affine = torch.as_tensor(oblique(sizes))
+    labels, chances = labels_in_scan(logits, affine, affine @ torch.as_tensor(to_network), shape, probabilities=True)
+    index = np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij")).reshape(3, -1)
+    places = to_network[:3, :3] @ index + to_network[:3, 3:]
+    expected = torch.as_tensor(
+        np.stack([map_coordinates(values.numpy(), places, order=1, mode="nearest").reshape(shape) for values in logits])
+    )
+    torch.testing.assert_close(chances / 255, expected.softmax(0)[1:], atol=0.003, rtol=0, check_dtype=False)
+    best = expected.topk(2, 0).values
+    assert (labels == expected.argmax(0))[best[0] - best[1] > 1e-3].all()
+
+
+def test_saved_labels_have_the_scans_geometry(tmp_path: Path) -> None:
+    shape = (20, 18, 40)
+    volume = np.full(shape, -900, np.int16)
+    volume[5:10, 4:9, 20:30] = 60
+    nib.save(nib.Nifti1Image(volume, oblique(shape)), tmp_path / "scan.nii.gz")
+    image = LoadCTd("image")({"image": tmp_path / "scan.nii.gz"})["image"]
+    image = Compose([Orientation("RAS", labels=None), Spacing((1.4, 1.4, 1.4), mode="bilinear")])(image)
+    logits = torch.cat([-image.as_tensor(), image.as_tensor()]) + torch.tensor([-400.0, 400.0])[:, None, None, None]
+    item = {"image": image, "pred": logits, "name": "scan"}
+    item = LabelsInScand("pred", probabilities=True)(item)
+    SaveLabelsd("pred", ["upper lobe"], tmp_path)(item)
+    saved = nib.load(tmp_path / "scan" / "labels.nii.gz")
+    assert saved.shape == shape and saved.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(saved.affine, nib.load(tmp_path / "scan.nii.gz").affine)
+    found, truth = np.asarray(saved.dataobj), volume > 0
+    assert 2 * (found * truth).sum() / (found.sum() + truth.sum()) > 0.8
+    row = (tmp_path / "scan" / "volumes.csv").read_text().splitlines()[1].split(",")
+    assert row[0] == "upper lobe" and int(row[1]) == found.sum()
+    assert float(row[2]) == pytest.approx(found.sum() * 1.4 * 1.1 * 2.0 / 1000, abs=0.01)
+    chance = nib.load(tmp_path / "scan" / "probability_upper_lobe.nii.gz").get_fdata()
+    assert chance.shape == shape and 0 <= chance.min() and chance.max() == pytest.approx(1)

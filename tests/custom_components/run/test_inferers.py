@@ -1,0 +1,81 @@
+"""Forward passes: in bfloat16, by windows as in one pass, and over scans of which some cannot be read."""
+
+from __future__ import annotations
+
+import traceback
+
+import pytest
+import torch
+from monai.data import Dataset
+from monai.inferers import sliding_window_inference
+from monai.transforms import Compose, Lambdad
+from torch import Tensor, nn
+
+from custom_components.errors import InputError
+from custom_components.run.inferers import AutocastInferer, ReadableLoader, WindowInferer
+
+
+@pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_autocast_inferer_runs_the_network_in_bfloat16_if_asked(amp, dtype):
+    network = nn.Linear(4, 2)
+    seen = []
+    network.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    output = AutocastInferer(amp)(torch.ones(3, 4), network)
+    assert seen == [dtype] and output.dtype == network.weight.dtype == torch.float32
+    torch.testing.assert_close(output, network(torch.ones(3, 4)), atol=0.02, rtol=0.02)
+
+
+class Places(nn.Module):
+    """Logits that depend on the voxel and on the window around it, so that blending shows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, x.mean((2, 3, 4), keepdim=True) - x * 0.5, x.flip(4)], 1)
+
+
+@pytest.mark.parametrize("size", [(20, 12, 61), (20, 12, 64), (16, 8, 5), (9, 9, 8), (17, 8, 20)])
+@pytest.mark.parametrize("overlap", [0.0, 0.5, 0.6])
+def test_slabs_give_what_one_pass_gives(size: tuple, overlap: float) -> None:
+    volume = torch.randn(1, 1, *size)
+    expected = sliding_window_inference(volume, (16, 8, 8), 4, Places(), overlap, mode="gaussian", cval=-1.0)
+    for slab_windows in (1, 2, 3, 100):
+        inferer = WindowInferer((16, 8, 8), overlap=overlap, amp=False, slab_windows=slab_windows)
+        found = inferer(volume, Places())
+        assert found.dtype == torch.float16
+        torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def read(value: int) -> torch.Tensor:
+    if value < 0:
+        raise InputError(f"scan {value} is empty: export it again")
+    return torch.full((1, 2, 2, 2), 12 / value)  # 0 is a bug of ours, not of the scan
+
+
+def scans(*values: int, **keys) -> ReadableLoader:
+    items = [{"name": f"scan{value}", "image": value} for value in values]
+    return ReadableLoader(Dataset(items, Compose([Lambdad("image", read)])), **keys)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_scans_that_cannot_be_read_are_passed_over_and_reported(num_workers, capsys):
+    loader = scans(3, -1, 4, -2, num_workers=num_workers)
+    for _ in range(2):  # a second pass starts a new report
+        batches = list(loader)
+        assert [batch["image"][0, 0, 0, 0, 0].item() for batch in batches] == [4.0, 3.0]
+        assert all(batch["image"].shape == (1, 1, 2, 2, 2) for batch in batches)
+        assert loader.failures == [(f"scan-{n}", f"scan -{n} is empty: export it again") for n in (1, 2)]
+    assert "skipped: scan -1 is empty: export it again" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"2 of 4 scans could not be read \(scan-1, scan-2\)"):
+        loader.report()
+
+
+def test_nothing_is_reported_if_all_can_be_read():
+    loader = scans(1, 2)
+    assert len(list(loader)) == 2
+    loader.report()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_bug_is_no_unreadable_scan(num_workers):
+    with pytest.raises(RuntimeError, match="applying transform") as raised:
+        list(scans(1, 0, num_workers=num_workers))
+    traceback.clear_frames(raised.tb)
