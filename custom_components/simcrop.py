@@ -233,8 +233,6 @@ class SimCroP(nn.Module):
         text_encoder: frozen; see :func:`custom_components.text.load_text_encoder`.
         volume_decoder, aligner, report_decoder: the three branches; one that is None is not computed.
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
-        decode_ratio: share of the hidden patches, drawn anew each time, that training decodes; 1 as published. The
-            others cost nothing and teach nothing. In eval mode all are decoded.
     """
 
     def __init__(
@@ -245,11 +243,8 @@ class SimCroP(nn.Module):
         aligner: Aligner | None = None,
         report_decoder: ReportDecoder | None = None,
         mask_ratio: float = 0.75,
-        decode_ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 < decode_ratio <= 1:
-            raise InputError(f"decode_ratio {decode_ratio} is no share of the hidden patches: set it above 0, up to 1")
         if not 0 <= mask_ratio < 1 or round(encoder.num_patches * mask_ratio) == encoder.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} leaves no patch to encode: set it to at least 0 and below 1")
         if volume_decoder is not None and round(encoder.num_patches * mask_ratio) == 0:
@@ -264,7 +259,6 @@ class SimCroP(nn.Module):
         self.aligner = aligner
         self.report_decoder = report_decoder
         self.mask_ratio = mask_ratio
-        self.decode_ratio = decode_ratio
 
     def draw_masks(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """``keep`` and ``masked`` of a batch of volumes, see :func:`random_masking`."""
@@ -297,8 +291,6 @@ class SimCroP(nn.Module):
         tokens, hidden_states = self.encoder.transform(embedded)
         output: dict[str, Tensor] = {}
         if self.volume_decoder is not None:
-            if self.training:
-                masked = masked[:, : max(1, round(masked.shape[1] * self.decode_ratio))]  # their order is random
             output["volume_pred"] = self.volume_decoder(tokens, keep, masked)
             output["volume_target"] = gather_tokens(patchify(volume, self.encoder.patch_size), masked)
             output["masked"] = masked

@@ -295,25 +295,6 @@ def test_volume_decoder_answers_in_the_order_it_is_asked(network, batch):
     assert not torch.allclose(model.volume_decoder(shuffled, keep, masked), pred, atol=1e-4)
 
 
-@pytest.mark.parametrize(("ratio", "decoded"), [(1.0, 24), (0.5, 12), (0.01, 1)])
-def test_decode_ratio_thins_out_the_masked_patches_in_training_only(network, batch, ratio, decoded):
-    model, inputs = network(alignment=False, report=False), batch()
-    model.decode_ratio = ratio
-    torch.manual_seed(0)
-    output = model(**inputs)
-    torch.manual_seed(0)
-    _, masked = model.draw_masks(inputs["volume"])
-    assert torch.equal(output["masked"], masked[:, :decoded])
-    assert output["volume_pred"].shape[1] == output["volume_target"].shape[1] == decoded
-    assert model.eval()(**inputs)["volume_pred"].shape[1] == masked.shape[1]
-
-
-@pytest.mark.parametrize("ratio", [0, -0.5, 1.5])
-def test_an_impossible_decode_ratio_is_named(network, ratio):
-    with pytest.raises(InputError, match="decode_ratio"):
-        SimCroP(network().encoder, decode_ratio=ratio)
-
-
 def test_volume_decoder_sees_the_volume_only_through_the_kept_patches(network, batch):
     model, inputs = network().eval(), batch()
     torch.manual_seed(0)
