@@ -299,6 +299,6 @@ class SimCroPEncoder(nn.Module):
 
 
 def upsample_patches(values: Tensor, grid: Sequence[int], img_size: Sequence[int]) -> Tensor:
-    """One value per patch ``[S, N]`` -> a smooth map ``[S, X, Y, Z]``, patch centres keeping their values."""
-    maps = values.float().reshape(1, -1, *grid)
-    return F.interpolate(maps, size=tuple(img_size), mode="trilinear", align_corners=False)[0]
+    """One value per patch ``[..., N]`` -> a smooth map ``[..., X, Y, Z]``, patch centres keeping their values."""
+    maps = F.interpolate(values.float().reshape(1, -1, *grid), tuple(img_size), mode="trilinear", align_corners=False)
+    return maps.reshape(*values.shape[:-1], *img_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ from custom_components.simcrop import (
     SimCroP,
     VolumeDecoder,
     VolumeEmbedder,
-    random_masking,
     similarity,
 )
 from custom_components.text import TextEncoder
@@ -49,9 +49,17 @@ def parts(network: SimCroP, batch: dict[str, Tensor], seed: int = 0) -> dict[str
 # masks
 
 
-@pytest.mark.parametrize(("num_patches", "ratio"), [(2744, 0.75), (32, 0.5), (7, 0.4), (10, 0.0)])
-def test_kept_and_masked_patches_part_the_volume(num_patches, ratio):
-    keep, masked = random_masking(3, num_patches, ratio, torch.device("cpu"))
+def draw(batch_size: int, grid: tuple[int, int, int], ratio: float) -> tuple[Tensor, Tensor]:
+    encoder = SimCroPEncoder(1, grid, (1, 1, 1), hidden_size=6, mlp_dim=1, num_layers=1, num_heads=1)
+    return SimCroP(encoder, mask_ratio=ratio).draw_masks(torch.zeros(batch_size, 1, *grid))
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio"), [((14, 14, 14), 0.75), ((4, 2, 4), 0.5), ((7, 1, 1), 0.4), ((5, 1, 2), 0.0)]
+)
+def test_kept_and_masked_patches_part_the_volume(grid, ratio):
+    keep, masked = draw(3, grid, ratio)
+    num_patches = math.prod(grid)
     assert keep.dtype == masked.dtype == torch.int64
     assert masked.shape == (3, round(num_patches * ratio))
     for both in torch.cat([keep, masked], dim=1):
@@ -62,7 +70,7 @@ def test_every_volume_and_call_has_its_own_mask_and_no_patch_is_favoured():
     torch.manual_seed(0)
     count = torch.zeros(32)
     for _ in range(50):
-        _, masked = random_masking(40, 32, 0.75, torch.device("cpu"))
+        _, masked = draw(40, (4, 2, 4), 0.75)
         count += torch.bincount(masked.flatten(), minlength=32)
     assert len({tuple(sorted(row)) for row in masked.tolist()}) == 40
     assert ((count / 2000 - 0.75).abs() < 0.05).all()  # five standard deviations
