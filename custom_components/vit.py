@@ -193,7 +193,7 @@ class Block(nn.Module):
 
 
 def compile_blocks(network: nn.Module, enabled: bool = True) -> nn.Module:
-    """Have each transformer block of a network compiled at its first use; returns the network."""
+    """``torch.compile`` for each transformer block of a network, at its first use; returns the network."""
     for module in network.modules():
         if enabled and isinstance(module, Block):
             module.compile()
