@@ -23,11 +23,8 @@ def keep_freed(device: torch.device) -> bool:
     maps of a 3D network that takes as long as the convolutions. In return the process, and each that it forks, keeps
     its highest use of memory until it ends, which is higher by the gaps between blocks.
 
-    Args:
-        device: that the network runs on; nothing is changed unless it is a CPU.
-
     Returns:
-        Whether anything was changed: not with another C library, where it does no harm either.
+        Whether anything was changed: only with glibc, and only if the network's ``device`` is a CPU.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return False
@@ -50,8 +47,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class CPUAttention(torch.autograd.Function):
     """Attention whose backward pass keeps a CPU's bfloat16 matrix units busy.
 
-    The fused kernel's own backward pass multiplies small blocks, which leaves them idle. Here each head takes five
-    whole matrix products; one head's N x N weights exist at a time, so memory stays small too.
+    The fused kernel's own multiplies small blocks, which leaves them idle. Here each head takes five whole matrix
+    products; one head's N x N weights exist at a time, so memory stays small too.
     """
 
     @staticmethod
