@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-# memory: names and numbers of malloc.h (glibc)
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h (glibc)
 
 
 def keep_freed(device: torch.device) -> bool:
@@ -31,9 +29,6 @@ def keep_freed(device: torch.device) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 * 2**20}
     return mallopt is not None and all([mallopt(name, value) for name, value in settings.items()])
-
-
-# attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,9 +79,6 @@ def _minus(x: Tensor, row: Tensor) -> Tensor:
     return torch.cat([x, -high, (high - row).to(x.dtype)], dim=-1)
 
 
-# instance norm
-
-
 def instance_norm(x: Tensor, eps: float) -> Tensor:
     """Instance norm of ``[B, C, X, Y, Z]`` without affine, in any layout; trained on CPUs, a faster way back."""
     if not torch.jit.is_scripting():
@@ -121,9 +113,6 @@ class CPUInstanceNorm(torch.autograd.Function):
         offset = -rstd * grad_mean - of_x * mean
         offset, of_x, of_grad = (v.to(x.dtype)[(..., *[None] * len(spatial))] for v in (offset, of_x, rstd))
         return torch.addcmul(offset, x, of_x).addcmul_(grad, of_grad), None
-
-
-# matrix units
 
 
 def convolves_in_float32(device: torch.device) -> bool:

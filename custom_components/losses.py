@@ -72,15 +72,13 @@ class SimilarityAlignmentLoss(nn.Module):
     """InfoNCE between sentences and the patches most similar to them (similarity-driven alignment of the paper).
 
     Args:
-        top_k: patches that make a sentence's aligned visual feature (for ``align_pool: topk_mean``).
         temperature: of the softmax over negatives.
         negatives: ``report`` (published): the other sentences of the same report, both directions summed. ``volume``:
             the sentence-volume score, with the other volumes of the batch (sentence to volume) and the other reports'
             sentences (volume to sentence) as negatives, both directions averaged; a volume whose own report holds the
             identical sentence, or no sentence, is left out. The batch is that of all processes together. ``both``: the
             mean of the two.
-        align_pool: ``topk_mean`` (published) or ``lse``, see :func:`pool_patches`.
-        beta: sharpness of ``lse``.
+        top_k, align_pool, beta: which patches make a sentence's score and visual feature, see :func:`pool_patches`.
 
     Padded sentences enter neither rows nor columns. A report with fewer than two sentences adds nothing to ``report``;
     a batch with nothing to contrast gives a zero that still carries (zero) gradients, so that DDP stays in step.

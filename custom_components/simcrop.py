@@ -55,9 +55,8 @@ class VolumeDecoder(nn.Module):
         self.embed = nn.Linear(encoder.hidden_size, hidden_size)
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, hidden_size), std=0.02))
         self.register_buffer("pos_embed", sincos3d_positions(encoder.grid, hidden_size)[None])
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, 4 * hidden_size, num_heads, use_checkpoint) for _ in range(num_layers)
-        )
+        blocks = [Block(hidden_size, 4 * hidden_size, num_heads, use_checkpoint) for _ in range(num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.pred = nn.Linear(hidden_size, encoder.patch_embed.proj.weight[0].numel())  # voxels of a patch
         self.apply(init_weights)
@@ -202,7 +201,6 @@ class SimCroP(nn.Module):
     """One pre-training step of SimCroP (MICCAI 2025), up to the losses.
 
     Args:
-        encoder: the 3D ViT.
         text_encoder: frozen; see :func:`custom_components.text.load_text_encoder`.
         volume_decoder, aligner, report_decoder: the three branches; one that is None is not computed.
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
@@ -286,10 +284,7 @@ class SimCroP(nn.Module):
 
 
 class VolumeEmbedder(nn.Module):
-    """What is left of SimCroP for new volumes: the encoder and the alignment's projections, no masking.
-
-    Its state dict is ``models/model.pt`` of the pretrain bundle.
-    """
+    """What is left of SimCroP for new volumes: encoder and aligner, as models/model.pt stores them."""
 
     def __init__(self, encoder: SimCroPEncoder, aligner: Aligner) -> None:
         super().__init__()

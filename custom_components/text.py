@@ -34,8 +34,6 @@ from transformers.utils import logging as transformers_logging
 
 from custom_components.errors import InputError
 
-# sentences
-
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d{1,2}[.)])\s+")
 HEADING = re.compile(r"^[A-Z][A-Z /&,-]{2,40}:\s*")
 GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
@@ -75,9 +73,6 @@ def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | No
     if not found:
         raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
     return found
-
-
-# tokens and batches
 
 
 def tokenize_sentences(
@@ -195,9 +190,6 @@ class ReportCollate:
         }
 
 
-# the text encoder, by hub name or from a folder
-
-
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
 
@@ -280,17 +272,17 @@ def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -
     A hub name is looked up in the local cache first, so that what was fetched once needs no network. Without a network,
     the error comes within seconds: transformers would repeat every request for minutes.
     """
-    keys["trust_remote_code"] = False
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
-    transformers_logging.disable_progress_bar()
-    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     local = Path(name_or_path).is_dir()
     if not local and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise InputError(
             f"text_encoder {name_or_path}: no such folder; give the folder of a BERT or RoBERTa, or its name on the hub"
         )
+    keys["trust_remote_code"] = False
+    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
+    transformers_logging.disable_progress_bar()
     try:
         try:
             return load(name_or_path, local_files_only=True, **keys)
@@ -314,9 +306,6 @@ def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
-
-
-# features
 
 
 class TextEncoder(nn.Module):
