@@ -72,8 +72,7 @@ class ProbeInferer(Inferer):
     """Probabilities of a :class:`LinearProbe`, and saliency maps of some classes.
 
     Args:
-        classes: names of the logits.
-        saliency: see :func:`saliency_classes`.
+        classes, saliency: names of the logits, and those to map; see :func:`saliency_classes`.
         exclusive: whether exactly one class is true: softmax instead of sigmoid.
         amp: forward pass in bfloat16.
     """

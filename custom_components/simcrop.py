@@ -161,17 +161,16 @@ class ReportDecoder(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size)
         self.feed_forward = nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size))
         self.norm3 = nn.LayerNorm(hidden_size)
-        self.language_model = BertForMaskedLM(
-            BertConfig(
-                vocab_size=vocab_size,
-                pad_token_id=pad_token_id,
-                hidden_size=hidden_size,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                intermediate_size=mlp_dim,
-                max_position_embeddings=max_length,
-            )
+        config = BertConfig(
+            vocab_size=vocab_size,
+            pad_token_id=pad_token_id,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            intermediate_size=mlp_dim,
+            max_position_embeddings=max_length,
         )
+        self.language_model = BertForMaskedLM(config)
 
     def forward(self, token_features: Tensor, patches: Tensor, padding: Tensor, masked: Tensor) -> Tensor:
         """Logits ``[M, vocab_size]`` at the M masked positions, in the order of ``masked.nonzero()``.

@@ -98,7 +98,6 @@ class TokenizeReportd(MapTransform):
 
     Args:
         keys: the two sections, Findings first.
-        tokenizer: of the text encoder.
         max_length: tokens at most, special tokens included; what lies beyond is dropped.
         sentence_context: what the text encoder reads beside a sentence of the Findings: the whole ``report``, as
             published, or the ``sentence`` alone. In context, every sentence carries traces of its neighbours, by which
@@ -294,9 +293,8 @@ def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -
         return load(name_or_path, **keys)
     # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
     except Exception as error:
-        if local:
-            cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
-        else:
+        cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
+        if not local:
             cure = (
                 f"where there is a network, fetch it once with 'hf download {name_or_path} --local-dir DIR', and set "
                 "text_encoder to DIR"

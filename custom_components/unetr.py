@@ -75,20 +75,16 @@ class SimCroPUNETR(nn.Module):
         hidden, size = encoder.hidden_size, feature_size
         in_channels = encoder.patch_embed.proj.in_channels
         self.encoder1 = UnetrBasicBlock(3, in_channels, size, 3, 1, NORM, res_block=True)
-        self.encoder2 = self._project(hidden, 2 * size, 2)
-        self.encoder3 = self._project(hidden, 4 * size, 1)
-        self.encoder4 = self._project(hidden, 8 * size, 0)
+        up = dict(kernel_size=3, stride=1, upsample_kernel_size=2, norm_name=NORM, conv_block=True, res_block=True)
+        self.encoder2 = UnetrPrUpBlock(3, hidden, 2 * size, num_layer=2, **up)  # skips: 1 + num_layer stages of x2
+        self.encoder3 = UnetrPrUpBlock(3, hidden, 4 * size, num_layer=1, **up)
+        self.encoder4 = UnetrPrUpBlock(3, hidden, 8 * size, num_layer=0, **up)
         self.decoder5 = UnetrUpBlock(3, hidden, 8 * size, 3, 2, NORM, res_block=True)
         self.decoder4 = UnetrUpBlock(3, 8 * size, 4 * size, 3, 2, NORM, res_block=True)
         self.decoder3 = UnetrUpBlock(3, 4 * size, 2 * size, 3, 2, NORM, res_block=True)
         self.decoder2 = TrilinearUpBlock(2 * size, size)
         self.out = UnetOutBlock(3, size, out_channels)
         self.to(memory_format=torch.channels_last_3d)  # the layout in which 3D convolutions are fastest
-
-    @staticmethod
-    def _project(hidden_size: int, channels: int, num_layer: int) -> UnetrPrUpBlock:
-        """A skip from the token grid, brought up by ``1 + num_layer`` stages of x2."""
-        return UnetrPrUpBlock(3, hidden_size, channels, num_layer, 3, 1, 2, NORM, conv_block=True, res_block=True)
 
     def feature_map(self, tokens: Tensor) -> Tensor:
         """Tokens ``[B, N, C]``, last axis of the grid fastest -> ``[B, C, gx, gy, gz]``, a view, channels last."""

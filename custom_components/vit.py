@@ -207,7 +207,7 @@ class SimCroPEncoder(nn.Module):
         in_channels: channels of the volume; 1 for CT.
         img_size, patch_size: voxels along each axis of the volume and of a patch, which need not be a cube.
         hidden_size, mlp_dim: channels of a token, and inside a block's MLP.
-        num_layers, num_heads: transformer blocks, and attention heads in each.
+        num_layers, num_heads: transformer blocks, and attention heads in each, which divide ``hidden_size``.
         class_token: prepend a trainable class token.
         pos_embed: fixed positions, ``sincos3d`` or ``simcrop`` (the authors', blind to depth); stored with the weights,
             since an imported checkpoint brings its own.
@@ -217,8 +217,7 @@ class SimCroPEncoder(nn.Module):
             more time, the same numbers.
 
     Raises:
-        InputError: ``img_size`` does not divide by ``patch_size``, ``num_heads`` does not divide ``hidden_size``, or
-            ``pos_embed`` is unknown.
+        InputError: ``img_size`` or ``hidden_size`` does not divide, or ``pos_embed`` is unknown.
     """
 
     def __init__(
