@@ -11,9 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
-# memory: names and numbers of malloc.h (glibc)
-
-M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h (glibc)
 
 
 def keep_freed(device: torch.device) -> bool:
@@ -23,20 +21,14 @@ def keep_freed(device: torch.device) -> bool:
     maps of a 3D network that takes as long as the convolutions. In return the process, and each that it forks, keeps
     its highest use of memory until it ends, which is higher by the gaps between blocks.
 
-    Args:
-        device: that the network runs on; nothing is changed unless it is a CPU.
-
     Returns:
-        Whether anything was changed: not with another C library, where it does no harm either.
+        Whether anything was changed: only with glibc, and only if the network's ``device`` is a CPU.
     """
     if device.type != "cpu" or not sys.platform.startswith("linux"):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 * 2**20}
     return mallopt is not None and all([mallopt(name, value) for name, value in settings.items()])
-
-
-# attention
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -50,8 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class CPUAttention(torch.autograd.Function):
     """Attention whose backward pass keeps a CPU's bfloat16 matrix units busy.
 
-    The fused kernel's own backward pass multiplies small blocks, which leaves them idle. Here each head takes five
-    whole matrix products; one head's N x N weights exist at a time, so memory stays small too.
+    The fused kernel's own multiplies small blocks, which leaves them idle. Here each head takes five whole matrix
+    products; one head's N x N weights exist at a time, so memory stays small too.
     """
 
     @staticmethod
@@ -85,9 +77,6 @@ def _minus(x: Tensor, row: Tensor) -> Tensor:
     """
     high = row.to(x.dtype)
     return torch.cat([x, -high, (high - row).to(x.dtype)], dim=-1)
-
-
-# instance norm
 
 
 def instance_norm(x: Tensor, eps: float) -> Tensor:
@@ -124,9 +113,6 @@ class CPUInstanceNorm(torch.autograd.Function):
         offset = -rstd * grad_mean - of_x * mean
         offset, of_x, of_grad = (v.to(x.dtype)[(..., *[None] * len(spatial))] for v in (offset, of_x, rstd))
         return torch.addcmul(offset, x, of_x).addcmul_(grad, of_grad), None
-
-
-# matrix units
 
 
 def convolves_in_float32(device: torch.device) -> bool:

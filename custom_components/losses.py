@@ -18,16 +18,15 @@ MASKED = -1e9  # not -inf: logsumexp over a fully masked row would send NaN back
 
 
 def pool_patches(cosine: Tensor, align_pool: str, top_k: int, beta: float) -> tuple[Tensor, Tensor]:
-    """Pool a sentence's similarity to all patches of a volume into one score, and into the patches' weights.
+    """A sentence's cosines ``[..., n]`` to the n patches of a volume -> one score, and the patches' weights.
 
     Args:
-        cosine: ``[..., n]`` cosine similarities to the n patches of one volume.
         align_pool: ``topk_mean`` (published): mean over the ``top_k`` most similar patches. ``lse``: log-mean-exp
             with sharpness ``beta`` over all patches, which lets every patch compete for the gradient.
 
     Returns:
-        score ``[...]`` on the scale of a cosine, and weights ``[..., n]`` that sum to 1 over the patches: the aligned
-        visual feature is the patch features' mean under them.
+        score ``[...]`` on the scale of a cosine, and weights ``[..., n]`` that sum to 1: the aligned visual feature is
+        the patch features' mean under them.
 
     Raises:
         InputError: ``top_k`` exceeds the number of patches, or ``align_pool`` is unknown.
@@ -39,8 +38,7 @@ def pool_patches(cosine: Tensor, align_pool: str, top_k: int, beta: float) -> tu
                 "lower top_k or mask_ratio, or take smaller patches (patch_size)"
             )
         values, index = cosine.topk(top_k, dim=-1)
-        weights = torch.zeros_like(cosine).scatter(-1, index, 1.0 / top_k)
-        return values.mean(-1), weights
+        return values.mean(-1), torch.zeros_like(cosine).scatter(-1, index, 1.0 / top_k)
     if align_pool == "lse":
         log_patches = torch.log(torch.tensor(float(cosine.shape[-1]), device=cosine.device))
         return (torch.logsumexp(beta * cosine, dim=-1) - log_patches) / beta, (beta * cosine).softmax(-1)
@@ -50,8 +48,7 @@ def pool_patches(cosine: Tensor, align_pool: str, top_k: int, beta: float) -> tu
 class MaskedVolumeLoss(nn.Module):
     """Mean squared error on the masked patches ("radiograph reconstruction loss" of the paper).
 
-    Args:
-        norm_target: normalise every target patch to mean 0 and variance 1 first, as MAE (He et al. 2022) has it.
+    ``norm_target`` normalises every target patch to mean 0 and variance 1 first, as MAE (He et al. 2022) has it.
     """
 
     def __init__(self, norm_target: bool = False) -> None:
@@ -67,7 +64,7 @@ class MaskedVolumeLoss(nn.Module):
         return patches
 
     def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """``pred``, ``target``: ``[B, m, voxels]``, the masked patches of each volume as predicted and as they are."""
+        """``[B, m, voxels]`` each: the masked patches of each volume as predicted and as they are."""
         return mean_over_ranks(F.mse_loss(pred.float(), self.target(target)), target.numel())
 
 
@@ -75,15 +72,13 @@ class SimilarityAlignmentLoss(nn.Module):
     """InfoNCE between sentences and the patches most similar to them (similarity-driven alignment of the paper).
 
     Args:
-        top_k: patches that make a sentence's aligned visual feature (for ``align_pool: topk_mean``).
         temperature: of the softmax over negatives.
         negatives: ``report`` (published): the other sentences of the same report, both directions summed. ``volume``:
             the sentence-volume score, with the other volumes of the batch (sentence to volume) and the other reports'
             sentences (volume to sentence) as negatives, both directions averaged; a volume whose own report holds the
             identical sentence, or no sentence, is left out. The batch is that of all processes together. ``both``: the
             mean of the two.
-        align_pool: ``topk_mean`` (published) or ``lse``, see :func:`pool_patches`.
-        beta: sharpness of ``lse``.
+        top_k, align_pool, beta: which patches make a sentence's score and visual feature, see :func:`pool_patches`.
 
     Padded sentences enter neither rows nor columns. A report with fewer than two sentences adds nothing to ``report``;
     a batch with nothing to contrast gives a zero that still carries (zero) gradients, so that DDP stays in step.
@@ -107,26 +102,15 @@ class SimilarityAlignmentLoss(nn.Module):
         self.beta = beta
 
     def scores(self, patch_features: Tensor, sentence_features: Tensor) -> Tensor:
-        """Sentence-volume scores s(i, v).
-
-        Args:
-            patch_features: ``[V, n, D]``, the patches of V volumes.
-            sentence_features: ``[S, D]``.
-
-        Returns:
-            ``[S, V]`` float32, on the scale of a cosine: the ``top_k`` mean or the log-mean-exp over the patches.
-        """
+        """Sentences ``[S, D]``, and patches ``[V, n, D]`` of V volumes -> pooled cosines ``[S, V]`` float32."""
         patches = F.normalize(patch_features.float(), dim=-1)
-        sentences = F.normalize(sentence_features.float(), dim=-1)
-        cosine = torch.einsum("sd,vnd->svn", sentences, patches)
+        cosine = torch.einsum("sd,vnd->svn", F.normalize(sentence_features.float(), dim=-1), patches)
         return pool_patches(cosine, self.align_pool, self.top_k, self.beta)[0]
 
     def forward(self, patch_features: Tensor, sentence_features: Tensor, sentence_hash: Tensor) -> Tensor:
-        """
-        Args:
-            patch_features: ``[B, n, D]``, projected visible patches.
-            sentence_features: ``[B, S, D]``, projected sentences, padded to the longest report.
-            sentence_hash: ``[B, S]`` int64; equal numbers are identical sentences, 0 is padding.
+        """Of projected visible patches ``[B, n, D]`` and projected sentences ``[B, S, D]``.
+
+        ``sentence_hash [B, S]`` is int64: equal numbers are identical sentences, 0 is padding.
         """
         with torch.autocast(patch_features.device.type, enabled=False):
             patches, sentences = patch_features.float(), sentence_features.float()
@@ -187,13 +171,15 @@ class MaskedReportLoss(nn.Module):
         return mean_over_ranks(F.cross_entropy(logits, target) if len(target) else logits.sum(), len(target))
 
 
-class SimCroPLoss(nn.Module):
-    """Weighted sum of the three losses.
+READS = {  # of SimCroP's output, by each loss
+    "volume": ("volume_pred", "volume_target"),
+    "alignment": ("patch_features", "sentence_features", "sentence_hash"),
+    "report": ("report_logits", "report_target"),
+}
 
-    Args:
-        weights: weight of ``volume``, ``alignment`` and ``report``; a weight of 0 skips that loss.
-        volume, alignment, report: the losses; see the classes above.
-    """
+
+class SimCroPLoss(nn.Module):
+    """Sum of the three losses under ``weights`` of the same names; a weight of 0 skips that loss."""
 
     def __init__(
         self,
@@ -203,7 +189,7 @@ class SimCroPLoss(nn.Module):
         report: MaskedReportLoss,
     ) -> None:
         super().__init__()
-        if set(weights) != {"volume", "alignment", "report"}:
+        if set(weights) != set(READS):
             raise InputError(f"loss weights name {sorted(weights)}: exactly volume, alignment and report are needed")
         if not any(weights.values()):
             raise InputError("all three loss weights are 0: give at least one branch a weight")
@@ -214,15 +200,11 @@ class SimCroPLoss(nn.Module):
 
     def parts(self, pred: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each loss that has a weight, unweighted."""
-        parts = {}
-        if self.weights["volume"]:
-            parts["volume"] = self.volume(pred["volume_pred"], pred["volume_target"])
-        if self.weights["alignment"]:
-            patches, sentences = pred["patch_features"], pred["sentence_features"]
-            parts["alignment"] = self.alignment(patches, sentences, pred["sentence_hash"])
-        if self.weights["report"]:
-            parts["report"] = self.report(pred["report_logits"], pred["report_target"])
-        return parts
+        return {
+            name: getattr(self, name)(*(pred[key] for key in keys))
+            for name, keys in READS.items()
+            if self.weights[name]
+        }
 
     def forward(self, pred: Mapping[str, Tensor], target: Tensor | None = None) -> Tensor:
         """``pred`` is the output of :class:`custom_components.simcrop.SimCroP`; ``target`` is not used."""

@@ -15,24 +15,12 @@ from custom_components.errors import InputError
 from custom_components.vit import SimCroPEncoder, upsample_patches
 
 
-def probe_head(hidden_size: int, num_classes: int) -> nn.Linear:
-    """The probe's linear layer as published at its start: truncated normal weights of 2e-5, zero bias."""
-    head = nn.Linear(hidden_size, num_classes)
-    nn.init.trunc_normal_(head.weight, std=2e-5)
-    nn.init.zeros_(head.bias)
-    return head
-
-
 class LinearProbe(nn.Module):
     """Mean patch token of the last block, LayerNorm without affine, one linear layer: SimCroP's published probe.
 
     The encoder's own final norm is removed: the published probe pools before it, and an unused parameter breaks
-    distributed training.
-
-    Args:
-        encoder: already filled with its weights, since its final norm is among them.
-        num_classes: logits.
-        frozen: train the linear layer alone, with the encoder in eval mode.
+    distributed training. So the encoder must already be filled with its weights, which name that norm. ``frozen``
+    trains the linear layer alone, with the encoder in eval mode.
     """
 
     def __init__(self, encoder: SimCroPEncoder, num_classes: int, frozen: bool = True) -> None:
@@ -42,7 +30,9 @@ class LinearProbe(nn.Module):
         self.encoder.norm = nn.Identity()
         self.encoder.requires_grad_(not frozen)
         self.norm = nn.LayerNorm(encoder.hidden_size, eps=1e-6, elementwise_affine=False)
-        self.head = probe_head(encoder.hidden_size, num_classes)
+        self.head = nn.Linear(encoder.hidden_size, num_classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
 
     def train(self, mode: bool = True) -> LinearProbe:
         super().train(mode)
@@ -52,7 +42,7 @@ class LinearProbe(nn.Module):
 
     def patch_tokens(self, volume: Tensor) -> Tensor:
         """``[B, 1, X, Y, Z]`` -> ``[B, N, C]`` float32: the last block's output without the class token."""
-        hidden_states = self.encoder(volume)[1]
+        _, hidden_states = self.encoder(volume)
         return hidden_states[-1][:, self.encoder.num_prefix_tokens :].float()
 
     def features(self, volume: Tensor) -> Tensor:
@@ -67,8 +57,8 @@ class LinearProbe(nn.Module):
     def logits_and_saliency(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """Logits ``[B, num_classes]``, and what each patch adds to them, ``[B, num_classes, N]``.
 
-        The probe is linear but for the norm's scale, which belongs to the whole volume. With it held, the map is exact:
-        its mean over the patches plus the layer's bias is the logit.
+        The probe is linear but for the norm's scale, which belongs to the whole volume. With it held, the map's mean
+        over the patches plus the layer's bias is the logit.
         """
         tokens = self.patch_tokens(volume)
         pooled = tokens.mean(1)
@@ -82,13 +72,9 @@ class ProbeInferer(Inferer):
     """Probabilities of a :class:`LinearProbe`, and saliency maps of some classes.
 
     Args:
-        classes: names of the logits.
-        saliency: classes to map; "all" for every one, None or empty for none.
+        classes, saliency: names of the logits, and those to map; see :func:`saliency_classes`.
         exclusive: whether exactly one class is true: softmax instead of sigmoid.
         amp: forward pass in bfloat16.
-
-    Raises:
-        InputError: ``saliency`` names a class that there is not.
     """
 
     def __init__(
@@ -99,30 +85,30 @@ class ProbeInferer(Inferer):
         amp: bool = True,
     ) -> None:
         super().__init__()
-        self.mapped = saliency_classes(classes, saliency)
-        self.index = [list(classes).index(name) for name in self.mapped]
+        self.index = [list(classes).index(name) for name in saliency_classes(classes, saliency)]
         self.exclusive = exclusive
         self.amp = amp
 
     def __call__(self, inputs: Tensor, network: LinearProbe, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """``inputs [B, 1, X, Y, Z]`` -> ``probability [B, C]``, and ``saliency [B, S, X, Y, Z]`` if asked for."""
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
+        output = {}
         with torch.autocast(volume.device.type, torch.bfloat16, enabled=self.amp):
-            if not self.index:
-                logits = network(volume)
-            else:
+            if self.index:
                 logits, patches = network.logits_and_saliency(volume)
-        output = {"probability": logits.float().softmax(-1) if self.exclusive else logits.float().sigmoid()}
-        if self.index:
-            maps = patches[:, self.index].float()
-            output["saliency"] = torch.stack(
-                [upsample_patches(m, network.encoder.grid, volume.shape[2:]) for m in maps]
-            )
+                output["saliency"] = upsample_patches(patches[:, self.index], network.encoder.grid, volume.shape[2:])
+            else:
+                logits = network(volume)
+        output["probability"] = logits.float().softmax(-1) if self.exclusive else logits.float().sigmoid()
         return output
 
 
 def saliency_classes(classes: Sequence[str], saliency: str | Sequence[str] | None) -> list[str]:
-    """The classes that the key ``saliency`` asks to map."""
+    """The classes to map: those of ``saliency``, every one for "all", none for None or empty.
+
+    Raises:
+        InputError: ``saliency`` names a class that there is not.
+    """
     wanted = list(classes) if saliency == "all" else [saliency] if isinstance(saliency, str) else list(saliency or ())
     unknown = [name for name in wanted if name not in classes]
     if unknown:
@@ -138,7 +124,6 @@ class ClassificationLoss(nn.Module):
         pos_weight: weight of each class' positives (of each class, if exclusive); ``auto`` for the training volumes'
             negatives over positives (volumes over class size, mean 1, if exclusive); None, as published, for 1.
         data: training items with ``label``, for ``auto``.
-        num_classes: number of classes.
 
     Raises:
         InputError: ``pos_weight`` is neither null, ``auto``, nor one positive number a class.

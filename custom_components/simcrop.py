@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,25 +16,14 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from custom_components.errors import InputError
 from custom_components.text import encode_sentences
 from custom_components.vit import (
-    POSITIONS,
     Block,
     SimCroPEncoder,
     gather_tokens,
     init_weights,
     patchify,
+    sincos3d_positions,
     upsample_patches,
 )
-
-
-def random_masking(batch_size: int, num_patches: int, mask_ratio: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A random split of the patches of each volume, from one permutation, as MAE makes it.
-
-    Returns:
-        ``keep [B, n]`` and ``masked [B, m]``, int64 patch indices; m = round(num_patches * mask_ratio).
-    """
-    order = torch.rand(batch_size, num_patches, device=device).argsort(dim=1)
-    num_masked = round(num_patches * mask_ratio)
-    return order[:, num_masked:], order[:, :num_masked]
 
 
 class ProjectionHead(nn.Sequential):
@@ -47,9 +37,8 @@ class VolumeDecoder(nn.Module):
     """ViT decoder of masked volume modelling: encoded patches and mask tokens -> voxels of the masked patches.
 
     Args:
-        encoder: whose tokens it reads; its grid, patch and hidden sizes count.
-        hidden_size, num_layers, num_heads: 768, 4, 16 in the authors' follow-up (ToniChopp/ASAP).
-        in_channels: channels of the volume.
+        encoder: whose tokens it reads.
+        hidden_size, num_layers, num_heads: the defaults are those of the authors' follow-up (ToniChopp/ASAP).
         use_checkpoint: as :class:`custom_components.vit.SimCroPEncoder` has it.
     """
 
@@ -59,37 +48,31 @@ class VolumeDecoder(nn.Module):
         hidden_size: int = 768,
         num_layers: int = 4,
         num_heads: int = 16,
-        in_channels: int = 1,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
-        px, py, pz = encoder.patch_size
         self.num_prefix_tokens = encoder.num_prefix_tokens
         self.embed = nn.Linear(encoder.hidden_size, hidden_size)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
-        nn.init.normal_(self.mask_token, std=0.02)
-        self.register_buffer("pos_embed", POSITIONS["sincos3d"](encoder.grid, hidden_size)[None])
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, 4 * hidden_size, num_heads, use_checkpoint) for _ in range(num_layers)
-        )
+        self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, hidden_size), std=0.02))
+        self.register_buffer("pos_embed", sincos3d_positions(encoder.grid, hidden_size)[None])
+        blocks = [Block(hidden_size, 4 * hidden_size, num_heads, use_checkpoint) for _ in range(num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
-        self.pred = nn.Linear(hidden_size, in_channels * px * py * pz)
+        self.pred = nn.Linear(hidden_size, encoder.patch_embed.proj.weight[0].numel())  # voxels of a patch
         self.apply(init_weights)
 
     def forward(self, tokens: Tensor, keep: Tensor, masked: Tensor) -> Tensor:
         """``tokens [B, 1 + n, C]`` of the patches ``keep [B, n]`` -> ``[B, m, voxels]`` at ``masked [B, m]``."""
         x = self.embed(tokens)
-        prefix, visible = x[:, : self.num_prefix_tokens], x[:, self.num_prefix_tokens :]
-        mask_tokens = self.mask_token.to(x.dtype).expand(masked.shape[0], masked.shape[1], -1)
         positions = self.pos_embed.expand(len(x), -1, -1)
-        visible = visible + gather_tokens(positions, keep)
-        mask_tokens = mask_tokens + gather_tokens(positions, masked)
+        prefix = x[:, : self.num_prefix_tokens]
+        visible = x[:, self.num_prefix_tokens :] + gather_tokens(positions, keep)
+        mask_tokens = self.mask_token.to(x.dtype).expand(*masked.shape, -1) + gather_tokens(positions, masked)
         # attention is blind to order, so the masked patches can stand at the end, where they are wanted
         x = torch.cat([prefix.to(visible.dtype), visible, mask_tokens], dim=1)
         for block in self.blocks[:-1]:
             x = block(x)
-        # of the last block only the masked patches are read
-        x = self.blocks[-1](x, x.shape[1] - masked.shape[1])
+        x = self.blocks[-1](x, x.shape[1] - masked.shape[1])  # nothing else of the last block is read
         return self.pred(self.norm(x))
 
 
@@ -97,8 +80,7 @@ class Aligner(nn.Module):
     """Projects patches and sentences into the space where their cosine similarity is taken.
 
     Args:
-        visual_size, text_size: channels of the encoder's tokens and of the text encoder's.
-        projection_size: channels of the common space.
+        visual_size, text_size, projection_size: channels of patch tokens, of text tokens, and of the common space.
         align_layer: which tokens are aligned: the encoder's final ones (None, published), or the output of that block;
             0 is the patch embedding. Early layers keep a patch's feature about that patch.
     """
@@ -124,22 +106,16 @@ class Aligner(nn.Module):
 
     def patches(self, embedded: Tensor, tokens: Tensor, hidden_states: list[Tensor], num_prefix_tokens: int) -> Tensor:
         """What the encoder's ``embed`` and ``transform`` gave -> ``[B, n, projection_size]``."""
-        if self.align_layer == 0:
-            tokens = embedded
-        elif self.align_layer > 0:
-            tokens = hidden_states[self.align_layer - 1]
-        return self.patch_projection(tokens[:, num_prefix_tokens:])
+        aligned = [embedded, *hidden_states, tokens][self.align_layer]
+        return self.patch_projection(aligned[:, num_prefix_tokens:])
 
     def sentences(self, token_features: Tensor, token_sentence: Tensor, num_sentences: int) -> Tensor:
-        """Mean of each sentence's projected tokens.
+        """Mean of each sentence's projected tokens: ``[B, S, projection_size]``, zeros where a report has fewer than S.
 
         Args:
             token_features: ``[B, T, text_size]`` of the frozen text encoder.
             token_sentence: ``[B, T]`` int64, the sentence of each token, -1 for special tokens and padding.
             num_sentences: S, of the longest report.
-
-        Returns:
-            ``[B, S, projection_size]``; zeros where a report has fewer sentences.
         """
         projected = self.sentence_projection(token_features)
         member = F.one_hot(token_sentence + 1, num_sentences + 1)[..., 1:].to(projected.dtype)  # b t s
@@ -153,9 +129,9 @@ class ReportDecoder(nn.Module):
     added to every token (framework figure of the paper; layout of the authors' follow-up, ToniChopp/ASAP).
 
     Args:
-        visual_size, text_size: channels of the encoder's tokens and of the text encoder's.
+        visual_size, text_size: channels of patch tokens and of text tokens.
         vocab_size, pad_token_id: of the text encoder's tokenizer.
-        hidden_size, num_layers, num_heads, mlp_dim: 768, 6, 6, 1536 in the authors' follow-up.
+        hidden_size, num_layers, num_heads, mlp_dim: the defaults are those of the authors' follow-up.
         max_length: positions of the decoder.
     """
 
@@ -185,28 +161,24 @@ class ReportDecoder(nn.Module):
         self.norm2 = nn.LayerNorm(hidden_size)
         self.feed_forward = nn.Sequential(nn.Linear(hidden_size, mlp_dim), nn.GELU(), nn.Linear(mlp_dim, hidden_size))
         self.norm3 = nn.LayerNorm(hidden_size)
-        self.language_model = BertForMaskedLM(
-            BertConfig(
-                vocab_size=vocab_size,
-                pad_token_id=pad_token_id,
-                hidden_size=hidden_size,
-                num_hidden_layers=num_layers,
-                num_attention_heads=num_heads,
-                intermediate_size=mlp_dim,
-                max_position_embeddings=max_length,
-            )
+        config = BertConfig(
+            vocab_size=vocab_size,
+            pad_token_id=pad_token_id,
+            hidden_size=hidden_size,
+            num_hidden_layers=num_layers,
+            num_attention_heads=num_heads,
+            intermediate_size=mlp_dim,
+            max_position_embeddings=max_length,
         )
+        self.language_model = BertForMaskedLM(config)
 
     def forward(self, token_features: Tensor, patches: Tensor, padding: Tensor, masked: Tensor) -> Tensor:
-        """
+        """Logits ``[M, vocab_size]`` at the M masked positions, in the order of ``masked.nonzero()``.
+
         Args:
             token_features: ``[B, L, text_size]`` of the masked report.
             patches: ``[B, n, visual_size]``, the visible patches.
-            padding: ``[B, L]`` bool, True at padding.
-            masked: ``[B, L]`` bool, True at masked tokens.
-
-        Returns:
-            ``[M, vocab_size]`` logits at the M masked positions, in the order of ``masked.nonzero()``.
+            padding, masked: ``[B, L]`` bool, True at padding and at masked tokens.
         """
         x = self.token_projection(token_features)
         x = self.norm1(x + self.self_attention(x, x, x, key_padding_mask=padding, need_weights=False)[0])
@@ -216,8 +188,7 @@ class ReportDecoder(nn.Module):
         x = self.norm2(x + word_patch + instance)
         x = self.norm3(x + self.feed_forward(x))
         x = self.language_model.bert(inputs_embeds=x, attention_mask=(~padding).long())[0]
-        # the vocabulary product only where the loss looks
-        return self.language_model.cls(x[masked])
+        return self.language_model.cls(x[masked])  # the vocabulary product only where the loss looks
 
 
 def similarity(patch_features: Tensor, sentence_features: Tensor) -> Tensor:
@@ -229,12 +200,9 @@ class SimCroP(nn.Module):
     """One pre-training step of SimCroP (MICCAI 2025), up to the losses.
 
     Args:
-        encoder: the 3D ViT.
         text_encoder: frozen; see :func:`custom_components.text.load_text_encoder`.
         volume_decoder, aligner, report_decoder: the three branches; one that is None is not computed.
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
-        decode_ratio: share of the hidden patches, drawn anew each time, that training decodes; 1 as published. The
-            others cost nothing and teach nothing. In eval mode all are decoded.
     """
 
     def __init__(
@@ -245,14 +213,12 @@ class SimCroP(nn.Module):
         aligner: Aligner | None = None,
         report_decoder: ReportDecoder | None = None,
         mask_ratio: float = 0.75,
-        decode_ratio: float = 1.0,
     ) -> None:
         super().__init__()
-        if not 0 < decode_ratio <= 1:
-            raise InputError(f"decode_ratio {decode_ratio} is no share of the hidden patches: set it above 0, up to 1")
-        if not 0 <= mask_ratio < 1 or round(encoder.num_patches * mask_ratio) == encoder.num_patches:
+        num_masked = round(encoder.num_patches * mask_ratio)
+        if not 0 <= mask_ratio < 1 or num_masked == encoder.num_patches:
             raise InputError(f"mask_ratio {mask_ratio} leaves no patch to encode: set it to at least 0 and below 1")
-        if volume_decoder is not None and round(encoder.num_patches * mask_ratio) == 0:
+        if volume_decoder is not None and num_masked == 0:
             raise InputError(
                 f"mask_ratio {mask_ratio} masks no patch: raise it, or set the weight of the volume loss to 0"
             )
@@ -263,12 +229,15 @@ class SimCroP(nn.Module):
         self.volume_decoder = volume_decoder
         self.aligner = aligner
         self.report_decoder = report_decoder
-        self.mask_ratio = mask_ratio
-        self.decode_ratio = decode_ratio
+        self.num_masked = num_masked
 
     def draw_masks(self, volume: Tensor) -> tuple[Tensor, Tensor]:
-        """``keep`` and ``masked`` of a batch of volumes, see :func:`random_masking`."""
-        return random_masking(len(volume), self.encoder.num_patches, self.mask_ratio, volume.device)
+        """``keep [B, n]`` and ``masked [B, m]``, int64 indices: a random split of each volume's patches.
+
+        Both come from one permutation, as in MAE; m = round(number of patches * mask_ratio).
+        """
+        order = torch.rand(len(volume), self.encoder.num_patches, device=volume.device).argsort(dim=1)
+        return order[:, self.num_masked :], order[:, : self.num_masked]
 
     def forward(
         self,
@@ -280,15 +249,13 @@ class SimCroP(nn.Module):
         report_ids: Tensor,
         report_labels: Tensor,
     ) -> dict[str, Tensor]:
-        """
-        Args:
-            volume: ``[B, 1, X, Y, Z]`` float, HU scaled to [-1, 1].
-            findings_ids, token_place, token_sentence, sentence_hash, report_ids, report_labels: int64, as
-                :class:`custom_components.text.ReportCollate` makes them.
+        """What the losses need of ``volume [B, 1, X, Y, Z]``, HU scaled to [-1, 1], and its report.
+
+        The report's tensors, int64, are as :class:`custom_components.text.ReportCollate` makes them.
 
         Returns:
-            What the losses need, each if its branch is there: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]``
-            with the patches' indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
+            Each if its branch is there: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]`` with the patches'
+            indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
             ``sentence_hash [B, S]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
         """
         keep, masked = self.draw_masks(volume)
@@ -297,8 +264,6 @@ class SimCroP(nn.Module):
         tokens, hidden_states = self.encoder.transform(embedded)
         output: dict[str, Tensor] = {}
         if self.volume_decoder is not None:
-            if self.training:
-                masked = masked[:, : max(1, round(masked.shape[1] * self.decode_ratio))]  # their order is random
             output["volume_pred"] = self.volume_decoder(tokens, keep, masked)
             output["volume_target"] = gather_tokens(patchify(volume, self.encoder.patch_size), masked)
             output["masked"] = masked
@@ -318,10 +283,7 @@ class SimCroP(nn.Module):
 
 
 class VolumeEmbedder(nn.Module):
-    """What is left of SimCroP for new volumes: the encoder and the alignment's projections, no masking.
-
-    Its state dict is ``models/model.pt`` of the pretrain bundle.
-    """
+    """What is left of SimCroP for new volumes: encoder and aligner, as models/model.pt stores them."""
 
     def __init__(self, encoder: SimCroPEncoder, aligner: Aligner) -> None:
         super().__init__()
@@ -330,10 +292,7 @@ class VolumeEmbedder(nn.Module):
         self.aligner = aligner
 
     def forward(self, volume: Tensor) -> Tensor:
-        """``[B, 1, X, Y, Z]`` -> the volume's embedding ``[B, C]``: mean patch token of the last block, unnormed.
-
-        It is the pooling that the published linear probe reads.
-        """
+        """``[B, 1, X, Y, Z]`` -> the volume's embedding ``[B, C]``: mean patch token of the last block, unnormed."""
         _, hidden_states = self.encoder(volume)
         return hidden_states[-1][:, self.encoder.num_prefix_tokens :].mean(1)
 
@@ -343,28 +302,21 @@ class VolumeEmbedder(nn.Module):
         embedded = self.encoder.embed(volume)
         tokens, hidden_states = self.encoder.transform(embedded)
         prefix = self.encoder.num_prefix_tokens
-        patches = self.aligner.patches(embedded, tokens, hidden_states, prefix)
-        return patches, hidden_states[-1][:, prefix:].mean(1)
+        return self.aligner.patches(embedded, tokens, hidden_states, prefix), hidden_states[-1][:, prefix:].mean(1)
 
 
+@dataclass
 class SentenceSimilarityInferer(Inferer):
-    """How similar each sentence is to each place of a volume, as a map on the network's grid.
+    """How similar each sentence is to each place of a volume; text encoder and tokenizer are those of pre-training."""
 
-    Args:
-        sentences: what to look for.
-        text_encoder, tokenizer: the frozen text encoder of pre-training and its tokenizer.
-    """
-
-    def __init__(self, sentences: Sequence[str], text_encoder: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-        super().__init__()
-        self.sentences = list(sentences)
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
+    sentences: Sequence[str]
+    text_encoder: nn.Module
+    tokenizer: PreTrainedTokenizerBase
 
     def __call__(self, inputs: Tensor, network: VolumeEmbedder, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """``inputs [B, 1, X, Y, Z]`` -> ``similarity [B, S, X, Y, Z]``, cosines, and ``embedding [B, C]``."""
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         sentences = encode_sentences(self.sentences, network.aligner, self.text_encoder, self.tokenizer)
         patches, embedding = network.patches_and_embedding(volume)
-        maps = [upsample_patches(similarity(p, sentences), network.encoder.grid, volume.shape[2:]) for p in patches]
-        return {"similarity": torch.stack(maps), "embedding": embedding}
+        cosines = torch.stack([similarity(features, sentences) for features in patches])
+        return {"similarity": upsample_patches(cosines, network.encoder.grid, volume.shape[2:]), "embedding": embedding}

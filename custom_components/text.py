@@ -34,8 +34,6 @@ from transformers.utils import logging as transformers_logging
 
 from custom_components.errors import InputError
 
-# sentences
-
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d{1,2}[.)])\s+")
 HEADING = re.compile(r"^[A-Z][A-Z /&,-]{2,40}:\s*")
 GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
@@ -44,9 +42,9 @@ GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
 def split_sentences(text: str) -> list[str]:
     """Sentences of a report section.
 
-    Splits with pySBD, which leaves "2.3 x 1.8 cm", "Dr." and "vs." whole. Lines and bullets end a sentence too, an
-    upper-case heading ("LUNGS:") and a bullet's mark are dropped, two sentences without a space between are parted, and
-    what has no letter in it is no sentence. The last sentence needs no full stop.
+    pySBD leaves "2.3 x 1.8 cm", "Dr." and "vs." whole. Lines and bullets end a sentence too, an upper-case heading
+    ("LUNGS:") and a bullet's mark are dropped, two sentences without a space between are parted, and what has no letter
+    in it is no sentence. The last sentence needs no full stop.
     """
     segmenter = pysbd.Segmenter(language="en", clean=False)
     sentences = [s for line in text.splitlines() for s in segmenter.segment(GLUED.sub(". ", line))]
@@ -77,40 +75,29 @@ def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | No
     return found
 
 
-# tokens and batches
-
-
 def tokenize_sentences(
     sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 512
 ) -> tuple[Tensor, Tensor]:
-    """Tokens of a text, and the sentence that each belongs to.
+    """Tokens ``[T]`` of a text with the special ones, cut at ``max_length``, and the sentence ``[T]`` of each; int64.
 
-    Returns:
-        ``ids [T]`` int64 with the special tokens, cut at ``max_length``; ``token_sentence [T]`` int64, -1 for special
-        tokens.
+    Special tokens belong to sentence -1.
     """
-    ends, text = [], ""
-    for sentence in sentences:
-        text += (" " if text else "") + sentence
-        ends.append(len(text))
-    encoded = tokenizer(text, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    ends = torch.tensor(ends, dtype=torch.long)
-    offsets = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2)
-    index = torch.searchsorted(ends, offsets[:, 1].contiguous())
-    return torch.tensor(encoded["input_ids"]), torch.where(offsets[:, 1] > offsets[:, 0], index, -1)
+    encoded = tokenizer(" ".join(sentences), truncation=True, max_length=max_length, return_offsets_mapping=True)
+    start, end = torch.tensor(encoded["offset_mapping"], dtype=torch.long).reshape(-1, 2).T.contiguous()
+    sentence_end = torch.tensor([len(sentence) + 1 for sentence in sentences], dtype=torch.long).cumsum(0) - 1
+    index = torch.searchsorted(sentence_end, end)
+    return torch.tensor(encoded["input_ids"]), torch.where(end > start, index, -1)
 
 
 class TokenizeReportd(MapTransform):
-    """Findings and Impression -> what SimCroP reads of them, as new items of the dictionary.
+    """Findings and Impression -> what SimCroP reads of them, as new items of the dictionary, int64.
 
     Of the Findings: ``findings_ids``, the texts that the text encoder reads, each ``[T]``; ``token_place [L, 2]``, the
     text of each token and its position there; ``token_sentence [L]``, its sentence, -1 for the special tokens at both
-    ends; ``sentence_hash [S]``, see :func:`sentence_hash`. Of Findings and Impression together: ``report_ids [L]``. All
-    int64. An empty section gives special tokens only, and no sentence.
+    ends; ``sentence_hash [S]``. Of both together: ``report_ids [L]``. An empty section gives special tokens only.
 
     Args:
         keys: the two sections, Findings first.
-        tokenizer: of the text encoder.
         max_length: tokens at most, special tokens included; what lies beyond is dropped.
         sentence_context: what the text encoder reads beside a sentence of the Findings: the whole ``report``, as
             published, or the ``sentence`` alone. In context, every sentence carries traces of its neighbours, by which
@@ -172,12 +159,9 @@ class ReportCollate:
     ``findings_ids [R, T]`` holds the texts of all reports one after another, and ``token_place [B, L, 2]`` the row and
     column there of each token of a report: whatever the text encoder reads at once, a report's tokens lie together.
 
-    Adds ``report_labels [B, L]`` int64: the true token at masked positions, -100 elsewhere; ``report_ids`` holds
-    [MASK] there. Masked tokens are drawn anew at every call, special tokens never.
-
-    Args:
-        tokenizer: of the text encoder.
-        mask_ratio: share of the report's tokens to mask; 0.75 in the authors' follow-up (ToniChopp/ASAP).
+    A ``mask_ratio`` of the report's tokens, drawn anew at every call and never special ones, is [MASK] in
+    ``report_ids``; ``report_labels [B, L]`` int64 holds the true tokens there, and -100 elsewhere. 0.75 is the ratio of
+    the authors' follow-up (ToniChopp/ASAP).
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_ratio: float = 0.75) -> None:
@@ -192,19 +176,17 @@ class ReportCollate:
         for item in items:
             places.append(item["token_place"] + torch.tensor([len(texts), 0]))
             texts += item["findings_ids"]
-        padded = [
-            ("findings_ids", texts, self.pad_token_id),
-            ("token_place", places, 0),
-            ("token_sentence", [item["token_sentence"] for item in items], -1),
-            ("sentence_hash", [item["sentence_hash"] for item in items], 0),
-        ]
-        for key, rows, padding in padded:
-            batch[key] = pad_sequence(rows, batch_first=True, padding_value=padding)
+        sentences = [item["token_sentence"] for item in items]
+        hashes = [item["sentence_hash"] for item in items]
         masked = self.mask_tokens([{"input_ids": item["report_ids"]} for item in items])
-        return batch | {"report_ids": masked["input_ids"], "report_labels": masked["labels"]}
-
-
-# the text encoder, by hub name or from a folder
+        return batch | {
+            "findings_ids": pad_sequence(texts, batch_first=True, padding_value=self.pad_token_id),
+            "token_place": pad_sequence(places, batch_first=True),
+            "token_sentence": pad_sequence(sentences, batch_first=True, padding_value=-1),
+            "sentence_hash": pad_sequence(hashes, batch_first=True),
+            "report_ids": masked["input_ids"],
+            "report_labels": masked["labels"],
+        }
 
 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
@@ -217,20 +199,21 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         InputError: nothing there, no vocabulary or another model's, or a tokenizer without mask and padding tokens.
     """
     config = _load_config(name_or_path)
-    loader = BertTokenizerFast if isinstance(config, BertConfig) else AutoTokenizer
+    is_bert = isinstance(config, BertConfig)
+    loader = BertTokenizerFast if is_bert else AutoTokenizer
 
     def load(name: str, **keys: Any) -> PreTrainedTokenizerBase:
         tokenizer = loader.from_pretrained(name, **keys)
-        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made from no file at all
+        words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
+        if not words:  # made from no file at all
             raise OSError("no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
         # transformers 5 lowers the case unless tokenizer_config.json says not to, whatever tokenizer.json says
-        if loader is BertTokenizerFast and "do_lower_case" not in get_tokenizer_config(name, **keys):
-            words = [word for word in tokenizer.get_vocab() if word not in tokenizer.all_special_tokens]
+        if is_bert and "do_lower_case" not in get_tokenizer_config(name, **keys):
             if sum(word != word.lower() for word in words) > 0.01 * len(words):
                 tokenizer = loader.from_pretrained(name, do_lower_case=False, **keys)
         return tokenizer
 
-    tokenizer = _read(name_or_path, "tokenizer", load, trust_remote_code=False)
+    tokenizer = _read(name_or_path, "tokenizer", load)
     if tokenizer.mask_token_id is None or tokenizer.pad_token_id is None:
         raise InputError(
             f"text_encoder {name_or_path}: its tokenizer has no mask or padding token; take a BERT or RoBERTa"
@@ -241,7 +224,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
             f"{config.vocab_size}; take both from one model"
         )
     # RoBERTa counts positions from the one after the padding's
-    positions = config.max_position_embeddings - (0 if isinstance(config, BertConfig) else config.pad_token_id + 1)
+    positions = config.max_position_embeddings - (0 if is_bert else config.pad_token_id + 1)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     return tokenizer
 
@@ -249,23 +232,13 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 def load_text_encoder(
     name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
 ) -> TextEncoder:
-    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder, on ``device``.
-
-    CXR-BERT, whose repository names remote code, is loaded as the plain BERT that it is; remote code never runs.
+    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder; never runs remote code.
 
     Raises:
         InputError: nothing can be loaded from there, with how to fetch the model once; or weights are missing.
     """
-    config = _load_config(name_or_path)
-    model, info = _read(
-        name_or_path,
-        "model",
-        AutoModel.from_pretrained,
-        config=config,
-        add_pooling_layer=False,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
+    keys = {"config": _load_config(name_or_path), "add_pooling_layer": False, "output_loading_info": True}
+    model, info = _read(name_or_path, "model", AutoModel.from_pretrained, **keys)
     if info["missing_keys"]:  # transformers would start these at random
         raise InputError(
             f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
@@ -286,28 +259,29 @@ def _load_config(name_or_path: str) -> PreTrainedConfig:
 
     declared = _read(name_or_path, "config.json", declaration)
     if declared.get("model_type") in (None, "cxr-bert"):
-        # BERTs from before there was a model_type; and CXR-BERT, whose body is a plain BERT: its remote code only adds
-        # a projection that SimCroP does not use
+        # BERTs from before there was a model_type; and CXR-BERT, a plain BERT whose remote code only adds a projection
+        # that SimCroP does not use
         return BertConfig.from_dict(declared)
-    return _read(name_or_path, "config.json", AutoConfig.from_pretrained, trust_remote_code=False)
+    return _read(name_or_path, "config.json", AutoConfig.from_pretrained)
 
 
 def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -> Any:
-    """Run a ``from_pretrained`` without its messages, and turn any failure into an InputError of one line.
+    """Run a ``from_pretrained`` without its messages or remote code, and turn any failure into an InputError.
 
     A hub name is looked up in the local cache first, so that what was fetched once needs no network. Without a network,
     the error comes within seconds: transformers would repeat every request for minutes.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
-    transformers_logging.disable_progress_bar()
-    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
     local = Path(name_or_path).is_dir()
     if not local and (name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1):
         raise InputError(
             f"text_encoder {name_or_path}: no such folder; give the folder of a BERT or RoBERTa, or its name on the hub"
         )
+    keys["trust_remote_code"] = False
+    # else a thread would ask the hub, on every load, to make safetensors of weights that are stored otherwise
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # else the heads left out on purpose are listed as unexpected
+    transformers_logging.disable_progress_bar()
     try:
         try:
             return load(name_or_path, local_files_only=True, **keys)
@@ -319,9 +293,8 @@ def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -
         return load(name_or_path, **keys)
     # transformers raises OSError, ValueError, KeyError, SafetensorError ... for one missing file
     except Exception as error:
-        if local:
-            cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
-        else:
+        cure = "point text_encoder at a folder that holds config.json, the weights and the tokenizer's files"
+        if not local:
             cure = (
                 f"where there is a network, fetch it once with 'hf download {name_or_path} --local-dir DIR', and set "
                 "text_encoder to DIR"
@@ -333,18 +306,13 @@ def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -
         transformers_logging.enable_progress_bar()
 
 
-# features
-
-
 class TextEncoder(nn.Module):
     """A frozen BERT: no gradient, always in eval mode, no pooling head.
 
     Args:
         model: a ``transformers`` encoder whose first output is ``[B, T, hidden_size]``.
         pad_token_id: positions with this id are padding.
-        cache_size: features of so many texts are kept in memory, since a frozen encoder gives a fixed text the same
-            features in every epoch (about 0.3 MB per report of 220 tokens at hidden size 768; 0 keeps none). Only
-            :meth:`cached` uses it.
+        cache_size: texts whose features :meth:`cached` keeps in memory, about 0.3 MB for 220 tokens of 768 channels.
         amp: keep the linear layers in bfloat16 and autocast around them, with or without the caller's autocast. The
             features are those of autocast on float32 weights, which would be cast again in every step.
     """
@@ -379,25 +347,20 @@ class TextEncoder(nn.Module):
             return self(ids)
         lengths = (ids != self.pad_token_id).sum(1).tolist()
         texts = [tuple(row[:length]) for row, length in zip(ids.tolist(), lengths, strict=True)]
-        new = {text: i for i, text in enumerate(texts) if text not in self._cache}
-        fresh: dict[tuple[int, ...], Tensor] = {}
-        if new:
-            fresh = {text: row[: len(text)] for text, row in zip(new, self(ids[list(new.values())]), strict=True)}
-            room = max(self.cache_size - len(self._cache), 0)
-            self._cache.update((text, fresh[text].clone()) for text in list(new)[:room])
-        rows = [fresh[text] if text in fresh else self._cache[text] for text in texts]
-        padded = pad_sequence(rows, batch_first=True)
+        features = {text: self._cache[text] for text in texts if text in self._cache}
+        new = {text: i for i, text in enumerate(texts) if text not in features}
+        for text, row in zip(new, self(ids[list(new.values())]) if new else (), strict=True):
+            features[text] = row[: len(text)]
+            if len(self._cache) < self.cache_size:
+                self._cache[text] = features[text].clone()
+        padded = pad_sequence([features[text] for text in texts], batch_first=True)
         return nn.functional.pad(padded, (0, 0, 0, ids.shape[1] - padded.shape[1]))
 
 
 def encode_sentences(
     sentences: Sequence[str], aligner: nn.Module, text_encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase
 ) -> Tensor:
-    """Sentences, each read alone -> ``[S, projection_size]`` float32 features, comparable with projected patches.
-
-    Args:
-        aligner: a :class:`custom_components.simcrop.Aligner`.
-    """
+    """Sentences, each read alone -> features ``[S, projection_size]`` float32, to compare with projected patches."""
     device = next(aligner.parameters()).device
     tokenized = [tokenize_sentences([sentence], tokenizer) for sentence in sentences]
     features = []

@@ -20,11 +20,7 @@ from custom_components.vit import SimCroPEncoder
 
 
 class InstanceNorm(nn.Module):
-    """Instance norm without affine: the same numbers as torch's, which would copy every map that lies channels last to
-    another layout and back.
-
-    MONAI's blocks take it as ``"instance_channels_last"``.
-    """
+    """Instance norm without affine that leaves maps channels last, where torch's own copies them there and back."""
 
     def __init__(self, num_features: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -36,7 +32,7 @@ class InstanceNorm(nn.Module):
         return instance_norm(x, self.eps)
 
 
-NORM = "instance_channels_last"
+NORM = "instance_channels_last"  # its name in MONAI's blocks
 Norm.add_factory_class(NORM, InstanceNorm)
 
 
@@ -56,8 +52,8 @@ class TrilinearUpBlock(nn.Module):
 class SimCroPUNETR(nn.Module):
     """UNETR (Hatamizadeh et al., WACV 2022) whose encoder is SimCroP's, as the authors fine-tune it.
 
-    Skips are the raw outputs of three blocks, a third of the depth apart (4, 7 and 10 of 12, counting from 1); the
-    bottleneck is the normed output of the last. Residual units, instance norm without affine, LeakyReLU 0.01.
+    Skips are the raw outputs of three blocks (4, 7 and 10 of 12, counting from 1); the bottleneck is the normed output
+    of the last. Residual units, instance norm without affine, LeakyReLU 0.01.
 
     Args:
         encoder: without class token, so that every parameter gets a gradient; its ``img_size`` is the region.
@@ -76,13 +72,13 @@ class SimCroPUNETR(nn.Module):
         self.grid = encoder.grid
         depth = len(encoder.blocks)
         self.skips = (depth // 4, depth // 2, 3 * depth // 4)  # indices of hidden states: block 4 of 12 is index 3
-
         hidden, size = encoder.hidden_size, feature_size
         in_channels = encoder.patch_embed.proj.in_channels
         self.encoder1 = UnetrBasicBlock(3, in_channels, size, 3, 1, NORM, res_block=True)
-        self.encoder2 = self._project(hidden, 2 * size, 2)
-        self.encoder3 = self._project(hidden, 4 * size, 1)
-        self.encoder4 = self._project(hidden, 8 * size, 0)
+        up = dict(kernel_size=3, stride=1, upsample_kernel_size=2, norm_name=NORM, conv_block=True, res_block=True)
+        self.encoder2 = UnetrPrUpBlock(3, hidden, 2 * size, num_layer=2, **up)  # skips: 1 + num_layer stages of x2
+        self.encoder3 = UnetrPrUpBlock(3, hidden, 4 * size, num_layer=1, **up)
+        self.encoder4 = UnetrPrUpBlock(3, hidden, 8 * size, num_layer=0, **up)
         self.decoder5 = UnetrUpBlock(3, hidden, 8 * size, 3, 2, NORM, res_block=True)
         self.decoder4 = UnetrUpBlock(3, 8 * size, 4 * size, 3, 2, NORM, res_block=True)
         self.decoder3 = UnetrUpBlock(3, 4 * size, 2 * size, 3, 2, NORM, res_block=True)
@@ -90,15 +86,9 @@ class SimCroPUNETR(nn.Module):
         self.out = UnetOutBlock(3, size, out_channels)
         self.to(memory_format=torch.channels_last_3d)  # the layout in which 3D convolutions are fastest
 
-    @staticmethod
-    def _project(hidden_size: int, channels: int, num_layer: int) -> UnetrPrUpBlock:
-        """A skip from the token grid, brought up by ``1 + num_layer`` stages of x2."""
-        return UnetrPrUpBlock(3, hidden_size, channels, num_layer, 3, 1, 2, NORM, conv_block=True, res_block=True)
-
     def feature_map(self, tokens: Tensor) -> Tensor:
-        """Tokens ``[B, N, C]``, last axis of the grid fastest -> ``[B, C, gx, gy, gz]``."""
+        """Tokens ``[B, N, C]``, last axis of the grid fastest -> ``[B, C, gx, gy, gz]``, a view, channels last."""
         gx, gy, gz = self.grid
-        # tokens already lie channels last: no copy
         return tokens.reshape(tokens.shape[0], gx, gy, gz, tokens.shape[2]).permute(0, 4, 1, 2, 3)
 
     def decode(self, volume: Tensor, tokens: Tensor, hidden_states: list[Tensor]) -> Tensor:
@@ -110,12 +100,7 @@ class SimCroPUNETR(nn.Module):
         return self.out(self.decoder2(x, self.encoder1(volume)))
 
     def forward(self, volume: Tensor) -> Tensor:
-        """``[B, in_channels, X, Y, Z]`` of the encoder's ``img_size``, HU scaled to [-1, 1] -> logits
-        ``[B, out_channels, X, Y, Z]``.
-
-        On a CPU without matrix units (AMX) the convolutions run in fp32 under autocast too: in bfloat16 they take about
-        twice as long there.
-        """
+        """``[B, in_channels, X, Y, Z]``, HU scaled to [-1, 1] -> logits ``[B, out_channels, X, Y, Z]``."""
         tokens, hidden_states = self.encoder(volume)
         if not torch.jit.is_scripting():
             if convolves_in_float32(volume.device):

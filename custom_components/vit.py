@@ -23,21 +23,19 @@ def patch_grid(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int,
     Raises:
         InputError: an axis of ``img_size`` does not divide by the patch.
     """
-    for size, patch in zip(img_size, patch_size, strict=True):
-        if size < patch or size % patch:
-            raise InputError(
-                f"img_size {tuple(img_size)} is not divisible by patch_size {tuple(patch_size)}: "
-                "change one of the two keys so that every axis divides"
-            )
-    x, y, z = (size // patch for size, patch in zip(img_size, patch_size, strict=True))
-    return x, y, z
+    axes = list(zip(img_size, patch_size, strict=True))
+    if any(size < patch or size % patch for size, patch in axes):
+        raise InputError(
+            f"img_size {tuple(img_size)} is not divisible by patch_size {tuple(patch_size)}: "
+            "change one of the two keys so that every axis divides"
+        )
+    return tuple(size // patch for size, patch in axes)
 
 
 def patchify(volume: Tensor, patch_size: tuple[int, int, int]) -> Tensor:
     """``[B, C, X, Y, Z]`` -> ``[B, N, C * px * py * pz]``, patches and voxels both with the last axis fastest.
 
-    A linear layer on the result is exactly a strided 3D convolution, flattened and transposed: the order of the
-    published checkpoints.
+    A linear layer on the result is a strided 3D convolution, flattened and transposed, as in published checkpoints.
     """
     px, py, pz = patch_size
     b, c, x, y, z = volume.shape
@@ -101,8 +99,7 @@ def init_weights(module: nn.Module) -> None:
 def hu_statistics(patches: Tensor, num_bins: int) -> Tensor:
     """Intensity statistics of patches ``[B, n, voxels]`` in [-1, 1] -> ``[B, n, num_bins + 4]``.
 
-    Square roots of the histogram's shares (a root, so that a lesion of few voxels counts), mean, standard deviation,
-    minimum, maximum.
+    Roots of the histogram's shares (so that a lesion of few voxels counts), mean, standard deviation, minimum, maximum.
     """
     index = ((patches + 1) * (num_bins / 2)).long().clamp(0, num_bins - 1)
     histogram = torch.zeros(patches.shape[0], patches.shape[1], num_bins, dtype=patches.dtype, device=patches.device)
@@ -174,10 +171,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block, LayerNorm eps 1e-6, no dropout.
-
-    With ``use_checkpoint`` the backward pass computes the block again, so that none of its activations need be kept.
-    """
+    """Pre-norm transformer block, LayerNorm eps 1e-6, no dropout."""
 
     def __init__(self, hidden_size: int, mlp_dim: int, num_heads: int, use_checkpoint: bool = False) -> None:
         super().__init__()
@@ -211,23 +205,19 @@ class SimCroPEncoder(nn.Module):
 
     Args:
         in_channels: channels of the volume; 1 for CT.
-        img_size: voxels along each axis of the volume.
-        patch_size: voxels along each axis of a patch; need not be a cube.
-        hidden_size: channels of a token.
-        mlp_dim: hidden channels of a block's MLP.
-        num_layers: transformer blocks.
-        num_heads: attention heads; must divide ``hidden_size``.
+        img_size, patch_size: voxels along each axis of the volume and of a patch, which need not be a cube.
+        hidden_size, mlp_dim: channels of a token, and inside a block's MLP.
+        num_layers, num_heads: transformer blocks, and attention heads in each, which divide ``hidden_size``.
         class_token: prepend a trainable class token.
-        pos_embed: table of fixed positions, ``sincos3d`` or ``simcrop`` (the authors', blind to depth). It is a buffer
-            and stored with the weights, since an imported checkpoint brings its own.
+        pos_embed: fixed positions, ``sincos3d`` or ``simcrop`` (the authors', blind to depth); stored with the weights,
+            since an imported checkpoint brings its own.
         hu_bins: bins of a histogram per patch that is embedded beside its voxels; 0, as published, for none. A small
             network then need not learn what a nodule's or a calcification's HU are. For one channel.
         use_checkpoint: compute every block again in the backward pass instead of keeping its activations: less memory,
             more time, the same numbers.
 
     Raises:
-        InputError: ``img_size`` does not divide by ``patch_size``, ``num_heads`` does not divide ``hidden_size``, or
-            ``pos_embed`` is unknown.
+        InputError: ``img_size`` or ``hidden_size`` does not divide, or ``pos_embed`` is unknown.
     """
 
     def __init__(
@@ -254,9 +244,9 @@ class SimCroPEncoder(nn.Module):
         self.num_prefix_tokens = int(class_token)
 
         self.patch_embed = PatchEmbed(in_channels, patch_size, hidden_size, hu_bins)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, hidden_size)) if class_token else None
-        if self.cls_token is not None:
-            nn.init.normal_(self.cls_token, std=0.02)
+        self.cls_token = (
+            nn.Parameter(nn.init.normal_(torch.empty(1, 1, hidden_size), std=0.02)) if class_token else None
+        )
         positions = POSITIONS[pos_embed](self.grid, hidden_size)
         self.register_buffer("pos_embed", F.pad(positions, (0, 0, self.num_prefix_tokens, 0))[None])
         self.blocks = nn.ModuleList(Block(hidden_size, mlp_dim, num_heads, use_checkpoint) for _ in range(num_layers))
@@ -277,7 +267,7 @@ class SimCroPEncoder(nn.Module):
         return tokens
 
     def transform(self, tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """All blocks and the final norm on embedded tokens ``[B, n, C]``; returns as :meth:`forward` does."""
+        """All blocks and the final norm on embedded tokens; returns what :meth:`forward` does."""
         hidden_states: list[Tensor] = []
         for block in self.blocks:
             tokens = block(tokens)
@@ -299,6 +289,6 @@ class SimCroPEncoder(nn.Module):
 
 
 def upsample_patches(values: Tensor, grid: Sequence[int], img_size: Sequence[int]) -> Tensor:
-    """One value per patch ``[S, N]`` -> a smooth map ``[S, X, Y, Z]``, patch centres keeping their values."""
-    maps = values.float().reshape(1, -1, *grid)
-    return F.interpolate(maps, size=tuple(img_size), mode="trilinear", align_corners=False)[0]
+    """One value per patch ``[..., N]`` -> a smooth map ``[..., X, Y, Z]``, patch centres keeping their values."""
+    maps = F.interpolate(values.float().reshape(1, -1, *grid), tuple(img_size), mode="trilinear", align_corners=False)
+    return maps.reshape(*values.shape[:-1], *img_size)

@@ -196,14 +196,13 @@ def flops(parser: ConfigParser, batch_size: int, findings: int, report: int) -> 
 
     A product of T tokens with an I x O matrix is 2 T I O; attention of T queries to S keys over C channels is 4 T S C;
     a backward pass costs twice the forward one. Element-wise work, norms and the optimiser count nothing. In the image
-    decoder's last block only decoded patches ask, and only they go on.
+    decoder's last block only masked patches ask, and only they go on.
     """
     size, width, mlp = parser["img_size"], parser["hidden_size"], parser["mlp_dim"]
     voxels = int(np.prod(parser["patch_size"]))
     patches = int(np.prod(size)) // voxels
     masked = round(patches * parser["mask_ratio"])
     visible = patches - masked
-    decoded = round(masked * parser["decode_ratio"])
     words = round(report * 0.75)
 
     def blocks(layers: int, tokens: int, width: int, mlp: int) -> int:
@@ -223,8 +222,8 @@ def flops(parser: ConfigParser, batch_size: int, findings: int, report: int) -> 
     forward = {
         "image encoder": blocks(parser["num_layers"], visible + 1, width, mlp),
         "image decoder": 2 * (visible + 1) * width * d
-        + decoder_blocks(layers, visible + 1 + decoded, decoded, d)
-        + 2 * decoded * d * voxels,
+        + decoder_blocks(layers, visible + 1 + masked, masked, d)
+        + 2 * masked * d * voxels,
         "alignment": 2 * visible * (width * p + p * p) + 2 * findings * (text * p + p * p),
         "report decoder": blocks(parser["report_decoder_layers"], report, r, rmlp)
         + blocks(1, report, r, rmlp)  # the fusion's self-attention and feed-forward ...

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from custom_components.simcrop import (
     SimCroP,
     VolumeDecoder,
     VolumeEmbedder,
-    random_masking,
     similarity,
 )
 from custom_components.text import TextEncoder, load_text_encoder
@@ -50,9 +50,17 @@ def parts(network: SimCroP, batch: dict[str, Tensor], seed: int = 0) -> dict[str
 # masks
 
 
-@pytest.mark.parametrize(("num_patches", "ratio"), [(2744, 0.75), (32, 0.5), (7, 0.4), (10, 0.0)])
-def test_kept_and_masked_patches_part_the_volume(num_patches, ratio):
-    keep, masked = random_masking(3, num_patches, ratio, torch.device("cpu"))
+def draw(batch_size: int, grid: tuple[int, int, int], ratio: float) -> tuple[Tensor, Tensor]:
+    encoder = SimCroPEncoder(1, grid, (1, 1, 1), hidden_size=6, mlp_dim=1, num_layers=1, num_heads=1)
+    return SimCroP(encoder, mask_ratio=ratio).draw_masks(torch.zeros(batch_size, 1, *grid))
+
+
+@pytest.mark.parametrize(
+    ("grid", "ratio"), [((14, 14, 14), 0.75), ((4, 2, 4), 0.5), ((7, 1, 1), 0.4), ((5, 1, 2), 0.0)]
+)
+def test_kept_and_masked_patches_part_the_volume(grid, ratio):
+    keep, masked = draw(3, grid, ratio)
+    num_patches = math.prod(grid)
     assert keep.dtype == masked.dtype == torch.int64
     assert masked.shape == (3, round(num_patches * ratio))
     for both in torch.cat([keep, masked], dim=1):
@@ -63,7 +71,7 @@ def test_every_volume_and_call_has_its_own_mask_and_no_patch_is_favoured():
     torch.manual_seed(0)
     count = torch.zeros(32)
     for _ in range(50):
-        _, masked = random_masking(40, 32, 0.75, torch.device("cpu"))
+        _, masked = draw(40, (4, 2, 4), 0.75)
         count += torch.bincount(masked.flatten(), minlength=32)
     assert len({tuple(sorted(row)) for row in masked.tolist()}) == 40
     assert ((count / 2000 - 0.75).abs() < 0.05).all()  # five standard deviations
@@ -294,25 +302,6 @@ def test_volume_decoder_answers_in_the_order_it_is_asked(network, batch):
     shuffled = torch.cat([tokens[:, :1], tokens[:, 1:][:, order]], dim=1)
     torch.testing.assert_close(model.volume_decoder(shuffled, keep[:, order], masked), pred)
     assert not torch.allclose(model.volume_decoder(shuffled, keep, masked), pred, atol=1e-4)
-
-
-@pytest.mark.parametrize(("ratio", "decoded"), [(1.0, 24), (0.5, 12), (0.01, 1)])
-def test_decode_ratio_thins_out_the_masked_patches_in_training_only(network, batch, ratio, decoded):
-    model, inputs = network(alignment=False, report=False), batch()
-    model.decode_ratio = ratio
-    torch.manual_seed(0)
-    output = model(**inputs)
-    torch.manual_seed(0)
-    _, masked = model.draw_masks(inputs["volume"])
-    assert torch.equal(output["masked"], masked[:, :decoded])
-    assert output["volume_pred"].shape[1] == output["volume_target"].shape[1] == decoded
-    assert model.eval()(**inputs)["volume_pred"].shape[1] == masked.shape[1]
-
-
-@pytest.mark.parametrize("ratio", [0, -0.5, 1.5])
-def test_an_impossible_decode_ratio_is_named(network, ratio):
-    with pytest.raises(InputError, match="decode_ratio"):
-        SimCroP(network().encoder, decode_ratio=ratio)
 
 
 def test_volume_decoder_sees_the_volume_only_through_the_kept_patches(network, batch):
