@@ -1,13 +1,12 @@
 """Metrics with bootstrap intervals.
 
-Values come from scikit-learn. Intervals need each metric a thousand times, so the resamples are computed at once, as
-weights: a patient drawn twice counts twice.
+Intervals need each metric a thousand times, which would take scikit-learn minutes, so all resamples are computed at
+once, as weights: a patient drawn twice counts twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,7 @@ from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
     confusion_matrix,
-    f1_score,
     precision_recall_curve,
-    recall_score,
     roc_auc_score,
 )
 from torch import Tensor
@@ -25,6 +22,11 @@ from torch import Tensor
 from custom_components.errors import InputError
 
 CHUNK = 50  # resamples per pass over all volumes and classes: bounds memory
+
+
+def both_values(labels: np.ndarray) -> np.ndarray:
+    """Which columns of ``labels [N, C]`` hold zeros and ones: bool ``[C]``."""
+    return np.ptp(labels, axis=0) > 0
 
 
 def mean_auroc(logits: Tensor, labels: Tensor) -> float:
@@ -38,13 +40,13 @@ def mean_auroc(logits: Tensor, labels: Tensor) -> float:
         InputError: no class has both values.
     """
     scores, truth = (part.float().reshape(len(part), -1).numpy() for part in (logits, labels))
-    both = [c for c in range(truth.shape[1]) if len(np.unique(truth[:, c])) == 2]
-    if not both:
+    both = both_values(truth)
+    if not both.any():
         raise InputError(
             f"no class has both label values among the {len(truth)} validation volumes, so none has an AUROC: "
             "give a longer validation list, or raise validation_share"
         )
-    return float(np.mean([roc_auc_score(truth[:, c], scores[:, c]) for c in both]))
+    return float(roc_auc_score(truth[:, both], scores[:, both]))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -67,11 +69,10 @@ def best_f1_thresholds(truth: np.ndarray, probability: np.ndarray) -> np.ndarray
         truth, probability: ``[N, C]`` of validation volumes. A volume counts as positive from the threshold up.
     """
     thresholds = np.full(truth.shape[1], 0.5)
-    for c in range(truth.shape[1]):
-        if len(np.unique(truth[:, c])) == 2:
-            precision, recall, values = precision_recall_curve(truth[:, c], probability[:, c])
-            f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-            thresholds[c] = values[f1[:-1].argmax()]
+    for c in np.flatnonzero(both_values(truth)):
+        precision, recall, values = precision_recall_curve(truth[:, c], probability[:, c])
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        thresholds[c] = values[f1[:-1].argmax()]
     return thresholds
 
 
@@ -100,15 +101,7 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
 
 
 def mean_interval(values: np.ndarray, seed: int, num_resamples: int = 2000) -> dict[str, Any]:
-    """Mean over the scans for which there is a value, with its interval.
-
-    Args:
-        values: one per scan, NaN where it is not defined.
-
-    Returns:
-        ``mean``, ``low``, ``high`` (None if nothing is defined), and ``scans``, how many are.
-    """
-    values = np.asarray(values, dtype=float)
+    """Mean over the ``scans`` whose value is not NaN: that number, ``mean``, ``low`` and ``high`` (None if all are)."""
     values = values[np.isfinite(values)]
     if not len(values):
         return {"mean": None, "low": None, "high": None, "scans": 0}
@@ -161,31 +154,29 @@ def weighted_rates(
         }
 
 
+def entry(value: float, resampled: np.ndarray) -> dict[str, float | None]:
+    """A metric's ``value``, and the :func:`interval` of its values over resamples."""
+    return {"value": float(value), **interval(resampled)}
+
+
 def auroc_table(
     truth: np.ndarray, score: np.ndarray, classes: Sequence[str], weights: np.ndarray
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Mean AUROC with its interval and the same per class; and the mean's bootstrap values.
-
-    Args:
-        truth, score: ``[N, C]``.
-        classes: C names.
-        weights: of :func:`resample`.
+    """Mean AUROC of ``truth`` and ``score``, ``[N, C]``, by the ``weights`` of :func:`resample`.
 
     Returns:
         ``mean``, ``low``, ``high``, ``per_class`` (class -> ``value``, ``low``, ``high``), ``left_out`` (classes with a
-        single label value). A resample's mean is over the classes that have both label values in it.
+        single label value); and the resamples' means, each over the classes that have both label values in it.
     """
     per_class, resampled = {}, []
-    for c, name in enumerate(classes):
-        if len(np.unique(truth[:, c])) == 2:
-            values = weighted_auroc(truth[:, c], score[:, c], weights)
-            per_class[name] = {"value": float(roc_auc_score(truth[:, c], score[:, c])), **interval(values)}
-            resampled.append(values)
+    for c in np.flatnonzero(both_values(truth)):
+        resampled.append(weighted_auroc(truth[:, c], score[:, c], weights))
+        per_class[classes[c]] = entry(roc_auc_score(truth[:, c], score[:, c]), resampled[-1])
     left_out = [name for name in classes if name not in per_class]
     if not per_class:
         return {"mean": None, "low": None, "high": None, "per_class": {}, "left_out": left_out}, np.array([])
     means = mean_of_defined(np.stack(resampled, 1))
-    mean = float(np.mean([entry["value"] for entry in per_class.values()]))
+    mean = float(np.mean([found["value"] for found in per_class.values()]))
     return {"mean": mean, **interval(means), "per_class": per_class, "left_out": left_out}, means
 
 
@@ -194,8 +185,6 @@ SCORES = {
     "auroc": (roc_auc_score, weighted_auroc),
     "average_precision": (average_precision_score, weighted_average_precision),
 }
-# name of :func:`weighted_rates` -> value of truth [N] and decision [N]
-RATES = {"f1": f1_score, "sensitivity": recall_score, "specificity": partial(recall_score, pos_label=0)}
 
 
 def classification_metrics(
@@ -213,13 +202,11 @@ def classification_metrics(
     Args:
         truth: ``[N, C]`` zeros and ones (one-hot where classes exclude each other).
         probability: ``[N, C]``.
-        classes: C names.
-        patients: N names; resamples draw patients, so that volumes of one stay together.
+        patients: N names, see :func:`resample`.
         thresholds: ``[C]``, chosen on validation, for F1, sensitivity and specificity beside those at 0.5.
         exclusive: whether exactly one class is true; "at 0.5" is then the class of highest probability, and
             ``accuracy`` and ``confusion_matrix`` (rows: truth) are added.
-        num_resamples: bootstrap resamples.
-        seed: of the bootstrap.
+        num_resamples, seed: of the bootstrap.
 
     Returns:
         ``per_class`` (class -> metric -> value and interval, and ``positive``), ``macro`` (mean over classes),
@@ -227,12 +214,12 @@ def classification_metrics(
         AUROC nor average precision, and enter no mean.
     """
     weights = resample(patients, num_resamples, seed)
-    left_out = [name for c, name in enumerate(classes) if len(np.unique(truth[:, c])) < 2]
-    if len(left_out) == len(classes):
+    kept = np.flatnonzero(both_values(truth))
+    left_out = [name for c, name in enumerate(classes) if c not in kept]
+    if not len(kept):
         raise InputError(
             f"no class has both label values among {len(truth)} volumes ({', '.join(left_out)}): give a longer list"
         )
-    kept = [c for c, name in enumerate(classes) if name not in left_out]
     if exclusive:
         at_half = np.eye(len(classes))[probability.argmax(1)][:, kept]
     else:
@@ -243,22 +230,19 @@ def classification_metrics(
         decisions["_at_threshold"] = (score >= np.asarray(thresholds)[kept]).astype(float)
 
     # metric -> values [C] and their bootstrap [R, C]; then the same with all classes pooled, a value and [R]
-    table: dict[str, tuple[list[float], np.ndarray, float, np.ndarray]] = {}
+    table: dict[str, tuple[Sequence[float], np.ndarray, float, np.ndarray]] = {}
+    columns, flat = list(zip(truth.T, score.T, strict=True)), (truth.ravel(), score.ravel())
     for name, (value_of, weighted) in SCORES.items():
-        values = [value_of(t, s) for t, s in zip(truth.T, score.T, strict=True)]
-        resampled = [weighted(t, s, weights) for t, s in zip(truth.T, score.T, strict=True)]
+        resampled = np.stack([weighted(*column, weights) for column in columns], 1)
         chunks = (np.repeat(weights[i : i + CHUNK], len(kept), axis=1) for i in range(0, len(weights), CHUNK))
-        pooled = np.concatenate([weighted(truth.ravel(), score.ravel(), chunk) for chunk in chunks])
-        table[name] = values, np.stack(resampled, 1), value_of(truth.ravel(), score.ravel()), pooled
+        pooled = np.concatenate([weighted(*flat, chunk) for chunk in chunks])
+        table[name] = [value_of(*column) for column in columns], resampled, value_of(*flat), pooled
+    once_and_resampled = np.vstack([np.ones(len(truth)), weights])
     for suffix, predicted in decisions.items():
-        rates, pooled_rates = (weighted_rates(truth, predicted, weights, pool) for pool in (False, True))
-        for name, value_of in RATES.items():
-            values = [value_of(t, p, zero_division=0) for t, p in zip(truth.T, predicted.T, strict=True)]
-            value = value_of(truth.ravel(), predicted.ravel(), zero_division=0)
-            table[name + suffix] = values, rates[name], value, pooled_rates[name]
-
-    def entry(value: float, resampled: np.ndarray) -> dict[str, float | None]:
-        return {"value": float(value), **interval(resampled)}
+        rates, pooled_rates = (weighted_rates(truth, predicted, once_and_resampled, pool) for pool in (False, True))
+        for name, (values, *resampled) in rates.items():
+            value, *pooled = pooled_rates[name]
+            table[name + suffix] = values, np.stack(resampled), value, np.array(pooled)
 
     metrics: dict[str, Any] = {
         "volumes": len(truth),
@@ -284,8 +268,8 @@ def classification_metrics(
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """The metrics as rows: class (or macro, micro, all), metric, value, low, high."""
     rows = []
-    for name, entry in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
-        for metric, value in entry.items():
+    for name, found in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
+        for metric, value in found.items():
             rows.append((name, metric, *(value.values() if isinstance(value, Mapping) else (value, None, None))))
     if "accuracy" in metrics:
         rows.append(("all", "accuracy", *metrics["accuracy"].values()))
