@@ -211,9 +211,8 @@ def compare_auroc(
 ) -> dict[str, Any]:
     """AUROC of probes side by side, for :class:`custom_components.evaluation.compare.Comparison`.
 
-    Adds ``auroc``, which it returns, to ``metrics.json`` in ``output_dir``: fraction -> contender -> :func:`auroc_table`;
-    and ``auroc_gain``: fraction -> first contender minus each other, paired over the same bootstrap resamples. Writes
-    the table as ``auroc.csv``.
+    Adds to ``metrics.json`` in ``output_dir``: ``auroc``, fraction -> contender -> :func:`auroc_table`, which it returns;
+    ``auroc_gain``, fraction -> first contender minus each other, paired over the same resamples. Writes ``auroc.csv``.
 
     Args:
         runs: fraction -> contender -> folder with its ``predictions.csv``, all of the same volumes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from monai.data import Dataset
 from monai.inferers import Inferer
 from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
+from monai.networks import eval_mode
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -86,6 +88,7 @@ def scan_scores(
     return scores
 
 
+@dataclass
 class SegmentationEvaluation:
     """Dice, HD95 and surface Dice on held-out scans, at their own resolution, with 95 % bootstrap intervals over scans.
 
@@ -95,61 +98,48 @@ class SegmentationEvaluation:
         network, inferer: give logits ``[1, C, x, y, z]`` of an image ``[1, 1, x, y, z]``.
         dataset: items with ``image``, preprocessed, and ``label`` as it was read, on the scan's own grid.
         classes: names of classes 1, 2, ...
-        output_dir: for tables and figures.
         tolerance: of surface Dice, mm.
         seed: of the bootstrap.
         num_figures: scans that are drawn, the first ones.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        inferer: Inferer,
-        dataset: Dataset,
-        classes: Sequence[str],
-        output_dir: str,
-        tolerance: float = 2.0,
-        seed: int = 42,
-        num_figures: int = 3,
-    ) -> None:
-        self.network = network
-        self.inferer = inferer
-        self.dataset = dataset
-        self.classes = list(classes)
-        self.output_dir = Path(output_dir)
-        self.tolerance = tolerance
-        self.seed = seed
-        self.num_figures = num_figures
+    network: nn.Module
+    inferer: Inferer
+    dataset: Dataset
+    classes: Sequence[str]
+    output_dir: str | Path
+    tolerance: float = 2.0
+    seed: int = 42
+    num_figures: int = 3
 
     @torch.inference_mode()
     def __call__(self) -> dict[str, Any]:
         """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
-        was_training = self.network.training
-        self.network.eval()
         device = next(self.network.parameters()).device
         names, scores, rows = [], [], []
-        for i in tqdm(range(len(self.dataset)), desc="held-out scans", unit="scan"):
-            item = self.dataset[i]
-            image, truth = item["image"], item["label"]
-            logits = self.inferer(image.as_tensor()[None].to(device), self.network)[0]
-            pred, _ = labels_in_scan(logits, image.affine, truth.affine, truth.shape[1:])
-            scores.append(
-                scan_scores(pred, truth.as_tensor()[0], spacing_of(truth), len(self.classes) + 1, self.tolerance)
-            )
-            names.append(item["name"])
-            if len(rows) < self.num_figures:
-                rows.append(self._row(item, logits, scores[-1]["dice"]))
-        self.network.train(was_training)
+        with eval_mode(self.network):
+            for i in tqdm(range(len(self.dataset)), desc="held-out scans", unit="scan"):
+                item = self.dataset[i]
+                image, truth = item["image"], item["label"]
+                logits = self.inferer(image.as_tensor()[None].to(device), self.network)[0]
+                pred, _ = labels_in_scan(logits, image.affine, truth.affine, truth.shape[1:])
+                names.append(item["name"])
+                scores.append(
+                    scan_scores(pred, truth.as_tensor()[0], spacing_of(truth), len(self.classes) + 1, self.tolerance)
+                )
+                if i < self.num_figures:
+                    rows.append(self._row(item, logits, scores[-1]["dice"]))
 
-        metrics = self._metrics({name: np.array([score[name] for score in scores]) for name in METRICS})
-        write_report(self.output_dir, metrics, self._rows(names, scores), table_rows(metrics))
+        values = {name: np.array([score[name] for score in scores]) for name in METRICS}
+        metrics = self._metrics(values)
+        write_report(self.output_dir, metrics, self._rows(names, values), table_rows(metrics))
         titles = ("Dice", "HD95 (mm)", f"surface Dice at {self.tolerance:g} mm")
         panels = {
-            title: {c: [score[name][k] for score in scores] for k, c in enumerate(self.classes, 1)}
-            for name, title in zip(METRICS, titles, strict=True)
+            title: dict(zip(self.classes, columns.T[1:], strict=True))
+            for title, columns in zip(titles, values.values(), strict=True)
         }
-        figures.box_plots(panels, self.output_dir / "box_plots.png")
-        figures.contours(rows, self.classes).savefig(self.output_dir / "contours.png", dpi=120)
+        figures.box_plots(panels, Path(self.output_dir) / "box_plots.png")
+        figures.contours(rows, self.classes).savefig(Path(self.output_dir) / "contours.png", dpi=120)
         return metrics
 
     def _row(self, item: Mapping[str, Any], logits: Tensor, dice: Sequence[float]) -> dict[str, Any]:
@@ -166,10 +156,8 @@ class SegmentationEvaluation:
         metrics: dict[str, Any] = {"seed": self.seed, "scans": len(self.dataset)}
         for name, values in scores.items():
             foreground = mean_of_defined(values[:, 1:])
-            metrics[name] = mean_interval(foreground, self.seed)
-            metrics[name]["per_class"] = {
-                c: mean_interval(values[:, k], self.seed) for k, c in enumerate(self.classes, 1)
-            }
+            per_class = {c: mean_interval(values[:, k], self.seed) for k, c in enumerate(self.classes, 1)}
+            metrics[name] = {**mean_interval(foreground, self.seed), "per_class": per_class}
             if name == "dice":
                 metrics[name]["with_background"] = mean_interval(mean_of_defined(values), self.seed)
                 # in the datasets' order, so that two evaluations can be compared scan by scan
@@ -177,13 +165,12 @@ class SegmentationEvaluation:
         metrics["surface_dice"]["tolerance_mm"] = self.tolerance
         return metrics
 
-    def _rows(self, names: Sequence[str], scores: Sequence[Mapping[str, Sequence[float]]]) -> list[Sequence[Any]]:
+    def _rows(self, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> list[Sequence[Any]]:
         """What ``metrics.csv`` holds."""
         rows: list[Sequence[Any]] = [("scan", "class", "dice", "hd95_mm", "surface_dice")]
-        for name, score in zip(names, scores, strict=True):
-            for k, c in enumerate(["background", *self.classes]):
-                values = ["" if math.isnan(score[metric][k]) else round(score[metric][k], 5) for metric in METRICS]
-                rows.append([name, c, *values])
+        for name, scan in zip(names, np.stack(list(scores.values()), -1).tolist(), strict=True):
+            for c, values in zip(["background", *self.classes], scan, strict=True):
+                rows.append([name, c, *("" if math.isnan(value) else round(value, 5) for value in values)])
         return rows
 
 
@@ -207,14 +194,12 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
 def compare_dice(runs: Mapping[float, Mapping[str, Path]], output_dir: str | Path) -> dict[str, Any]:
     """Dice of networks side by side, for :class:`custom_components.evaluation.compare.Comparison`.
 
-    Writes ``metrics.json``: ``dice`` by fraction and contender (``mean``, ``low``, ``high``, ``per_class``), and
-    ``difference`` of the first contender to each other, paired over scans; ``metrics.csv`` and ``comparison.png``.
+    Writes ``metrics.json``, whose content it returns: ``dice`` by fraction and contender (``mean``, ``low``, ``high``,
+    ``per_class``), and ``difference`` of the first contender to each other, paired over scans; ``metrics.csv`` and
+    ``comparison.png``.
 
     Args:
         runs: fraction -> contender -> folder with its ``metrics.json``, all of the same scans.
-
-    Returns:
-        What ``metrics.json`` holds.
     """
     metrics: dict[str, Any] = {"seed": None, "dice": {}, "difference": {}}
     rows = [("fraction", "contender", "of", "dice", "interval")]
