@@ -36,34 +36,6 @@ logger = logging.getLogger(__name__)
 LABEL = " (label)"  # ends the name of a column of labels in predictions.csv
 
 
-@torch.inference_mode()
-def predict(
-    network: LinearProbe, dataset: Dataset, device: torch.device, amp: bool = True, num_workers: int = 0
-) -> tuple[Tensor, list[Mapping[str, Any]], list[tuple[str, str]]]:
-    """Logits of features or of volumes.
-
-    Args:
-        dataset: a :class:`custom_components.run.features.FeatureDataset`, of which the first view counts; or volumes.
-
-    Returns:
-        Logits ``[N, C]`` float32 on the CPU, the N items they belong to, and ``(name, reason)`` of unreadable volumes.
-    """
-    network.eval()
-    if isinstance(dataset, FeatureDataset):
-        return network.head(dataset.features[:, 0].to(device)).float().cpu(), dataset.data, dataset.failures
-    loader, forward = ReadableLoader(dataset, num_workers, "volumes"), AutocastInferer(amp)
-    items = {item["name"]: item for item in dataset.data}
-    logits, kept = [], []
-    for batch in loader:
-        logits.append(forward(torch.as_tensor(batch["image"]).to(device), network).cpu())
-        kept.append(items[batch["name"][0]])
-    if not kept:
-        raise InputError(
-            f"none of {len(dataset)} volumes could be read, the first for this reason: {loader.failures[0][1]}"
-        )
-    return torch.cat(logits), kept, loader.failures
-
-
 @dataclass
 class ProbeEvaluation:
     """Metrics of a probe on a list of volumes, with intervals, tables and curves.
@@ -152,11 +124,30 @@ class ProbeEvaluation:
 
     def _outputs(self, dataset: Dataset) -> tuple[pd.DataFrame, np.ndarray, list, list]:
         """Probabilities, a column per class of the network; labels ``[N, C]``; items; failures."""
-        logits, items, failures = predict(self.network, dataset, self.device, self.amp, self.num_workers)
+        logits, items, failures = self._logits(dataset)
         probability = logits.softmax(-1) if self.exclusive else logits.sigmoid()
         labels = np.stack([np.asarray(item["label"]) for item in items])
         truth = np.eye(len(self.classes))[labels] if self.exclusive else labels
         return pd.DataFrame(probability.double().numpy(), columns=self.network_classes), truth, items, failures
+
+    @torch.inference_mode()
+    def _logits(self, dataset: Dataset) -> tuple[Tensor, list, list]:
+        """Logits ``[N, K]`` float32 on the CPU, the N items they are of, ``(name, reason)`` of unreadable volumes."""
+        self.network.eval()
+        if isinstance(dataset, FeatureDataset):  # its first view counts
+            logits = self.network.head(dataset.features[:, 0].to(self.device))
+            return logits.float().cpu(), dataset.data, dataset.failures
+        loader, forward = ReadableLoader(dataset, self.num_workers, "volumes"), AutocastInferer(self.amp)
+        items = {item["name"]: item for item in dataset.data}
+        logits, kept = [], []
+        for batch in loader:
+            logits.append(forward(torch.as_tensor(batch["image"]).to(self.device), self.network).cpu())
+            kept.append(items[batch["name"][0]])
+        if not kept:
+            raise InputError(
+                f"none of {len(dataset)} volumes could be read, the first for this reason: {loader.failures[0][1]}"
+            )
+        return torch.cat(logits), kept, loader.failures
 
     def _merge(self, probability: pd.DataFrame) -> np.ndarray:
         return np.stack([probability[parts].to_numpy().max(1) for parts in self.parts.values()], 1)
@@ -211,8 +202,8 @@ def compare_auroc(
 ) -> dict[str, Any]:
     """AUROC of probes side by side, for :class:`custom_components.evaluation.compare.Comparison`.
 
-    Adds to ``metrics.json`` in ``output_dir``: ``auroc``, fraction -> contender -> :func:`auroc_table`, which it returns;
-    ``auroc_gain``, fraction -> first contender minus each other, paired over the same resamples. Writes ``auroc.csv``.
+    Writes ``auroc.csv``, and adds to ``metrics.json`` in ``output_dir``: ``auroc``, which it returns, fraction ->
+    contender -> :func:`auroc_table`; ``auroc_gain``, fraction -> first contender minus each other, by equal resamples.
 
     Args:
         runs: fraction -> contender -> folder with its ``predictions.csv``, all of the same volumes.

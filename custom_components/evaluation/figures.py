@@ -7,6 +7,7 @@ Volumes are in RAS axis order, as every preprocessing chain of this project leav
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from custom_components.data.save import argmax_labels
 
+CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
 HEAT = {"cmap": "inferno", "alpha": 0.45}
 COLOURS = tuple(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])  # of classes 1, 2, ...
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
 
 
 def plane(volume: Tensor | np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A slice of a RAS volume ``[X, Y, Z]`` as it is shown, rows from the bottom: ``axis`` 0 sagittal (anterior left),
-    1 coronal, 2 axial (anterior up); the patient's right on the left in both."""
+    """A slice of a RAS volume ``[X, Y, Z]`` across ``axis`` (see PLANES), rows from the bottom: anterior is left in
+    sagittal and up in axial ones, the patient's right is left in axial and coronal ones."""
     return np.take(np.asarray(volume), index, axis)[::-1].T
 
 
@@ -58,8 +60,7 @@ def outline_plane(
 
 def spacing_of(image: Tensor) -> tuple[float, float, float]:
     """Voxel spacing in mm of a MetaTensor; 1 mm for a tensor that knows none."""
-    x, y, z = image.pixdim.tolist() if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
-    return x, y, z
+    return tuple(image.pixdim.tolist()) if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
 
 
 def loss_curves(log_dir: str | Path, path: str | Path) -> None:
@@ -90,13 +91,13 @@ def loss_curves(log_dir: str | Path, path: str | Path) -> None:
 class SentencePaneld(MapTransform):
     """Draws the CT with the map of every sentence, and saves it as ``<output_dir>/<name>/panel.png``.
 
-    Works on the network's grid, so it stands before the maps are brought back to the scan's geometry.
+    Reads ``image [1, X, Y, Z]`` and ``name`` too. Works on the network's grid, so it stands before the maps are brought
+    back to the scan's geometry.
 
     Args:
         keys: of the maps ``[S, X, Y, Z]``.
         sentences: the S sentences, or whatever else the maps are of.
         output_dir: folder of all scans' results.
-        image_key, name_key: of the preprocessed CT ``[1, X, Y, Z]``, and of the scan's name.
         quantity: what the maps hold.
         allow_missing_keys: whether to pass over scans without maps.
     """
@@ -106,22 +107,17 @@ class SentencePaneld(MapTransform):
         keys: KeysCollection,
         sentences: Sequence[str],
         output_dir: str,
-        image_key: str = "image",
-        name_key: str = "name",
         quantity: str = "cosine",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.sentences = list(sentences)
         self.output_dir = Path(output_dir)
-        self.image_key = image_key
-        self.name_key = name_key
         self.quantity = quantity
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        image = data[self.image_key].cpu()
-        folder = self.output_dir / data[self.name_key]
+        image, folder = data["image"].cpu(), self.output_dir / data["name"]
         for key in self.key_iterator(data):
             folder.mkdir(parents=True, exist_ok=True)
             figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
@@ -130,7 +126,7 @@ class SentencePaneld(MapTransform):
                 z = int(heat.amax((0, 1)).argmax())
                 low, high = float(heat.min()), float(heat.max())
                 for axes in row:
-                    show_plane(axes, image[0], 2, z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+                    show_plane(axes, image[0], 2, z, spacing_of(image), **CT)
                 show_plane(row[1], heat, 2, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
                 row[0].set_title(sentence, fontsize=9, loc="left")
                 row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
@@ -141,7 +137,7 @@ class SentencePaneld(MapTransform):
 def most_classes(labels: np.ndarray, axis: int) -> int:
     """The slice across ``axis`` that meets most classes of a label map ``[X, Y, Z]``, and of those most voxels."""
     others = tuple(i for i in range(3) if i != axis)
-    present = sum(((labels == index).any(others).astype(int) for index in np.unique(labels) if index), start=0)
+    present = sum((labels == index).any(others).astype(int) for index in np.unique(labels) if index)
     voxels = (labels > 0).sum(others)
     return int(np.argmax(present + voxels / (1 + voxels.max())))
 
@@ -160,7 +156,7 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
         pred, truth = np.asarray(row["pred"]), row.get("truth")
         for axis, axes in zip(PLANES, axes_row, strict=True):
             index = most_classes(pred if truth is None else np.asarray(truth), axis)
-            show_plane(axes, row["image"], axis, index, row["spacing"], cmap="gray", vmin=-1, vmax=0.4)
+            show_plane(axes, row["image"], axis, index, row["spacing"], **CT)
             for c in range(1, len(classes) + 1):
                 outline_plane(axes, pred == c, axis, index, COLOURS[(c - 1) % len(COLOURS)])
                 shown |= {c} if (plane(pred, axis, index) == c).any() else set()
@@ -181,41 +177,32 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
 class ContourPaneld(MapTransform):
     """Draws the contours of what was segmented, and saves them as ``<output_dir>/<name>/panel.png``.
 
-    Works on the network's grid, so it stands before the logits are brought to the scan's.
+    Reads ``image [1, X, Y, Z]`` and ``name`` too. Works on the network's grid, so it stands before the logits are
+    brought to the scan's.
 
     Args:
         keys: of the logits ``[C, X, Y, Z]``.
         classes: names of classes 1, 2, ...
         output_dir: folder of all scans' results.
-        image_key, name_key: of the preprocessed CT ``[1, X, Y, Z]``, and of the scan's name.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        classes: Sequence[str],
-        output_dir: str,
-        image_key: str = "image",
-        name_key: str = "name",
-    ) -> None:
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:
         super().__init__(keys)
         self.classes = list(classes)
         self.output_dir = Path(output_dir)
-        self.image_key = image_key
-        self.name_key = name_key
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        image = data[self.image_key].cpu()
-        folder = self.output_dir / data[self.name_key]
+        image, folder = data["image"].cpu(), self.output_dir / data["name"]
         folder.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):
             pred = argmax_labels(data[key].cpu())
-            row = {"image": image[0], "pred": pred, "spacing": spacing_of(image), "title": data[self.name_key]}
+            row = {"image": image[0], "pred": pred, "spacing": spacing_of(image), "title": data["name"]}
             contours([row], self.classes).savefig(folder / "panel.png", dpi=120)
         return data
 
 
+@dataclass
 class ContourImages:
     """Writes the contours of a validation's first scan to TensorBoard, prediction over truth.
 
@@ -226,9 +213,8 @@ class ContourImages:
         classes: names of classes 1, 2, ...
     """
 
-    def __init__(self, log_dir: str, classes: Sequence[str]) -> None:
-        self.log_dir = log_dir
-        self.classes = list(classes)
+    log_dir: str
+    classes: Sequence[str]
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
@@ -264,11 +250,7 @@ def box_plots(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | P
 
 
 def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, path: str | Path) -> None:
-    """Groups of bars with intervals.
-
-    Args:
-        values: group -> bar -> ``mean``, ``low``, ``high``.
-    """
+    """Groups of bars with intervals: ``values`` are group -> bar -> ``mean``, ``low``, ``high``."""
     mean, low, high = (
         pd.DataFrame({g: {bar: entry[part] for bar, entry in group.items()} for g, group in values.items()}).T
         for part in ("mean", "low", "high")
@@ -282,18 +264,12 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, p
 
 
 def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
-    """ROC and precision-recall curve of every class that has both label values.
-
-    Args:
-        truth: ``[N, C]`` zeros and ones.
-        score: ``[N, C]``.
-        classes: C names.
-    """
+    """ROC and precision-recall curve of every class with both label values; ``truth`` and ``score`` are ``[N, C]``."""
     figure = Figure(figsize=(11.0, 5.0), layout="constrained")
     roc, pr = figure.subplots(1, 2)
     for c, name in enumerate(classes):
         y, scored = truth[:, c], score[:, c]
-        if len(np.unique(y)) == 2:
+        if np.ptp(y) > 0:
             style = {"curve_kwargs": {"color": f"C{c % 10}", "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}}
             RocCurveDisplay.from_predictions(y, scored, ax=roc, name=name, **style)
             PrecisionRecallDisplay.from_predictions(y, scored, ax=pr, name=f"{name}, {y.mean():.0%} positive", **style)

@@ -24,7 +24,7 @@ from custom_components.evaluation.figures import spacing_of
 from custom_components.evaluation.metrics import mean_interval, mean_of_defined
 from custom_components.evaluation.report import read_metrics, write_report
 
-METRICS = ("dice", "hd95", "surface_dice")
+METRICS = {"dice": "Dice", "hd95": "HD95 (mm)", "surface_dice": "surface Dice at {:g} mm"}
 
 
 class PresentDice(DiceMetric):
@@ -68,7 +68,7 @@ def scan_scores(
         ``surface_dice``, the share of both surfaces within ``tolerance`` of the other. Surfaces of class 0 are not
         computed.
     """
-    scores: dict[str, list[float]] = {name: [] for name in METRICS}
+    rows = []
     for index in range(num_classes):
         p, t = pred == index, truth == index
         sizes = int(p.sum()), int(t.sum())
@@ -83,9 +83,8 @@ def scan_scores(
             options = {"include_background": True, "spacing": list(spacing)}
             hd95 = float(compute_hausdorff_distance(p, t, percentile=95, **options))
             surface = float(compute_surface_dice(p, t, class_thresholds=[tolerance], **options))
-        for name, value in zip(METRICS, (dice, hd95, surface if index else math.nan), strict=True):
-            scores[name].append(value)
-    return scores
+        rows.append((dice, hd95, surface if index else math.nan))
+    return dict(zip(METRICS, map(list, zip(*rows, strict=True)), strict=True))
 
 
 @dataclass
@@ -133,10 +132,9 @@ class SegmentationEvaluation:
         values = {name: np.array([score[name] for score in scores]) for name in METRICS}
         metrics = self._metrics(values)
         write_report(self.output_dir, metrics, self._rows(names, values), table_rows(metrics))
-        titles = ("Dice", "HD95 (mm)", f"surface Dice at {self.tolerance:g} mm")
         panels = {
-            title: dict(zip(self.classes, columns.T[1:], strict=True))
-            for title, columns in zip(titles, values.values(), strict=True)
+            title.format(self.tolerance): dict(zip(self.classes, values[name].T[1:], strict=True))
+            for name, title in METRICS.items()
         }
         figures.box_plots(panels, Path(self.output_dir) / "box_plots.png")
         figures.contours(rows, self.classes).savefig(Path(self.output_dir) / "contours.png", dpi=120)
