@@ -146,28 +146,26 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
     """Organ contours over CT in three planes, one row a scan; solid is predicted, dotted white is the truth.
 
     Args:
-        rows: ``image [X, Y, Z]`` in [-1, 1], ``pred [X, Y, Z]`` class indices, ``truth`` likewise or None, all in RAS
-            order on one grid; ``spacing`` in mm, ``title``.
+        rows: tensors on one grid in RAS order: ``image [X, Y, Z]`` in [-1, 1], class indices ``pred [X, Y, Z]`` and,
+            where it is known, ``truth``; ``spacing`` in mm, ``title``.
         classes: names of classes 1, 2, ...
     """
     figure = Figure(figsize=(11, 3.6 * len(rows) + 0.4), layout="constrained")
     shown: set[int] = set()
     for row, axes_row in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
-        pred, truth = np.asarray(row["pred"]), row.get("truth")
+        pred, truth = row["pred"].numpy(), row["truth"].numpy() if "truth" in row else None
         for axis, axes in zip(PLANES, axes_row, strict=True):
-            index = most_classes(pred if truth is None else np.asarray(truth), axis)
+            index = most_classes(pred if truth is None else truth, axis)
             show_plane(axes, row["image"], axis, index, row["spacing"], **CT)
             for c in range(1, len(classes) + 1):
                 outline_plane(axes, pred == c, axis, index, COLOURS[(c - 1) % len(COLOURS)])
                 shown |= {c} if (plane(pred, axis, index) == c).any() else set()
                 if truth is not None:
-                    outline_plane(
-                        axes, np.asarray(truth) == c, axis, index, "white", linewidths=0.9, linestyles="dotted"
-                    )
+                    outline_plane(axes, truth == c, axis, index, "white", linewidths=0.9, linestyles="dotted")
             axes.text(0.5, -0.02, PLANES[axis], transform=axes.transAxes, ha="center", va="top", fontsize=9)
         axes_row[0].set_title(row["title"], fontsize=10, loc="left")
     lines = [Line2D([], [], color=COLOURS[(c - 1) % len(COLOURS)], label=classes[c - 1]) for c in sorted(shown)]
-    if any(row.get("truth") is not None for row in rows):
+    if any("truth" in row for row in rows):
         lines.append(Line2D([], [], color="grey", linestyle="dotted", label="truth"))
     if lines:
         figure.legend(handles=lines, loc="outside upper center", ncols=7, fontsize=9, frameon=False)
@@ -209,7 +207,6 @@ class ContourImages:
     Attach it to the evaluator, whose output holds ``image`` and the class indices ``pred`` and ``label``, on one grid.
 
     Args:
-        log_dir: TensorBoard folder.
         classes: names of classes 1, 2, ...
     """
 
@@ -230,8 +227,8 @@ class ContourImages:
             writer.add_figure("validation/contours", contours([row], self.classes), engine.state.epoch)
 
 
-def box_plots(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
-    """One panel per metric with a box and the single scans per class; what is not defined is left out.
+def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
+    """One panel per metric with a box and the single scans per class.
 
     Args:
         scores: title of the panel -> class -> one value per scan, NaN where it is not defined.
@@ -239,7 +236,7 @@ def box_plots(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | P
     classes = max(len(values) for values in scores.values())
     figure = Figure(figsize=(len(scores) * (2.2 + 0.35 * classes), 3.8), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True):
-        defined = [np.asarray(v, dtype=float)[np.isfinite(v)] for v in values.values()]
+        defined = [v[np.isfinite(v)] for v in values.values()]
         axes.boxplot(defined, tick_labels=list(values), showfliers=False, medianprops={"color": "#08519c"})
         for i, v in enumerate(defined, 1):
             axes.plot(i + np.linspace(-0.12, 0.12, len(v)), v, "o", markersize=3, alpha=0.5, color="#6baed6")

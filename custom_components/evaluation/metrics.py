@@ -10,13 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    confusion_matrix,
-    precision_recall_curve,
-    roc_auc_score,
-)
+from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
 from custom_components.errors import InputError
@@ -30,11 +24,7 @@ def both_values(labels: np.ndarray) -> np.ndarray:
 
 
 def mean_auroc(logits: Tensor, labels: Tensor) -> float:
-    """Mean AUROC over the classes that have both label values; what a probe is selected by.
-
-    Args:
-        logits: ``[N, C]`` or, of one class, ``[N]``.
-        labels: zeros and ones of the same shape.
+    """Mean AUROC over the classes that have both label values, of ``[N, C]`` or ``[N]``; what a probe is selected by.
 
     Raises:
         InputError: no class has both values.
@@ -63,11 +53,8 @@ def selection_metric(name: str) -> Callable[[Tensor, Tensor], float]:
 
 
 def best_f1_thresholds(truth: np.ndarray, probability: np.ndarray) -> np.ndarray:
-    """Per class the threshold of highest F1, ``[C]``; 0.5 where a class has one label value only.
-
-    Args:
-        truth, probability: ``[N, C]`` of validation volumes. A volume counts as positive from the threshold up.
-    """
+    """Per class of ``[N, C]`` the threshold of highest F1, ``[C]``, from which up a volume counts as positive; 0.5
+    where a class has one label value only."""
     thresholds = np.full(truth.shape[1], 0.5)
     for c in np.flatnonzero(both_values(truth)):
         precision, recall, values = precision_recall_curve(truth[:, c], probability[:, c])
@@ -77,11 +64,8 @@ def best_f1_thresholds(truth: np.ndarray, probability: np.ndarray) -> np.ndarray
 
 
 def resample(units: Sequence[Any], num_resamples: int, seed: int) -> np.ndarray:
-    """How often each of N observations counts in each bootstrap resample of their units, ``[R, N]`` float64.
-
-    Args:
-        units: N patients or scans; what belongs to one stays together.
-    """
+    """How often each of N observations counts in each bootstrap resample of their N ``units``, patients or scans, which
+    keep what is theirs together: ``[R, N]`` float64."""
     names, owner = np.unique(np.asarray(units), return_inverse=True)
     draws = np.random.RandomState(seed).randint(len(names), size=(num_resamples, len(names)))
     counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in draws])
@@ -131,10 +115,7 @@ def _by_score(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tupl
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
     sorted_weights, positive = weights[:, order], truth[order] > 0
-    return (
-        np.add.reduceat(sorted_weights * positive, starts, axis=1),
-        np.add.reduceat(sorted_weights * ~positive, starts, axis=1),
-    )
+    return tuple(np.add.reduceat(sorted_weights * part, starts, axis=1) for part in (positive, ~positive))
 
 
 def weighted_rates(
@@ -220,14 +201,11 @@ def classification_metrics(
         raise InputError(
             f"no class has both label values among {len(truth)} volumes ({', '.join(left_out)}): give a longer list"
         )
-    if exclusive:
-        at_half = np.eye(len(classes))[probability.argmax(1)][:, kept]
-    else:
-        at_half = (probability[:, kept] >= 0.5).astype(float)
-    all_truth, truth, score = truth, truth[:, kept], probability[:, kept]
-    decisions = {"": at_half}
+    at_half = np.eye(len(classes))[probability.argmax(1)] if exclusive else probability >= 0.5
+    decisions = {"": at_half[:, kept]}
     if thresholds is not None:
-        decisions["_at_threshold"] = (score >= np.asarray(thresholds)[kept]).astype(float)
+        decisions["_at_threshold"] = (probability >= thresholds)[:, kept]
+    all_truth, truth, score = truth, truth[:, kept], probability[:, kept]
 
     # metric -> values [C] and their bootstrap [R, C]; then the same with all classes pooled, a value and [R]
     table: dict[str, tuple[Sequence[float], np.ndarray, float, np.ndarray]] = {}
@@ -259,8 +237,8 @@ def classification_metrics(
             found["threshold"] = float(thresholds[c])
     if exclusive:
         codes, predicted = all_truth.argmax(1), probability.argmax(1)
-        right = weights @ (codes == predicted) / weights.sum(1)
-        metrics["accuracy"] = entry(accuracy_score(codes, predicted), right)
+        right = codes == predicted
+        metrics["accuracy"] = entry(right.mean(), weights @ right / weights.sum(1))
         metrics["confusion_matrix"] = confusion_matrix(codes, predicted, labels=range(len(classes))).tolist()
     return metrics
 

@@ -55,7 +55,6 @@ class PretrainEvaluation:
 
     Args:
         loss: of pre-training; its targets and its pooling of patches count.
-        tokenizer: of the text encoder.
         train_dataset: items for the baselines, without augmentation; the first ``num_baseline`` are used.
         dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and,
             where the data set has them, ``label`` (of the classes that ``sentences`` names, in their order), ``masks``
@@ -122,7 +121,7 @@ class PretrainEvaluation:
             histograms += [hu_histogram(item["image"]) for item in items]
             if self.network.aligner is not None:
                 similar.append(self._similarities(trained, images, features))
-                random.append(self._similarities(random_embedder, images, random_features))
+                random.append(self._similarities(random_embedder, images, random_features)[0])
             for place in places:
                 if start <= place["volume"] < start + len(items):
                     mask = self._mask(place, items[place["volume"] - start]["image"])
@@ -135,10 +134,9 @@ class PretrainEvaluation:
         }
         if similar:
             scores, patches, spread = (torch.cat(part, -1) for part in zip(*similar, strict=True))
-            random_scores = torch.cat([part[0] for part in random], -1)
             # near 1: all patches are alike, which monai's EmbeddingCollapseMetric, that centres them, cannot see
             metrics["patch_patch_cosine"] = spread.mean().item()
-            metrics["presence_auc"] = self._presence(scores, random_scores, baseline, np.stack(histograms))
+            metrics["presence_auc"] = self._presence(scores, torch.cat(random, -1), baseline, np.stack(histograms))
             # a finding outside of the cropped volume, or too small for its grid, cannot be hit
             seen = [i for i, place in enumerate(places) if place["patches"].any()]
             if seen:
@@ -181,9 +179,7 @@ class PretrainEvaluation:
     def _encode(self, sentences: Sequence[str], embedder: VolumeEmbedder) -> Tensor:
         return encode_sentences(sentences, embedder.aligner, self.network.text_encoder, self.tokenizer)
 
-    def _similarities(
-        self, embedder: VolumeEmbedder, images: Tensor, features: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _similarities(self, embedder: VolumeEmbedder, images: Tensor, features: Tensor) -> tuple[Tensor, ...]:
         """Of every sentence (features ``[S, D]``) in every volume of a batch: score ``[S, B]`` and most similar patch
         ``[S, B]``; and each volume's mean patch-patch cosine ``[B]``."""
         patches = embedder.patches_and_embedding(images)[0].float()

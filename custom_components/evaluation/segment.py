@@ -98,7 +98,6 @@ class SegmentationEvaluation:
         dataset: items with ``image``, preprocessed, and ``label`` as it was read, on the scan's own grid.
         classes: names of classes 1, 2, ...
         tolerance: of surface Dice, mm.
-        seed: of the bootstrap.
         num_figures: scans that are drawn, the first ones.
     """
 
@@ -174,18 +173,17 @@ class SegmentationEvaluation:
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """The metrics as rows of text: metric, class, mean, and its interval with the number of scans."""
-
-    def row(metric: str, of: str, entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
-        if entry["mean"] is None:
-            return metric, of, "-", "not defined in any scan"
-        return metric, of, f"{entry['mean']:.3f}", f"{entry['low']:.3f} to {entry['high']:.3f}, {entry['scans']} scans"
-
     rows = []
     for name in METRICS:
-        rows.append(row(name, "foreground mean", metrics[name]))
-        rows += [row(name, c, entry) for c, entry in metrics[name]["per_class"].items()]
+        entries = {"foreground mean": metrics[name], **metrics[name]["per_class"]}
         if "with_background" in metrics[name]:
-            rows.append(row(name, "with background", metrics[name]["with_background"]))
+            entries["with background"] = metrics[name]["with_background"]
+        for of, e in entries.items():
+            if e["mean"] is None:
+                rows.append((name, of, "-", "not defined in any scan"))
+            else:
+                interval = f"{e['low']:.3f} to {e['high']:.3f}, {e['scans']} scans"
+                rows.append((name, of, f"{e['mean']:.3f}", interval))
     return rows
 
 
