@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from custom_components.evaluation.metrics import (
     auroc_table,
     best_f1_thresholds,
     classification_metrics,
-    interval,
+    entry,
     metric_rows,
     resample,
 )
@@ -27,7 +28,7 @@ from custom_components.evaluation.report import read_metrics, write_report
 from custom_components.files import replacing
 from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureDataset
-from custom_components.run.inferers import ReadableLoader
+from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.weights import load_weights
 
 logger = logging.getLogger(__name__)
@@ -35,35 +36,7 @@ logger = logging.getLogger(__name__)
 LABEL = " (label)"  # ends the name of a column of labels in predictions.csv
 
 
-@torch.inference_mode()
-def predict(
-    network: LinearProbe, dataset: Dataset, device: torch.device, amp: bool = True, num_workers: int = 0
-) -> tuple[Tensor, list[Mapping[str, Any]], list[tuple[str, str]]]:
-    """Logits of features or of volumes.
-
-    Args:
-        dataset: a :class:`custom_components.run.features.FeatureDataset`, of which the first view counts; or volumes.
-
-    Returns:
-        Logits ``[N, C]`` float32 on the CPU, the N items they belong to, and ``(name, reason)`` of unreadable volumes.
-    """
-    network.eval()
-    if isinstance(dataset, FeatureDataset):
-        return network.head(dataset.features[:, 0].to(device)).float().cpu(), dataset.data, dataset.failures
-    loader = ReadableLoader(dataset, num_workers, "volumes")
-    items = {item["name"]: item for item in dataset.data}
-    logits, kept = [], []
-    for batch in loader:
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits.append(network(torch.as_tensor(batch["image"]).to(device)).float().cpu())
-        kept.append(items[batch["name"][0]])
-    if not kept:
-        raise InputError(
-            f"none of {len(dataset)} volumes could be read, the first for this reason: {loader.failures[0][1]}"
-        )
-    return torch.cat(logits), kept, loader.failures
-
-
+@dataclass
 class ProbeEvaluation:
     """Metrics of a probe on a list of volumes, with intervals, tables and curves.
 
@@ -72,65 +45,45 @@ class ProbeEvaluation:
     other, ``confusion_matrix.png``.
 
     Args:
-        network: the probe.
         dataset: features or volumes to test on.
         classes: what the labels mean.
         network_classes: what the logits mean; differs from ``classes`` in an external test.
-        output_dir: see above.
         device: where the network is.
         valid_dataset: features or volumes of which the thresholds are chosen; None for 0.5 alone.
         merged_classes: class -> the network's classes that it stands for. Its probability is the largest of theirs,
             which needs no look at the labels; ``auroc_published`` reports the one of them whose AUROC is best on the
             test labels, as the authors do.
-        checkpoint: weights to load first, None to take the network as it is.
+        checkpoint: weights to load first; None to take the network as it is.
         exclusive: whether exactly one class is true of a volume.
-        amp: forward passes over volumes in bfloat16.
-        num_workers: processes that read volumes.
-        num_resamples, seed: of the bootstrap.
+        amp, num_workers: forward passes over volumes in bfloat16, and processes that read them.
 
     Raises:
         InputError: a class is neither the network's nor merged of such.
     """
 
-    def __init__(
-        self,
-        network: LinearProbe,
-        dataset: Dataset,
-        classes: Sequence[str],
-        network_classes: Sequence[str],
-        output_dir: str,
-        device: torch.device,
-        valid_dataset: Dataset | None = None,
-        merged_classes: Mapping[str, Sequence[str]] | None = None,
-        checkpoint: str | None = None,
-        exclusive: bool = False,
-        amp: bool = True,
-        num_workers: int = 0,
-        num_resamples: int = 1000,
-        seed: int = 42,
-    ) -> None:
-        self.network = network
-        self.dataset = dataset
-        self.classes = list(classes)
-        self.output_dir = Path(output_dir)
-        self.device = device
-        self.valid_dataset = valid_dataset
-        self.checkpoint = checkpoint
-        self.exclusive = exclusive
-        self.amp = amp
-        self.num_workers = num_workers
-        self.num_resamples = num_resamples
-        self.seed = seed
-        names = list(network_classes)
-        sources = {name: list((merged_classes or {}).get(name, [name])) for name in self.classes}
-        unknown = [name for name, parts in sources.items() if not set(parts) <= set(names)]
+    network: LinearProbe
+    dataset: Dataset
+    classes: Sequence[str]
+    network_classes: Sequence[str]
+    output_dir: str | Path
+    device: torch.device
+    valid_dataset: Dataset | None = None
+    merged_classes: Mapping[str, Sequence[str]] | None = None
+    checkpoint: str | None = None
+    exclusive: bool = False
+    amp: bool = True
+    num_workers: int = 0
+    num_resamples: int = 1000
+    seed: int = 42
+
+    def __post_init__(self) -> None:
+        self.parts = {name: list((self.merged_classes or {}).get(name, [name])) for name in self.classes}
+        unknown = [name for name, parts in self.parts.items() if not set(parts) <= set(self.network_classes)]
         if unknown:
             raise InputError(
-                f"{unknown[0]} is no class of the network ({', '.join(names)}): name those that it stands for in "
-                "merged_classes"
+                f"{unknown[0]} is no class of the network ({', '.join(self.network_classes)}): name those that it "
+                "stands for in merged_classes"
             )
-        self.sources = {name: [names.index(part) for part in parts] for name, parts in sources.items()}
-        self.network_classes = names
 
     def __call__(self) -> dict[str, Any]:
         """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
@@ -142,7 +95,7 @@ class ProbeEvaluation:
         if self.valid_dataset is not None:
             valid_probability, valid_truth, valid_items, _ = self._outputs(self.valid_dataset)
             thresholds = best_f1_thresholds(valid_truth, self._merge(valid_probability))
-            on_test = bool({item["name"] for item in valid_items} & {item["name"] for item in items})
+            on_test = not {item["name"] for item in valid_items}.isdisjoint(item["name"] for item in items)
             if on_test:
                 logger.warning(
                     "validation and test share volumes: the probe and its thresholds were selected by looking at the "
@@ -158,49 +111,65 @@ class ProbeEvaluation:
                 truth, probability, self.classes, patients, thresholds, self.exclusive, self.num_resamples, self.seed
             ),
         }
-        if any(len(parts) > 1 for parts in self.sources.values()):
+        if any(len(parts) > 1 for parts in self.parts.values()):
             metrics["auroc_published"] = self._published(truth, probability_of_all, patients)
         rows = [("class", "metric", "value", "low", "high"), *metric_rows(metrics)]
         write_report(self.output_dir, metrics, rows, *_table(metrics))
-        self._write_predictions(items, truth, probability)
-        figures.roc_and_pr_curves(truth, probability, self.classes, self.output_dir / "roc_pr.png")
+        folder = Path(self.output_dir)
+        self._write_predictions(folder / "predictions.csv", items, truth, probability)
+        figures.roc_and_pr_curves(truth, probability, self.classes, folder / "roc_pr.png")
         if self.exclusive:
-            path = self.output_dir / "confusion_matrix.png"
-            figures.confusion_matrix(metrics["confusion_matrix"], self.classes, path)
+            figures.confusion_matrix(metrics["confusion_matrix"], self.classes, folder / "confusion_matrix.png")
         return metrics
 
-    def _outputs(self, dataset: Dataset) -> tuple[np.ndarray, np.ndarray, list, list]:
-        """Probabilities of the network's classes ``[N, K]``, labels ``[N, C]``, items, failures."""
-        logits, items, failures = predict(self.network, dataset, self.device, self.amp, self.num_workers)
+    def _outputs(self, dataset: Dataset) -> tuple[pd.DataFrame, np.ndarray, list, list]:
+        """Probabilities, a column per class of the network; labels ``[N, C]``; items; failures."""
+        logits, items, failures = self._logits(dataset)
         probability = logits.softmax(-1) if self.exclusive else logits.sigmoid()
         labels = np.stack([np.asarray(item["label"]) for item in items])
         truth = np.eye(len(self.classes))[labels] if self.exclusive else labels
-        return probability.double().numpy(), truth, items, failures
+        return pd.DataFrame(probability.double().numpy(), columns=self.network_classes), truth, items, failures
 
-    def _merge(self, probability: np.ndarray) -> np.ndarray:
-        return np.stack([probability[:, parts].max(1) for parts in self.sources.values()], 1)
+    @torch.inference_mode()
+    def _logits(self, dataset: Dataset) -> tuple[Tensor, list, list]:
+        """Logits ``[N, K]`` float32 on the CPU, the N items they are of, ``(name, reason)`` of unreadable volumes."""
+        self.network.eval()
+        if isinstance(dataset, FeatureDataset):  # its first view counts
+            logits = self.network.head(dataset.features[:, 0].to(self.device))
+            return logits.float().cpu(), dataset.data, dataset.failures
+        loader, forward = ReadableLoader(dataset, self.num_workers, "volumes"), AutocastInferer(self.amp)
+        items = {item["name"]: item for item in dataset.data}
+        logits, kept = [], []
+        for batch in loader:
+            logits.append(forward(torch.as_tensor(batch["image"]).to(self.device), self.network).cpu())
+            kept.append(items[batch["name"][0]])
+        if not kept:
+            raise InputError(
+                f"none of {len(dataset)} volumes could be read, the first for this reason: {loader.failures[0][1]}"
+            )
+        return torch.cat(logits), kept, loader.failures
 
-    def _published(self, truth: np.ndarray, probability: np.ndarray, patients: Sequence[str]) -> dict[str, Any]:
+    def _merge(self, probability: pd.DataFrame) -> np.ndarray:
+        return np.stack([probability[parts].to_numpy().max(1) for parts in self.parts.values()], 1)
+
+    def _published(self, truth: np.ndarray, probability: pd.DataFrame, patients: Sequence[str]) -> dict[str, Any]:
         """AUROCs where a merged class counts by its best part, chosen on these very labels."""
         weights = resample(patients, self.num_resamples, self.seed)
         chosen, parts_of = [], {}
-        for c, (name, parts) in enumerate(self.sources.items()):
-            names = [self.network_classes[part] for part in parts]
-            column = np.repeat(truth[:, [c]], len(parts), 1)
-            entries = auroc_table(column, probability[:, parts], names, weights)[0]["per_class"]
-            best = max(entries, key=lambda part: entries[part]["value"], default=names[0])
-            chosen.append(self.network_classes.index(best))
+        for labels, (name, parts) in zip(truth.T, self.parts.items(), strict=True):
+            column = np.repeat(labels[:, None], len(parts), 1)
+            entries = auroc_table(column, probability[parts].to_numpy(), parts, weights)[0]["per_class"]
+            chosen.append(max(entries, key=lambda part: entries[part]["value"], default=parts[0]))
             if len(parts) > 1:
                 parts_of[name] = entries
-        table = auroc_table(truth, probability[:, chosen], self.classes, weights)[0]
+        table = auroc_table(truth, probability[chosen].to_numpy(), self.classes, weights)[0]
         return {"parts": parts_of, **table}
 
-    def _write_predictions(self, items: Sequence[Mapping], truth: np.ndarray, probability: np.ndarray) -> None:
-        frame = pd.DataFrame({"name": [item["name"] for item in items], "patient": [item["patient"] for item in items]})
-        for c, name in enumerate(self.classes):
-            frame[name + LABEL] = truth[:, c].astype(int)
-            frame[name] = probability[:, c]
-        with replacing(self.output_dir / "predictions.csv") as temporary:
+    def _write_predictions(self, path: Path, items: Sequence[Mapping], truth: np.ndarray, score: np.ndarray) -> None:
+        frame = pd.DataFrame({key: [item[key] for item in items] for key in ("name", "patient")})
+        for name, labels, probability in zip(self.classes, truth.T, score.T, strict=True):
+            frame[name + LABEL], frame[name] = labels.astype(int), probability
+        with replacing(path) as temporary:
             frame.to_csv(temporary, index=False)
 
 
@@ -208,26 +177,24 @@ def _table(metrics: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]
     """What is printed of ``metrics.json``: rows of text, and lines below them."""
     shown = ("auroc", "average_precision", "f1", "f1_at_threshold")
     table = [("class", "positive", *shown)]
-    for name, entry in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
-        table.append((name, str(entry.get("positive", "")), *(_text(entry.get(metric)) for metric in shown)))
+    for name, found in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
+        table.append((name, str(found.get("positive", "")), *(_text(found.get(metric)) for metric in shown)))
     notes = []
     if "accuracy" in metrics:
         notes.append(f"accuracy {_text(metrics['accuracy'])}")
     if "auroc_published" in metrics:
         mean = metrics["auroc_published"]["mean"]
         notes.append(f"mean AUROC, best part of merged classes chosen on test labels: {mean:.3f}")
-    if metrics["left_out"]:
-        left_out = ", ".join(metrics["left_out"])
+    if left_out := ", ".join(metrics["left_out"]):
         notes.append(f"left out of every mean, since the list has a single label value: {left_out}")
     return table, notes
 
 
-def _text(entry: Mapping[str, float | None] | None) -> str:
-    if entry is None or entry["value"] is None:
+def _text(found: Mapping[str, float | None] | None) -> str:
+    if found is None or found["value"] is None:
         return ""
-    if entry["low"] is None:
-        return f"{entry['value']:.3f}"
-    return f"{entry['value']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
+    interval = "" if found["low"] is None else f" ({found['low']:.3f} to {found['high']:.3f})"
+    return f"{found['value']:.3f}{interval}"
 
 
 def compare_auroc(
@@ -235,33 +202,25 @@ def compare_auroc(
 ) -> dict[str, Any]:
     """AUROC of probes side by side, for :class:`custom_components.evaluation.compare.Comparison`.
 
-    Adds ``auroc`` to ``metrics.json`` in ``output_dir``: fraction -> contender -> ``mean``, ``low``, ``high``,
-    ``per_class``, ``left_out``; and ``auroc_gain``: fraction -> first contender minus each other, paired over the same
-    bootstrap resamples. Writes the table as ``auroc.csv``.
+    Writes ``auroc.csv``, and adds to ``metrics.json`` in ``output_dir``: ``auroc``, which it returns, fraction ->
+    contender -> :func:`auroc_table`; ``auroc_gain``, fraction -> first contender minus each other, by equal resamples.
 
     Args:
         runs: fraction -> contender -> folder with its ``predictions.csv``, all of the same volumes.
-        num_resamples, seed: of the bootstrap.
-
-    Returns:
-        What ``auroc`` holds.
     """
-    auroc: dict[str, Any] = {}
-    gains: dict[str, Any] = {}
+    auroc, gains = {}, {}
     first, *others = next(iter(runs.values()))
     rows, notes = [("labels", "class", first, *others)], []
     for fraction, folders in runs.items():
         tables = {name: _auroc_of(folder, num_resamples, seed) for name, folder in folders.items()}
-        entries = auroc[str(fraction)] = {name: entry for name, (entry, _) in tables.items()}
+        entries = auroc[str(fraction)] = {name: table for name, (table, _) in tables.items()}
         for name in entries[first]["per_class"]:
-            rows.append((str(fraction), name, *(_text(entry["per_class"][name]) for entry in entries.values())))
-        means = ({**entry, "value": entry["mean"]} for entry in entries.values())
-        rows.append((str(fraction), "mean", *map(_text, means)))
+            rows.append((str(fraction), name, *(_text(table["per_class"][name]) for table in entries.values())))
+        rows.append((str(fraction), "mean", *(_text({**table, "value": table["mean"]}) for table in entries.values())))
         gains[str(fraction)] = {}
         for other in others if entries[first]["per_class"] else ():
-            gain = {"value": entries[first]["mean"] - entries[other]["mean"]}
-            gain |= interval(tables[first][1] - tables[other][1])
-            gains[str(fraction)][other] = gain
+            (own, own_means), (control, control_means) = tables[first], tables[other]
+            gain = gains[str(fraction)][other] = entry(own["mean"] - control["mean"], own_means - control_means)
             notes.append(f"{fraction} of the labels: mean AUROC of {first} minus {other}: {_text(gain)}")
     if entries[first]["left_out"]:
         notes.append(f"left out, since the test list has a single label value: {', '.join(entries[first]['left_out'])}")

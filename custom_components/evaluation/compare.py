@@ -7,6 +7,7 @@ import gc
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from traceback import walk_stack
 from typing import Any
@@ -29,37 +30,26 @@ def running_config() -> dict[str, Any]:
     raise RuntimeError("no config is running: a comparison is a part of one")
 
 
+@dataclass
 class Comparison:
     """Trains and evaluates contenders at several fractions of the labels, each as a run of the bundle.
 
-    A run has the config of the run that compares, whatever files and overrides made it, but for a contender's keys,
-    ``data_fraction``, and folders of its own for weights, tables, pictures and curves: ``<models_dir>/pretrained_0.1``
-    and ``<output_dir>/pretrained_0.1``. The contenders are the config's key ``contenders``: name -> keys that make it,
-    such as ``{"pretrained": null}``, which are taken as they are written, so that their references are the run's own.
+    A run is the key ``training`` of the config that compares, whatever files and overrides made it, but for a
+    contender's keys, ``data_fraction``, and folders of its own for weights, tables, pictures and curves:
+    ``<models_dir>/pretrained_0.1`` and ``<output_dir>/pretrained_0.1``. The config's key ``contenders`` is name -> keys
+    that make it, such as ``{"pretrained": null}``, taken as written, so that their references are the run's own.
 
     Args:
         report: makes tables of what the runs leave: called with fraction -> contender -> folder, and ``output_dir``.
         fractions: of the training items.
-        models_dir, output_dir: as in the config.
         checkpoint: what the weights of the first contender at the largest fraction are copied to; None for nothing.
-        run_id: what the config calls training and evaluation.
     """
 
-    def __init__(
-        self,
-        report: Callable[[Mapping[float, Mapping[str, Path]], Path], dict[str, Any]],
-        fractions: Sequence[float],
-        models_dir: str,
-        output_dir: str,
-        checkpoint: str | None = None,
-        run_id: str = "training",
-    ) -> None:
-        self.report = report
-        self.fractions = sorted(fractions)
-        self.models_dir = Path(models_dir)
-        self.output_dir = Path(output_dir)
-        self.checkpoint = checkpoint
-        self.run_id = run_id
+    report: Callable[[Mapping[float, Mapping[str, Path]], Path], dict[str, Any]]
+    fractions: Sequence[float]
+    models_dir: str | Path
+    output_dir: str | Path
+    checkpoint: str | None = None
 
     def __call__(self) -> dict[str, Any]:
         """Run all and report; returns what ``metrics.json`` holds.
@@ -71,29 +61,30 @@ class Comparison:
         contenders = {name: keys for name, keys in config["contenders"].items() if self._starts(name, config | keys)}
         if not contenders:
             raise InputError("contenders has none whose pretrained file exists: give one, or one with pretrained null")
-        runs: dict[float, dict[str, Path]] = {fraction: {} for fraction in self.fractions}
-        for fraction in self.fractions:
+        models, outputs = Path(self.models_dir), Path(self.output_dir)
+        runs: dict[float, dict[str, Path]] = {fraction: {} for fraction in sorted(self.fractions)}
+        for fraction, folders in runs.items():
             for name, keys in contenders.items():
                 label = f"{name}_{fraction:g}"
                 print(f"--- {name} at {fraction:.0%} of the labels")
-                runs[fraction][name] = self.output_dir / label
+                folders[name] = outputs / label
                 own = {
                     "data_fraction": fraction,
-                    "models_dir": str(self.models_dir / label),
-                    "output_dir": str(self.output_dir / label),
-                    "checkpoint": str(self.models_dir / label / "model.pt"),
+                    "models_dir": str(models / label),
+                    "output_dir": str(outputs / label),
+                    "checkpoint": str(models / label / "model.pt"),
                     "evaluate_after_training": True,
                 }
                 self._run(config | keys | own)
                 gc.collect()
         if self.checkpoint is not None:
-            best = f"{next(iter(contenders))}_{self.fractions[-1]:g}"
-            shutil.copy(self.models_dir / best / "model.pt", self.checkpoint)
-        return self.report(runs, self.output_dir)
+            shutil.copy(models / f"{next(iter(contenders))}_{max(runs):g}" / "model.pt", self.checkpoint)
+        return self.report(runs, outputs)
 
-    def _run(self, config: Mapping[str, Any]) -> None:
+    @staticmethod
+    def _run(config: Mapping[str, Any]) -> None:
         """``monai.bundle.run`` of a config that is no file, and that may hold what JSON cannot."""
-        workflow = ConfigWorkflow(None, {}, logging_file=False, run_id=self.run_id, **copy.deepcopy(config))
+        workflow = ConfigWorkflow(None, {}, logging_file=False, run_id="training", **copy.deepcopy(config))
         workflow.initialize()
         workflow.run()
         workflow.finalize()

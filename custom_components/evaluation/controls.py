@@ -76,7 +76,7 @@ class HistogramProbe(nn.Module):
             histograms.append(self.features(item["image"][None])[0] if item["image"].ndim > 1 else item["image"])
             labels.append(item["label"])
         self.models = [
-            histogram_regression(np.stack(histograms), column) if len(np.unique(column)) == 2 else None
+            histogram_regression(np.stack(histograms), column) if np.ptp(column) > 0 else None
             for column in np.stack(labels).T
         ]
 

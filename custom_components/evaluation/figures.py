@@ -7,6 +7,7 @@ Volumes are in RAS axis order, as every preprocessing chain of this project leav
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from custom_components.data.save import argmax_labels
 
+CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
 HEAT = {"cmap": "inferno", "alpha": 0.45}
 COLOURS = tuple(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])  # of classes 1, 2, ...
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
 
 
 def plane(volume: Tensor | np.ndarray, axis: int, index: int) -> np.ndarray:
-    """A slice of a RAS volume ``[X, Y, Z]`` as it is shown, rows from the bottom: ``axis`` 0 sagittal (anterior left),
-    1 coronal, 2 axial (anterior up); the patient's right on the left in both."""
+    """A slice of a RAS volume ``[X, Y, Z]`` across ``axis`` (see PLANES), rows from the bottom: anterior is left in
+    sagittal and up in axial ones, the patient's right is left in axial and coronal ones."""
     return np.take(np.asarray(volume), index, axis)[::-1].T
 
 
@@ -58,8 +60,7 @@ def outline_plane(
 
 def spacing_of(image: Tensor) -> tuple[float, float, float]:
     """Voxel spacing in mm of a MetaTensor; 1 mm for a tensor that knows none."""
-    x, y, z = image.pixdim.tolist() if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
-    return x, y, z
+    return tuple(image.pixdim.tolist()) if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
 
 
 def loss_curves(log_dir: str | Path, path: str | Path) -> None:
@@ -90,13 +91,13 @@ def loss_curves(log_dir: str | Path, path: str | Path) -> None:
 class SentencePaneld(MapTransform):
     """Draws the CT with the map of every sentence, and saves it as ``<output_dir>/<name>/panel.png``.
 
-    Works on the network's grid, so it stands before the maps are brought back to the scan's geometry.
+    Reads ``image [1, X, Y, Z]`` and ``name`` too. Works on the network's grid, so it stands before the maps are brought
+    back to the scan's geometry.
 
     Args:
         keys: of the maps ``[S, X, Y, Z]``.
         sentences: the S sentences, or whatever else the maps are of.
         output_dir: folder of all scans' results.
-        image_key, name_key: of the preprocessed CT ``[1, X, Y, Z]``, and of the scan's name.
         quantity: what the maps hold.
         allow_missing_keys: whether to pass over scans without maps.
     """
@@ -106,22 +107,17 @@ class SentencePaneld(MapTransform):
         keys: KeysCollection,
         sentences: Sequence[str],
         output_dir: str,
-        image_key: str = "image",
-        name_key: str = "name",
         quantity: str = "cosine",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.sentences = list(sentences)
         self.output_dir = Path(output_dir)
-        self.image_key = image_key
-        self.name_key = name_key
         self.quantity = quantity
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        image = data[self.image_key].cpu()
-        folder = self.output_dir / data[self.name_key]
+        image, folder = data["image"].cpu(), self.output_dir / data["name"]
         for key in self.key_iterator(data):
             folder.mkdir(parents=True, exist_ok=True)
             figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
@@ -130,7 +126,7 @@ class SentencePaneld(MapTransform):
                 z = int(heat.amax((0, 1)).argmax())
                 low, high = float(heat.min()), float(heat.max())
                 for axes in row:
-                    show_plane(axes, image[0], 2, z, spacing_of(image), cmap="gray", vmin=-1, vmax=0.4)
+                    show_plane(axes, image[0], 2, z, spacing_of(image), **CT)
                 show_plane(row[1], heat, 2, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
                 row[0].set_title(sentence, fontsize=9, loc="left")
                 row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
@@ -141,7 +137,7 @@ class SentencePaneld(MapTransform):
 def most_classes(labels: np.ndarray, axis: int) -> int:
     """The slice across ``axis`` that meets most classes of a label map ``[X, Y, Z]``, and of those most voxels."""
     others = tuple(i for i in range(3) if i != axis)
-    present = sum(((labels == index).any(others).astype(int) for index in np.unique(labels) if index), start=0)
+    present = sum((labels == index).any(others).astype(int) for index in np.unique(labels) if index)
     voxels = (labels > 0).sum(others)
     return int(np.argmax(present + voxels / (1 + voxels.max())))
 
@@ -150,28 +146,26 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
     """Organ contours over CT in three planes, one row a scan; solid is predicted, dotted white is the truth.
 
     Args:
-        rows: ``image [X, Y, Z]`` in [-1, 1], ``pred [X, Y, Z]`` class indices, ``truth`` likewise or None, all in RAS
-            order on one grid; ``spacing`` in mm, ``title``.
+        rows: tensors on one grid in RAS order: ``image [X, Y, Z]`` in [-1, 1], class indices ``pred [X, Y, Z]`` and,
+            where it is known, ``truth``; ``spacing`` in mm, ``title``.
         classes: names of classes 1, 2, ...
     """
     figure = Figure(figsize=(11, 3.6 * len(rows) + 0.4), layout="constrained")
     shown: set[int] = set()
     for row, axes_row in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
-        pred, truth = np.asarray(row["pred"]), row.get("truth")
+        pred, truth = row["pred"].numpy(), row["truth"].numpy() if "truth" in row else None
         for axis, axes in zip(PLANES, axes_row, strict=True):
-            index = most_classes(pred if truth is None else np.asarray(truth), axis)
-            show_plane(axes, row["image"], axis, index, row["spacing"], cmap="gray", vmin=-1, vmax=0.4)
+            index = most_classes(pred if truth is None else truth, axis)
+            show_plane(axes, row["image"], axis, index, row["spacing"], **CT)
             for c in range(1, len(classes) + 1):
                 outline_plane(axes, pred == c, axis, index, COLOURS[(c - 1) % len(COLOURS)])
                 shown |= {c} if (plane(pred, axis, index) == c).any() else set()
                 if truth is not None:
-                    outline_plane(
-                        axes, np.asarray(truth) == c, axis, index, "white", linewidths=0.9, linestyles="dotted"
-                    )
+                    outline_plane(axes, truth == c, axis, index, "white", linewidths=0.9, linestyles="dotted")
             axes.text(0.5, -0.02, PLANES[axis], transform=axes.transAxes, ha="center", va="top", fontsize=9)
         axes_row[0].set_title(row["title"], fontsize=10, loc="left")
     lines = [Line2D([], [], color=COLOURS[(c - 1) % len(COLOURS)], label=classes[c - 1]) for c in sorted(shown)]
-    if any(row.get("truth") is not None for row in rows):
+    if any("truth" in row for row in rows):
         lines.append(Line2D([], [], color="grey", linestyle="dotted", label="truth"))
     if lines:
         figure.legend(handles=lines, loc="outside upper center", ncols=7, fontsize=9, frameon=False)
@@ -181,54 +175,43 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
 class ContourPaneld(MapTransform):
     """Draws the contours of what was segmented, and saves them as ``<output_dir>/<name>/panel.png``.
 
-    Works on the network's grid, so it stands before the logits are brought to the scan's.
+    Reads ``image [1, X, Y, Z]`` and ``name`` too. Works on the network's grid, so it stands before the logits are
+    brought to the scan's.
 
     Args:
         keys: of the logits ``[C, X, Y, Z]``.
         classes: names of classes 1, 2, ...
         output_dir: folder of all scans' results.
-        image_key, name_key: of the preprocessed CT ``[1, X, Y, Z]``, and of the scan's name.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        classes: Sequence[str],
-        output_dir: str,
-        image_key: str = "image",
-        name_key: str = "name",
-    ) -> None:
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:
         super().__init__(keys)
         self.classes = list(classes)
         self.output_dir = Path(output_dir)
-        self.image_key = image_key
-        self.name_key = name_key
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        image = data[self.image_key].cpu()
-        folder = self.output_dir / data[self.name_key]
+        image, folder = data["image"].cpu(), self.output_dir / data["name"]
         folder.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):
             pred = argmax_labels(data[key].cpu())
-            row = {"image": image[0], "pred": pred, "spacing": spacing_of(image), "title": data[self.name_key]}
+            row = {"image": image[0], "pred": pred, "spacing": spacing_of(image), "title": data["name"]}
             contours([row], self.classes).savefig(folder / "panel.png", dpi=120)
         return data
 
 
+@dataclass
 class ContourImages:
     """Writes the contours of a validation's first scan to TensorBoard, prediction over truth.
 
     Attach it to the evaluator, whose output holds ``image`` and the class indices ``pred`` and ``label``, on one grid.
 
     Args:
-        log_dir: TensorBoard folder.
         classes: names of classes 1, 2, ...
     """
 
-    def __init__(self, log_dir: str, classes: Sequence[str]) -> None:
-        self.log_dir = log_dir
-        self.classes = list(classes)
+    log_dir: str
+    classes: Sequence[str]
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.write)
@@ -244,8 +227,8 @@ class ContourImages:
             writer.add_figure("validation/contours", contours([row], self.classes), engine.state.epoch)
 
 
-def box_plots(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | Path) -> None:
-    """One panel per metric with a box and the single scans per class; what is not defined is left out.
+def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
+    """One panel per metric with a box and the single scans per class.
 
     Args:
         scores: title of the panel -> class -> one value per scan, NaN where it is not defined.
@@ -253,7 +236,7 @@ def box_plots(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | P
     classes = max(len(values) for values in scores.values())
     figure = Figure(figsize=(len(scores) * (2.2 + 0.35 * classes), 3.8), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(1, len(scores), squeeze=False)[0], scores.items(), strict=True):
-        defined = [np.asarray(v, dtype=float)[np.isfinite(v)] for v in values.values()]
+        defined = [v[np.isfinite(v)] for v in values.values()]
         axes.boxplot(defined, tick_labels=list(values), showfliers=False, medianprops={"color": "#08519c"})
         for i, v in enumerate(defined, 1):
             axes.plot(i + np.linspace(-0.12, 0.12, len(v)), v, "o", markersize=3, alpha=0.5, color="#6baed6")
@@ -264,11 +247,7 @@ def box_plots(scores: Mapping[str, Mapping[str, Sequence[float]]], path: str | P
 
 
 def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, path: str | Path) -> None:
-    """Groups of bars with intervals.
-
-    Args:
-        values: group -> bar -> ``mean``, ``low``, ``high``.
-    """
+    """Groups of bars with intervals: ``values`` are group -> bar -> ``mean``, ``low``, ``high``."""
     mean, low, high = (
         pd.DataFrame({g: {bar: entry[part] for bar, entry in group.items()} for g, group in values.items()}).T
         for part in ("mean", "low", "high")
@@ -282,18 +261,12 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, p
 
 
 def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
-    """ROC and precision-recall curve of every class that has both label values.
-
-    Args:
-        truth: ``[N, C]`` zeros and ones.
-        score: ``[N, C]``.
-        classes: C names.
-    """
+    """ROC and precision-recall curve of every class with both label values; ``truth`` and ``score`` are ``[N, C]``."""
     figure = Figure(figsize=(11.0, 5.0), layout="constrained")
     roc, pr = figure.subplots(1, 2)
     for c, name in enumerate(classes):
         y, scored = truth[:, c], score[:, c]
-        if len(np.unique(y)) == 2:
+        if np.ptp(y) > 0:
             style = {"curve_kwargs": {"color": f"C{c % 10}", "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}}
             RocCurveDisplay.from_predictions(y, scored, ax=roc, name=name, **style)
             PrecisionRecallDisplay.from_predictions(y, scored, ax=pr, name=f"{name}, {y.mean():.0%} positive", **style)

@@ -1,25 +1,16 @@
 """Metrics with bootstrap intervals.
 
-Values come from scikit-learn. Intervals need each metric a thousand times, so the resamples are computed at once, as
-weights: a patient drawn twice counts twice.
+Intervals need each metric a thousand times, which would take scikit-learn minutes, so all resamples are computed at
+once, as weights: a patient drawn twice counts twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
-from sklearn.metrics import (
-    accuracy_score,
-    average_precision_score,
-    confusion_matrix,
-    f1_score,
-    precision_recall_curve,
-    recall_score,
-    roc_auc_score,
-)
+from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
 from custom_components.errors import InputError
@@ -27,24 +18,25 @@ from custom_components.errors import InputError
 CHUNK = 50  # resamples per pass over all volumes and classes: bounds memory
 
 
-def mean_auroc(logits: Tensor, labels: Tensor) -> float:
-    """Mean AUROC over the classes that have both label values; what a probe is selected by.
+def both_values(labels: np.ndarray) -> np.ndarray:
+    """Which columns of ``labels [N, C]`` hold zeros and ones: bool ``[C]``."""
+    return np.ptp(labels, axis=0) > 0
 
-    Args:
-        logits: ``[N, C]`` or, of one class, ``[N]``.
-        labels: zeros and ones of the same shape.
+
+def mean_auroc(logits: Tensor, labels: Tensor) -> float:
+    """Mean AUROC over the classes that have both label values, of ``[N, C]`` or ``[N]``; what a probe is selected by.
 
     Raises:
         InputError: no class has both values.
     """
     scores, truth = (part.float().reshape(len(part), -1).numpy() for part in (logits, labels))
-    both = [c for c in range(truth.shape[1]) if len(np.unique(truth[:, c])) == 2]
-    if not both:
+    both = both_values(truth)
+    if not both.any():
         raise InputError(
             f"no class has both label values among the {len(truth)} validation volumes, so none has an AUROC: "
             "give a longer validation list, or raise validation_share"
         )
-    return float(np.mean([roc_auc_score(truth[:, c], scores[:, c]) for c in both]))
+    return float(roc_auc_score(truth[:, both], scores[:, both]))
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
@@ -61,26 +53,19 @@ def selection_metric(name: str) -> Callable[[Tensor, Tensor], float]:
 
 
 def best_f1_thresholds(truth: np.ndarray, probability: np.ndarray) -> np.ndarray:
-    """Per class the threshold of highest F1, ``[C]``; 0.5 where a class has one label value only.
-
-    Args:
-        truth, probability: ``[N, C]`` of validation volumes. A volume counts as positive from the threshold up.
-    """
+    """Per class of ``[N, C]`` the threshold of highest F1, ``[C]``, from which up a volume counts as positive; 0.5
+    where a class has one label value only."""
     thresholds = np.full(truth.shape[1], 0.5)
-    for c in range(truth.shape[1]):
-        if len(np.unique(truth[:, c])) == 2:
-            precision, recall, values = precision_recall_curve(truth[:, c], probability[:, c])
-            f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
-            thresholds[c] = values[f1[:-1].argmax()]
+    for c in np.flatnonzero(both_values(truth)):
+        precision, recall, values = precision_recall_curve(truth[:, c], probability[:, c])
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        thresholds[c] = values[f1[:-1].argmax()]
     return thresholds
 
 
 def resample(units: Sequence[Any], num_resamples: int, seed: int) -> np.ndarray:
-    """How often each of N observations counts in each bootstrap resample of their units, ``[R, N]`` float64.
-
-    Args:
-        units: N patients or scans; what belongs to one stays together.
-    """
+    """How often each of N observations counts in each bootstrap resample of their N ``units``, patients or scans, which
+    keep what is theirs together: ``[R, N]`` float64."""
     names, owner = np.unique(np.asarray(units), return_inverse=True)
     draws = np.random.RandomState(seed).randint(len(names), size=(num_resamples, len(names)))
     counts = np.stack([np.bincount(draw, minlength=len(names)) for draw in draws])
@@ -100,15 +85,7 @@ def interval(values: np.ndarray) -> dict[str, float | None]:
 
 
 def mean_interval(values: np.ndarray, seed: int, num_resamples: int = 2000) -> dict[str, Any]:
-    """Mean over the scans for which there is a value, with its interval.
-
-    Args:
-        values: one per scan, NaN where it is not defined.
-
-    Returns:
-        ``mean``, ``low``, ``high`` (None if nothing is defined), and ``scans``, how many are.
-    """
-    values = np.asarray(values, dtype=float)
+    """Mean over the ``scans`` whose value is not NaN: that number, ``mean``, ``low`` and ``high`` (None if all are)."""
     values = values[np.isfinite(values)]
     if not len(values):
         return {"mean": None, "low": None, "high": None, "scans": 0}
@@ -138,10 +115,7 @@ def _by_score(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> tupl
     order = np.argsort(score, kind="stable")
     starts = np.flatnonzero(np.r_[True, np.diff(score[order]) > 0])
     sorted_weights, positive = weights[:, order], truth[order] > 0
-    return (
-        np.add.reduceat(sorted_weights * positive, starts, axis=1),
-        np.add.reduceat(sorted_weights * ~positive, starts, axis=1),
-    )
+    return tuple(np.add.reduceat(sorted_weights * part, starts, axis=1) for part in (positive, ~positive))
 
 
 def weighted_rates(
@@ -161,31 +135,29 @@ def weighted_rates(
         }
 
 
+def entry(value: float, resampled: np.ndarray) -> dict[str, float | None]:
+    """A metric's ``value``, and the :func:`interval` of its values over resamples."""
+    return {"value": float(value), **interval(resampled)}
+
+
 def auroc_table(
     truth: np.ndarray, score: np.ndarray, classes: Sequence[str], weights: np.ndarray
 ) -> tuple[dict[str, Any], np.ndarray]:
-    """Mean AUROC with its interval and the same per class; and the mean's bootstrap values.
-
-    Args:
-        truth, score: ``[N, C]``.
-        classes: C names.
-        weights: of :func:`resample`.
+    """Mean AUROC of ``truth`` and ``score``, ``[N, C]``, by the ``weights`` of :func:`resample`.
 
     Returns:
         ``mean``, ``low``, ``high``, ``per_class`` (class -> ``value``, ``low``, ``high``), ``left_out`` (classes with a
-        single label value). A resample's mean is over the classes that have both label values in it.
+        single label value); and the resamples' means, each over the classes that have both label values in it.
     """
     per_class, resampled = {}, []
-    for c, name in enumerate(classes):
-        if len(np.unique(truth[:, c])) == 2:
-            values = weighted_auroc(truth[:, c], score[:, c], weights)
-            per_class[name] = {"value": float(roc_auc_score(truth[:, c], score[:, c])), **interval(values)}
-            resampled.append(values)
+    for c in np.flatnonzero(both_values(truth)):
+        resampled.append(weighted_auroc(truth[:, c], score[:, c], weights))
+        per_class[classes[c]] = entry(roc_auc_score(truth[:, c], score[:, c]), resampled[-1])
     left_out = [name for name in classes if name not in per_class]
     if not per_class:
         return {"mean": None, "low": None, "high": None, "per_class": {}, "left_out": left_out}, np.array([])
     means = mean_of_defined(np.stack(resampled, 1))
-    mean = float(np.mean([entry["value"] for entry in per_class.values()]))
+    mean = float(np.mean([found["value"] for found in per_class.values()]))
     return {"mean": mean, **interval(means), "per_class": per_class, "left_out": left_out}, means
 
 
@@ -194,8 +166,6 @@ SCORES = {
     "auroc": (roc_auc_score, weighted_auroc),
     "average_precision": (average_precision_score, weighted_average_precision),
 }
-# name of :func:`weighted_rates` -> value of truth [N] and decision [N]
-RATES = {"f1": f1_score, "sensitivity": recall_score, "specificity": partial(recall_score, pos_label=0)}
 
 
 def classification_metrics(
@@ -213,13 +183,11 @@ def classification_metrics(
     Args:
         truth: ``[N, C]`` zeros and ones (one-hot where classes exclude each other).
         probability: ``[N, C]``.
-        classes: C names.
-        patients: N names; resamples draw patients, so that volumes of one stay together.
+        patients: N names, see :func:`resample`.
         thresholds: ``[C]``, chosen on validation, for F1, sensitivity and specificity beside those at 0.5.
         exclusive: whether exactly one class is true; "at 0.5" is then the class of highest probability, and
             ``accuracy`` and ``confusion_matrix`` (rows: truth) are added.
-        num_resamples: bootstrap resamples.
-        seed: of the bootstrap.
+        num_resamples, seed: of the bootstrap.
 
     Returns:
         ``per_class`` (class -> metric -> value and interval, and ``positive``), ``macro`` (mean over classes),
@@ -227,38 +195,32 @@ def classification_metrics(
         AUROC nor average precision, and enter no mean.
     """
     weights = resample(patients, num_resamples, seed)
-    left_out = [name for c, name in enumerate(classes) if len(np.unique(truth[:, c])) < 2]
-    if len(left_out) == len(classes):
+    kept = np.flatnonzero(both_values(truth))
+    left_out = [name for c, name in enumerate(classes) if c not in kept]
+    if not len(kept):
         raise InputError(
             f"no class has both label values among {len(truth)} volumes ({', '.join(left_out)}): give a longer list"
         )
-    kept = [c for c, name in enumerate(classes) if name not in left_out]
-    if exclusive:
-        at_half = np.eye(len(classes))[probability.argmax(1)][:, kept]
-    else:
-        at_half = (probability[:, kept] >= 0.5).astype(float)
-    all_truth, truth, score = truth, truth[:, kept], probability[:, kept]
-    decisions = {"": at_half}
+    at_half = np.eye(len(classes))[probability.argmax(1)] if exclusive else probability >= 0.5
+    decisions = {"": at_half[:, kept]}
     if thresholds is not None:
-        decisions["_at_threshold"] = (score >= np.asarray(thresholds)[kept]).astype(float)
+        decisions["_at_threshold"] = (probability >= thresholds)[:, kept]
+    all_truth, truth, score = truth, truth[:, kept], probability[:, kept]
 
     # metric -> values [C] and their bootstrap [R, C]; then the same with all classes pooled, a value and [R]
-    table: dict[str, tuple[list[float], np.ndarray, float, np.ndarray]] = {}
+    table: dict[str, tuple[Sequence[float], np.ndarray, float, np.ndarray]] = {}
+    columns, flat = list(zip(truth.T, score.T, strict=True)), (truth.ravel(), score.ravel())
     for name, (value_of, weighted) in SCORES.items():
-        values = [value_of(t, s) for t, s in zip(truth.T, score.T, strict=True)]
-        resampled = [weighted(t, s, weights) for t, s in zip(truth.T, score.T, strict=True)]
+        resampled = np.stack([weighted(*column, weights) for column in columns], 1)
         chunks = (np.repeat(weights[i : i + CHUNK], len(kept), axis=1) for i in range(0, len(weights), CHUNK))
-        pooled = np.concatenate([weighted(truth.ravel(), score.ravel(), chunk) for chunk in chunks])
-        table[name] = values, np.stack(resampled, 1), value_of(truth.ravel(), score.ravel()), pooled
+        pooled = np.concatenate([weighted(*flat, chunk) for chunk in chunks])
+        table[name] = [value_of(*column) for column in columns], resampled, value_of(*flat), pooled
+    once_and_resampled = np.vstack([np.ones(len(truth)), weights])
     for suffix, predicted in decisions.items():
-        rates, pooled_rates = (weighted_rates(truth, predicted, weights, pool) for pool in (False, True))
-        for name, value_of in RATES.items():
-            values = [value_of(t, p, zero_division=0) for t, p in zip(truth.T, predicted.T, strict=True)]
-            value = value_of(truth.ravel(), predicted.ravel(), zero_division=0)
-            table[name + suffix] = values, rates[name], value, pooled_rates[name]
-
-    def entry(value: float, resampled: np.ndarray) -> dict[str, float | None]:
-        return {"value": float(value), **interval(resampled)}
+        rates, pooled_rates = (weighted_rates(truth, predicted, once_and_resampled, pool) for pool in (False, True))
+        for name, (values, *resampled) in rates.items():
+            value, *pooled = pooled_rates[name]
+            table[name + suffix] = values, np.stack(resampled), value, np.array(pooled)
 
     metrics: dict[str, Any] = {
         "volumes": len(truth),
@@ -275,8 +237,8 @@ def classification_metrics(
             found["threshold"] = float(thresholds[c])
     if exclusive:
         codes, predicted = all_truth.argmax(1), probability.argmax(1)
-        right = weights @ (codes == predicted) / weights.sum(1)
-        metrics["accuracy"] = entry(accuracy_score(codes, predicted), right)
+        right = codes == predicted
+        metrics["accuracy"] = entry(right.mean(), weights @ right / weights.sum(1))
         metrics["confusion_matrix"] = confusion_matrix(codes, predicted, labels=range(len(classes))).tolist()
     return metrics
 
@@ -284,8 +246,8 @@ def classification_metrics(
 def metric_rows(metrics: Mapping[str, Any]) -> list[tuple[Any, ...]]:
     """The metrics as rows: class (or macro, micro, all), metric, value, low, high."""
     rows = []
-    for name, entry in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
-        for metric, value in entry.items():
+    for name, found in (metrics["per_class"] | {"macro": metrics["macro"], "micro": metrics["micro"]}).items():
+        for metric, value in found.items():
             rows.append((name, metric, *(value.values() if isinstance(value, Mapping) else (value, None, None))))
     if "accuracy" in metrics:
         rows.append(("all", "accuracy", *metrics["accuracy"].values()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from monai.data import Dataset
 from monai.inferers import Inferer
 from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
+from monai.networks import eval_mode
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -22,7 +24,7 @@ from custom_components.evaluation.figures import spacing_of
 from custom_components.evaluation.metrics import mean_interval, mean_of_defined
 from custom_components.evaluation.report import read_metrics, write_report
 
-METRICS = ("dice", "hd95", "surface_dice")
+METRICS = {"dice": "Dice", "hd95": "HD95 (mm)", "surface_dice": "surface Dice at {:g} mm"}
 
 
 class PresentDice(DiceMetric):
@@ -66,7 +68,7 @@ def scan_scores(
         ``surface_dice``, the share of both surfaces within ``tolerance`` of the other. Surfaces of class 0 are not
         computed.
     """
-    scores: dict[str, list[float]] = {name: [] for name in METRICS}
+    rows = []
     for index in range(num_classes):
         p, t = pred == index, truth == index
         sizes = int(p.sum()), int(t.sum())
@@ -81,11 +83,11 @@ def scan_scores(
             options = {"include_background": True, "spacing": list(spacing)}
             hd95 = float(compute_hausdorff_distance(p, t, percentile=95, **options))
             surface = float(compute_surface_dice(p, t, class_thresholds=[tolerance], **options))
-        for name, value in zip(METRICS, (dice, hd95, surface if index else math.nan), strict=True):
-            scores[name].append(value)
-    return scores
+        rows.append((dice, hd95, surface if index else math.nan))
+    return dict(zip(METRICS, map(list, zip(*rows, strict=True)), strict=True))
 
 
+@dataclass
 class SegmentationEvaluation:
     """Dice, HD95 and surface Dice on held-out scans, at their own resolution, with 95 % bootstrap intervals over scans.
 
@@ -95,61 +97,46 @@ class SegmentationEvaluation:
         network, inferer: give logits ``[1, C, x, y, z]`` of an image ``[1, 1, x, y, z]``.
         dataset: items with ``image``, preprocessed, and ``label`` as it was read, on the scan's own grid.
         classes: names of classes 1, 2, ...
-        output_dir: for tables and figures.
         tolerance: of surface Dice, mm.
-        seed: of the bootstrap.
         num_figures: scans that are drawn, the first ones.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        inferer: Inferer,
-        dataset: Dataset,
-        classes: Sequence[str],
-        output_dir: str,
-        tolerance: float = 2.0,
-        seed: int = 42,
-        num_figures: int = 3,
-    ) -> None:
-        self.network = network
-        self.inferer = inferer
-        self.dataset = dataset
-        self.classes = list(classes)
-        self.output_dir = Path(output_dir)
-        self.tolerance = tolerance
-        self.seed = seed
-        self.num_figures = num_figures
+    network: nn.Module
+    inferer: Inferer
+    dataset: Dataset
+    classes: Sequence[str]
+    output_dir: str | Path
+    tolerance: float = 2.0
+    seed: int = 42
+    num_figures: int = 3
 
     @torch.inference_mode()
     def __call__(self) -> dict[str, Any]:
         """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
-        was_training = self.network.training
-        self.network.eval()
         device = next(self.network.parameters()).device
         names, scores, rows = [], [], []
-        for i in tqdm(range(len(self.dataset)), desc="held-out scans", unit="scan"):
-            item = self.dataset[i]
-            image, truth = item["image"], item["label"]
-            logits = self.inferer(image.as_tensor()[None].to(device), self.network)[0]
-            pred, _ = labels_in_scan(logits, image.affine, truth.affine, truth.shape[1:])
-            scores.append(
-                scan_scores(pred, truth.as_tensor()[0], spacing_of(truth), len(self.classes) + 1, self.tolerance)
-            )
-            names.append(item["name"])
-            if len(rows) < self.num_figures:
-                rows.append(self._row(item, logits, scores[-1]["dice"]))
-        self.network.train(was_training)
+        with eval_mode(self.network):
+            for i in tqdm(range(len(self.dataset)), desc="held-out scans", unit="scan"):
+                item = self.dataset[i]
+                image, truth = item["image"], item["label"]
+                logits = self.inferer(image.as_tensor()[None].to(device), self.network)[0]
+                pred, _ = labels_in_scan(logits, image.affine, truth.affine, truth.shape[1:])
+                names.append(item["name"])
+                scores.append(
+                    scan_scores(pred, truth.as_tensor()[0], spacing_of(truth), len(self.classes) + 1, self.tolerance)
+                )
+                if i < self.num_figures:
+                    rows.append(self._row(item, logits, scores[-1]["dice"]))
 
-        metrics = self._metrics({name: np.array([score[name] for score in scores]) for name in METRICS})
-        write_report(self.output_dir, metrics, self._rows(names, scores), table_rows(metrics))
-        titles = ("Dice", "HD95 (mm)", f"surface Dice at {self.tolerance:g} mm")
+        values = {name: np.array([score[name] for score in scores]) for name in METRICS}
+        metrics = self._metrics(values)
+        write_report(self.output_dir, metrics, self._rows(names, values), table_rows(metrics))
         panels = {
-            title: {c: [score[name][k] for score in scores] for k, c in enumerate(self.classes, 1)}
-            for name, title in zip(METRICS, titles, strict=True)
+            title.format(self.tolerance): dict(zip(self.classes, values[name].T[1:], strict=True))
+            for name, title in METRICS.items()
         }
-        figures.box_plots(panels, self.output_dir / "box_plots.png")
-        figures.contours(rows, self.classes).savefig(self.output_dir / "contours.png", dpi=120)
+        figures.box_plots(panels, Path(self.output_dir) / "box_plots.png")
+        figures.contours(rows, self.classes).savefig(Path(self.output_dir) / "contours.png", dpi=120)
         return metrics
 
     def _row(self, item: Mapping[str, Any], logits: Tensor, dice: Sequence[float]) -> dict[str, Any]:
@@ -166,10 +153,8 @@ class SegmentationEvaluation:
         metrics: dict[str, Any] = {"seed": self.seed, "scans": len(self.dataset)}
         for name, values in scores.items():
             foreground = mean_of_defined(values[:, 1:])
-            metrics[name] = mean_interval(foreground, self.seed)
-            metrics[name]["per_class"] = {
-                c: mean_interval(values[:, k], self.seed) for k, c in enumerate(self.classes, 1)
-            }
+            per_class = {c: mean_interval(values[:, k], self.seed) for k, c in enumerate(self.classes, 1)}
+            metrics[name] = {**mean_interval(foreground, self.seed), "per_class": per_class}
             if name == "dice":
                 metrics[name]["with_background"] = mean_interval(mean_of_defined(values), self.seed)
                 # in the datasets' order, so that two evaluations can be compared scan by scan
@@ -177,44 +162,40 @@ class SegmentationEvaluation:
         metrics["surface_dice"]["tolerance_mm"] = self.tolerance
         return metrics
 
-    def _rows(self, names: Sequence[str], scores: Sequence[Mapping[str, Sequence[float]]]) -> list[Sequence[Any]]:
+    def _rows(self, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> list[Sequence[Any]]:
         """What ``metrics.csv`` holds."""
         rows: list[Sequence[Any]] = [("scan", "class", "dice", "hd95_mm", "surface_dice")]
-        for name, score in zip(names, scores, strict=True):
-            for k, c in enumerate(["background", *self.classes]):
-                values = ["" if math.isnan(score[metric][k]) else round(score[metric][k], 5) for metric in METRICS]
-                rows.append([name, c, *values])
+        for name, scan in zip(names, np.stack(list(scores.values()), -1).tolist(), strict=True):
+            for c, values in zip(["background", *self.classes], scan, strict=True):
+                rows.append([name, c, *("" if math.isnan(value) else round(value, 5) for value in values)])
         return rows
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """The metrics as rows of text: metric, class, mean, and its interval with the number of scans."""
-
-    def row(metric: str, of: str, entry: Mapping[str, Any]) -> tuple[str, str, str, str]:
-        if entry["mean"] is None:
-            return metric, of, "-", "not defined in any scan"
-        return metric, of, f"{entry['mean']:.3f}", f"{entry['low']:.3f} to {entry['high']:.3f}, {entry['scans']} scans"
-
     rows = []
     for name in METRICS:
-        rows.append(row(name, "foreground mean", metrics[name]))
-        rows += [row(name, c, entry) for c, entry in metrics[name]["per_class"].items()]
+        entries = {"foreground mean": metrics[name], **metrics[name]["per_class"]}
         if "with_background" in metrics[name]:
-            rows.append(row(name, "with background", metrics[name]["with_background"]))
+            entries["with background"] = metrics[name]["with_background"]
+        for of, e in entries.items():
+            if e["mean"] is None:
+                rows.append((name, of, "-", "not defined in any scan"))
+            else:
+                interval = f"{e['low']:.3f} to {e['high']:.3f}, {e['scans']} scans"
+                rows.append((name, of, f"{e['mean']:.3f}", interval))
     return rows
 
 
 def compare_dice(runs: Mapping[float, Mapping[str, Path]], output_dir: str | Path) -> dict[str, Any]:
     """Dice of networks side by side, for :class:`custom_components.evaluation.compare.Comparison`.
 
-    Writes ``metrics.json``: ``dice`` by fraction and contender (``mean``, ``low``, ``high``, ``per_class``), and
-    ``difference`` of the first contender to each other, paired over scans; ``metrics.csv`` and ``comparison.png``.
+    Writes ``metrics.json``, whose content it returns: ``dice`` by fraction and contender (``mean``, ``low``, ``high``,
+    ``per_class``), and ``difference`` of the first contender to each other, paired over scans; ``metrics.csv`` and
+    ``comparison.png``.
 
     Args:
         runs: fraction -> contender -> folder with its ``metrics.json``, all of the same scans.
-
-    Returns:
-        What ``metrics.json`` holds.
     """
     metrics: dict[str, Any] = {"seed": None, "dice": {}, "difference": {}}
     rows = [("fraction", "contender", "of", "dice", "interval")]
