@@ -44,9 +44,9 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
@@ -60,22 +60,12 @@ from custom_components.data.lists import mask_file_name
 from custom_components.errors import InputError
 from custom_components.files import replacing
 
-GENERATOR_VERSION = 2  # raise it with every change of the bytes written, so that old cohorts are rebuilt
+# raise the version with every change of the bytes written, so that old cohorts are rebuilt
+GENERATOR = {"generator": "custom_components.phantom", "version": 2}
 
-FINDINGS: tuple[str, ...] = (
-    "Coronary artery wall calcification",
-    "Cardiomegaly",
-    "Emphysema",
-    "Lung nodule",
-    "Pleural effusion",
-    "Consolidation",
-)
 ORGANS: dict[str, int] = {"left lung": 1, "right lung": 2, "trachea": 3, "heart": 4, "spine": 5, "ribs": 6}
-PREVALENCE: Mapping[str, float] = MappingProxyType(dict.fromkeys(FINDINGS, 0.3))
-
 MIN_FIELD_OF_VIEW = 300.0  # mm along each axis: a smaller one would cut findings off
 SIDES = {"left": -1.0, "right": 1.0}  # sign of x
-LEVELS = ("lower", "mid", "upper")
 
 # Every template is one sentence; capitals and the full stop are added by `_sentence`.
 POSITIVE: dict[str, tuple[str, ...]] = {
@@ -150,6 +140,8 @@ NEGATIVE: dict[str, tuple[str, ...]] = {
         "the lungs are not consolidated",
     ),
 }
+FINDINGS: tuple[str, ...] = tuple(POSITIVE)
+PREVALENCE: Mapping[str, float] = MappingProxyType(dict.fromkeys(FINDINGS, 0.3))
 NEUTRAL: tuple[str, ...] = (
     "trachea and bronchi are open",
     "the trachea is midline",
@@ -158,8 +150,7 @@ NEUTRAL: tuple[str, ...] = (
     "the mediastinum is normal",
     "aortic caliber is normal",
 )
-SHORT_NAMES = dict(zip(FINDINGS, ("coronary calcification", "cardiomegaly", "emphysema", "lung nodule",
-                                  "pleural effusion", "consolidation"), strict=True))  # fmt: skip
+SHORT_NAMES = {name: name.lower().replace("artery wall ", "") for name in FINDINGS}
 NOT_GIVEN = "Not given."
 
 Array = np.ndarray
@@ -232,16 +223,12 @@ class _Grid:
     def layers(self, f: Implicit, *depths: float) -> list[Array]:
         """Share of each voxel inside f < depth, for objects larger than a voxel: the box filter of the linearised f."""
         values = f(self.x, self.y, self.z)
-        # change of f across one voxel; an axis of size 1 is one along which f is constant
-        slope = np.full_like(values, 1e-3)
-        for axis, size in enumerate(values.shape):
-            if size > 1:
-                d = np.abs(np.diff(values, axis=axis))
-                near, far = [slice(None)] * 3, [slice(None)] * 3
-                near[axis], far[axis] = slice(0, -1), slice(1, None)
-                d *= 0.5
-                slope[tuple(near)] += d
-                slope[tuple(far)] += d
+        slope = np.full_like(values, 1e-3)  # change of f across one voxel
+        for axis in range(3):
+            half = np.abs(np.diff(values, axis=axis)).swapaxes(0, axis) * 0.5
+            along = slope.swapaxes(0, axis)
+            along[:-1] += half
+            along[1:] += half
         return [np.clip(0.5 + (depth - values) / slope, 0, 1) for depth in depths]
 
     def cover(self, f: Implicit) -> Array:
@@ -255,9 +242,8 @@ class _Grid:
             for a, n, s in zip((self.u, self.v, self.w), counts, self.spacing, strict=True)
         ]
         fine = _Grid(*axes, self.angle, self.spacing, self.window)
-        inside = f(fine.x, fine.y, fine.z) < 0
         nu, nv, nw = counts
-        blocks = inside.reshape(self.u.size, nu, self.v.size, nv, self.w.size, nw)
+        blocks = (f(fine.x, fine.y, fine.z) < 0).reshape(self.u.size, nu, self.v.size, nv, self.w.size, nw)
         return blocks.mean((1, 3, 5), dtype=np.float32)
 
     def waves(self, rng: np.random.Generator, shortest: float, longest: float, count: int = 16) -> Array:
@@ -350,18 +336,12 @@ class _Chest:
     def heart(self, x: Array, y: Array, z: Array) -> Array:
         x, y, z = x - self.heart_centre[0], y - self.heart_centre[1], z - self.heart_centre[2]
         c, s = math.cos(self.tilt), math.sin(self.tilt)
-        q = np.sqrt(
-            ((s * y - c * x) / self.heart_radii[0]) ** 2
-            + ((c * y + s * x) / self.heart_radii[1]) ** 2
-            + (z / self.heart_radii[2]) ** 2
-        )
-        return (q - 1) * self.heart_radii[1]
+        return _ellipsoid((0, 0, 0), self.heart_radii)(s * y - c * x, c * y + s * x, z) * self.heart_radii[1]
 
     def heart_surface(self, azimuth: Array, elevation: Array) -> Array:
         """Points [N, 3] just inside the surface; azimuth in radians from the patient's right towards anterior."""
-        away = np.stack(
-            [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)], axis=-1
-        )
+        across = np.cos(elevation)
+        away = np.stack([across * np.cos(azimuth), across * np.sin(azimuth), np.sin(elevation)], axis=-1)
         centre = np.asarray(self.heart_centre)
         q = self.heart(*(centre + away).T) / self.heart_radii[1] + 1
         return centre + away * (0.96 / q)[:, None]
@@ -372,9 +352,11 @@ class _Chest:
 
     def level(self, side: str, z: float) -> str:
         low, high = self.span(side)
-        return LEVELS[int(np.clip(3 * (z - low) / (high - low), 0, 2))]
+        return ("lower", "mid", "upper")[int(np.clip(3 * (z - low) / (high - low), 0, 2))]
 
-    def place(self, rng: np.random.Generator, fits: Callable[[str, Array], Array], depth: float) -> tuple[str, Array]:
+    def place(
+        self, rng: np.random.Generator, fits: Callable[[str, Array], Array | float], depth: float
+    ) -> tuple[str, Array]:
         """Side and centre [3] of a lesion: a point of a random zone of a random lung, `depth` mm inside it.
 
         `fits(side, points [3, N])` is 0 or more where the lesion may be. After some zones without a point that fits,
@@ -434,7 +416,7 @@ def _length(rng: np.random.Generator, *mm: float) -> str:
 class _Painter:
     """Draws one patient: the healthy chest first, then each finding, with its mask and the words for its sentence."""
 
-    def __init__(self, rng: np.random.Generator, grid: _Grid, present: Mapping[str, bool]) -> None:
+    def __init__(self, rng: np.random.Generator, grid: _Grid, present: Mapping[str, int]) -> None:
         self.rng, self.grid = rng, grid
         self.chest = _Chest(rng, present["Cardiomegaly"])
         self.covers: dict[str, Array] = {}  # finding -> membership in [0, 1]
@@ -596,15 +578,12 @@ class _Painter:
         cover = holes * np.maximum.reduce([self.sides[side] for side in sides])
         _blend(self.volume, cover * (1 - self.vessels), rng.uniform(-1000, -960))
         self.covers["Emphysema"] = cover
-        both, zone = len(sides) == 2, "" if diffuse else "upper "
-        if both:
-            where = "both lungs" if diffuse else "both upper lobes"
-        else:
-            where = f"the {sides[0]} {'lung' if diffuse else zone + 'lobe'}"
+        both = len(sides) == 2
+        region = "lung" if diffuse else "upper lobe"
         self.words["Emphysema"] = {
             "severity": ("mild", "moderate", "severe")[severity],
             "pattern": "diffuse" if diffuse else "centrilobular",
-            "where": where,
+            "where": f"both {region}s" if both else f"the {sides[0]} {region}",
             "s": "" if both else "s",
         }
 
@@ -613,18 +592,15 @@ class _Painter:
         sides = [["left"], ["right"], list(SIDES)][rng.integers(3)]
         largest = 0.0
         cover = np.zeros_like(self.volume)
-
-        def lift(y: Array) -> Array:  # fluid collects behind the dome, not in front of it
-            return 0.4 * np.clip((20 - y) / 50, 0, 1)
-
         for side in sides:
             thickness, height = rng.uniform(15, 50), rng.uniform(80, 150)
             floor = chest.domes[side] - 45
 
             def dry(x: Array, y: Array, z: Array, side=side, thickness=thickness, height=height, floor=floor) -> Array:
-                # the lung floats up on the fluid: its surface moved forward, less so higher up, and up a little
+                # the lung floats up on the fluid: its surface moved forward, less so higher up, and up behind the dome
                 t = thickness * np.sqrt(np.clip(1 - (z - floor) / height, 0, 1))
-                return np.maximum(chest.cage(x, y - t, z), chest.diaphragm(side, x, y) + lift(y) * t - z)
+                lift = 0.4 * np.clip((20 - y) / 50, 0, 1)
+                return np.maximum(chest.cage(x, y - t, z), chest.diaphragm(side, x, y) + lift * t - z)
 
             part = grid.around((SIDES[side] * chest.a / 2, 0, floor + height / 2), (chest.a / 2, chest.b, height))
             fluid = self.sides[side][part.window] * (1 - part.cover(dry))
@@ -646,18 +622,14 @@ class _Painter:
 
     def _free(self, points: Array, radius: float) -> Array:
         """Distance in mm, at least about, by which a ball at points [3, N] keeps clear of the lesions so far."""
-        return (
-            np.min([f(*points) for f in self.taken], axis=0) - radius if self.taken else np.full(points.shape[1], 9.0)
-        )
+        return np.min([f(*points) for f in self.taken], axis=0, initial=np.inf) - radius
 
     def _consolidation(self) -> None:
         rng, grid, chest = self.rng, self.grid, self.chest
         size = rng.uniform(35, 80)
-
-        def peripheral(side: str, points: Array) -> Array:
-            return np.minimum(chest.lung(side, *points) + 0.35 * size, self._free(points, 0.3 * size))
-
-        side, centre = chest.place(rng, peripheral, depth=0.2 * size)
+        side, centre = chest.place(
+            rng, lambda side, p: np.minimum(chest.lung(side, *p) + 0.35 * size, self._free(p, 0.3 * size)), 0.2 * size
+        )
         # a wedge that opens from near the hilum to the pleura, blurred and dented by a random field
         hilum = np.array([SIDES[side] * 22, -8, 5])
         axis = ((centre - hilum) / np.linalg.norm(centre - hilum)).tolist()  # floats: arrays stay float32
@@ -736,7 +708,7 @@ class _Painter:
         """Old calcified dots in the lungs and the liver: as bright as coronary plaque, but no finding."""
         rng, grid, chest = self.rng, self.grid, self.chest
         for _ in range(rng.integers(4)):
-            _, centre = chest.place(rng, lambda side, p: np.zeros(p.shape[1]), depth=8)
+            _, centre = chest.place(rng, lambda side, p: 0.0, depth=8)
             if rng.random() < 0.5:
                 centre = np.array(
                     [rng.uniform(30, 75), rng.uniform(-40, 40), chest.domes["right"] - rng.uniform(40, 70)]
@@ -766,8 +738,7 @@ def _report(
             spoken.append((name, _sentence(str(rng.choice(POSITIVE[name])), words[name])))
         elif rng.random() < 0.4:
             spoken.append((None, _sentence(str(rng.choice(NEGATIVE[name])), {})))
-    for template in rng.choice(NEUTRAL, size=rng.integers(2)):
-        spoken.append((None, _sentence(str(template), {})))
+    spoken += [(None, _sentence(str(template), {})) for template in rng.choice(NEUTRAL, size=rng.integers(2))]
     spoken = [spoken[i] for i in rng.permutation(len(spoken))]
     if spoken and rng.random() < 0.15:  # as in many real reports, no full stop at the end
         spoken[-1] = (spoken[-1][0], spoken[-1][1].removesuffix("."))
@@ -811,23 +782,16 @@ def patient(
     centre = rng.uniform([-15, -30, -400], [15, 30, -150]).round(1)  # where the scanner has its origin
     affine[:3, 3] = centre - (np.asarray(shape) - 1) * spacing / 2
 
-    painter = _Painter(rng, grid, {name: bool(label) for name, label in labels.items()})
+    painter = _Painter(rng, grid, labels)
     findings, impression, sentences = _report(rng, labels, painter.words)
 
-    masks = {}
-    for name in FINDINGS:
-        if labels[name]:
-            cover = painter.covers[name]
-            masks[name] = cover > min(0.5, 0.999 * cover.max())  # the fullest voxel where none is half full
+    covers = {name: painter.covers[name] for name in FINDINGS if labels[name]}
+    # the fullest voxel where none is half full
+    masks = {name: cover > min(0.5, 0.999 * cover.max()) for name, cover in covers.items()}
+    covers = {f"{side} lung": cover for side, cover in painter.sides.items()}
+    covers |= {"heart": painter.heart, "spine": painter.spine, "ribs": painter.ribs, "trachea": painter.trachea}
     organs = np.zeros(tuple(shape), np.uint8)
-    for name, cover in (
-        ("left lung", painter.sides["left"]),
-        ("right lung", painter.sides["right"]),
-        ("heart", painter.heart),
-        ("spine", painter.spine),
-        ("ribs", painter.ribs),
-        ("trachea", painter.trachea),
-    ):
+    for name, cover in covers.items():
         organs[cover > 0.5] = ORGANS[name]
 
     volume = painter.volume
@@ -840,11 +804,7 @@ def patient(
 
 # --------------------------------------------------------------------------------------------------------- on disk
 
-# split -> folder of volumes, and how CT-RATE names that split's tables of reports, labels and metadata
-SPLITS: dict[str, tuple[str, str, str, str]] = {
-    "train": ("train_fixed", "train_reports", "train_predicted_labels", "train_metadata"),
-    "valid": ("valid_fixed", "validation_reports", "valid_predicted_labels", "validation_metadata"),
-}
+SPLITS = {"train": "train", "valid": "validation"}  # as CT-RATE names volumes, and tables of reports and metadata
 # folder of a table -> its columns
 COLUMNS: dict[str, tuple[str, ...]] = {
     "radiology_text_reports": ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"),
@@ -856,9 +816,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 def _write_nifti(path: Path, array: Array, affine: Array) -> None:
     """Write a RAS array in LPS voxel order, as CT-RATE's volumes lie on disk: readers really have to reorient it."""
-    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
-    flip[:2, 3] = np.asarray(array.shape[:2]) - 1
-    image = nib.Nifti1Image(array[::-1, ::-1], affine @ flip)
+    image = nib.Nifti1Image(array, affine).as_reoriented([[0, -1], [1, -1], [2, 1]])
     image.header.set_xyzt_units("mm")
     image.set_sform(image.affine, code=1)
     image.set_qform(image.affine, code=1)
@@ -867,15 +825,14 @@ def _write_nifti(path: Path, array: Array, affine: Array) -> None:
 
 
 def _write_patient(
-    root: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], seed: int, item: tuple[str, int]
+    root: Path, shape: Sequence[int], spacing: Sequence[float], seed: int, item: tuple[str, int]
 ) -> dict[str, list[list[str]]]:
     """Write the volume and masks of one patient; return its rows, table -> rows."""
     split, i = item
     p = patient(np.random.default_rng([seed, list(SPLITS).index(split), i]), shape, spacing)
-    folder, reports, labels, metadata = SPLITS[split]
     name = f"{split}_{i + 1}_a_1"
-    place = Path(folder, f"{split}_{i + 1}", f"{split}_{i + 1}_a")
-    volumes, masks = Path(root, "dataset", place), Path(root, "dataset", "masks", place, name)
+    place = Path(f"{split}_fixed", f"{split}_{i + 1}", f"{split}_{i + 1}_a")
+    volumes, masks = root / place, root / "masks" / place / name
     volumes.mkdir(parents=True)
     masks.mkdir(parents=True)
     file = f"{name}.nii.gz"
@@ -886,10 +843,10 @@ def _write_patient(
     technique = f"Axial chest CT with a section thickness of {spacing[2]:g} mm."
     xy_spacing = f"[{spacing[0]:g}, {spacing[1]:g}]"
     return {
-        f"radiology_text_reports/{reports}.csv": [[file, NOT_GIVEN, technique, p.findings, p.impression]],
-        f"multi_abnormality_labels/{labels}.csv": [[file, *map(str, p.labels.values())]],
+        f"radiology_text_reports/{SPLITS[split]}_reports.csv": [[file, NOT_GIVEN, technique, p.findings, p.impression]],
+        f"multi_abnormality_labels/{split}_predicted_labels.csv": [[file, *map(str, p.labels.values())]],
         # the *_fixed volumes are in HU already; as in CT-RATE, the table still says how the raw ones were to be scaled
-        f"metadata/{metadata}.csv": [[file, "1", "-1024", xy_spacing, f"{spacing[2]:g}"]],
+        f"metadata/{SPLITS[split]}_metadata.csv": [[file, "1", "-1024", xy_spacing, f"{spacing[2]:g}"]],
         f"masks/{split}_sentences.csv": [[file, finding, text] for finding, text in p.sentences.items()],
     }
 
@@ -910,18 +867,12 @@ def cohort(
     `num_workers`. A cohort of other parameters is replaced; any other folder that is not empty is left alone. Where
     several processes train together, rank 0 writes it, and the others go on when it is there.
     """
-    shape, spacing = tuple(int(n) for n in shape), tuple(float(s) for s in spacing)
-    manifest = {
-        "generator": "custom_components.phantom",
-        "version": GENERATOR_VERSION,
-        "num_train": num_train,
-        "num_valid": num_valid,
-        "shape": list(shape),
-        "spacing": list(spacing),
-        "seed": seed,
-    }
+    from custom_components.distributed import rank_zero_first  # torch takes seconds, and the workers want none of it
+
+    shape, spacing = [int(n) for n in shape], [float(s) for s in spacing]
+    manifest = dict(GENERATOR, num_train=num_train, num_valid=num_valid, shape=shape, spacing=spacing, seed=seed)
     target = Path(dataset_dir).resolve()
-    with _rank_zero_first():
+    with rank_zero_first():
         if (target / "phantom.json").is_file():
             if json.loads((target / "phantom.json").read_text()) == manifest:
                 return str(dataset_dir)
@@ -934,25 +885,16 @@ def cohort(
     return str(dataset_dir)
 
 
-def _rank_zero_first() -> AbstractContextManager:
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torch takes seconds to import, and the workers want none of it
-        return nullcontext()
-    from custom_components.distributed import rank_zero_first
-
-    return rank_zero_first()
-
-
 def _write_cohort(target: Path, manifest: Mapping[str, Any], num_workers: int) -> None:
     # built beside the target and renamed at the end, so that a kill never leaves half a cohort under its name
     stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
     _remove(stage)
-    for folder in ("radiology_text_reports", "multi_abnormality_labels", "metadata", "masks"):
+    for folder in COLUMNS:
         (stage / "dataset" / folder).mkdir(parents=True)
     (stage / "phantom.json").write_text(json.dumps(manifest, indent=2) + "\n")
     try:
-        items = [(split, i) for split in ("train", "valid") for i in range(manifest[f"num_{split}"])]
-        arguments = tuple(manifest["shape"]), tuple(manifest["spacing"]), manifest["seed"]
-        write = partial(_write_patient, str(stage), *arguments)
+        items = [(split, i) for split in SPLITS for i in range(manifest[f"num_{split}"])]
+        write = partial(_write_patient, stage / "dataset", *map(manifest.get, ("shape", "spacing", "seed")))
         bar = partial(tqdm, total=len(items), desc="phantom cohort", unit="patient")
         if num_workers > 1:
             # spawn: forking a process in which torch's threads run can hang
@@ -961,13 +903,10 @@ def _write_cohort(target: Path, manifest: Mapping[str, Any], num_workers: int) -
                 written = list(bar(pool.map(write, items, chunksize=8)))
         else:
             written = [write(item) for item in bar(items)]
-        tables: dict[str, list[list[str]]] = {}
-        for rows in written:
-            for table, lines in rows.items():
-                tables.setdefault(table, []).extend(lines)
-        for table, lines in tables.items():
-            with open(stage / "dataset" / table, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows([COLUMNS[table.split("/")[0]], *lines])
+        for table, lines in chain.from_iterable(tables.items() for tables in written):
+            with open(stage / "dataset" / table, "a", newline="", encoding="utf-8") as file:
+                header = [] if file.tell() else [COLUMNS[table.split("/")[0]]]
+                csv.writer(file, lineterminator="\n").writerows(header + lines)
         _remove(target)
         os.rename(stage, target)
     finally:
@@ -983,20 +922,14 @@ def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> 
     Raises:
         InputError: no patient is left for one of the lists.
     """
-    root = Path(dataset_dir) / "dataset"
-    lists: dict[str, list[dict[str, str]]] = {}
-    for split, (folder, *_) in SPLITS.items():
-        volumes = sorted((root / folder).glob("*/*/*.nii.gz"), key=lambda file: int(file.name.split("_")[1]))
-        lists[split] = [
-            {
-                "image": str(file.relative_to(dataset_dir)),
-                "label": str(
-                    Path("dataset", "masks", file.relative_to(root)).with_suffix("").with_suffix("") / "organs.nii.gz"
-                ),
-            }
-            for file in volumes
-        ]
-    train, other = lists.values()
+
+    def items(split: str) -> list[dict[str, str]]:
+        volumes = Path(dataset_dir, "dataset").glob(f"{split}_fixed/*/*/*.nii.gz")
+        volumes = sorted(volumes, key=lambda file: int(file.name.split("_")[1]))
+        names = ["/".join(file.parts[-4:]).removesuffix(".nii.gz") for file in volumes]
+        return [{"image": f"dataset/{n}.nii.gz", "label": f"dataset/masks/{n}/organs.nii.gz"} for n in names]
+
+    train, other = map(items, SPLITS)
     content = {"training": train, "validation": other[:num_validation], "testing": other[num_validation:]}
     if not all(content.values()):
         raise InputError(
