@@ -42,11 +42,12 @@ import math
 import multiprocessing
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
@@ -171,36 +172,27 @@ class Patient:
     sentences: dict[str, str]  # finding that is present -> the sentence of `findings` that speaks of it, verbatim
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Grid:
     """Voxel centres in mm from the middle of the chest, along the scanner's axes: u [X], v [Y], w [Z].
 
     The patient is turned about z by `angle` (radians), so the patient's frame is x, y [X, Y, 1] and z [1, 1, Z].
     """
 
-    u: Array
-    v: Array
-    w: Array
+    axes: Sequence[Array]
     angle: float
     spacing: tuple[float, float, float]
     window: tuple[slice, slice, slice]  # where this grid lies in the whole volume
 
+    def __post_init__(self) -> None:
+        c, s = math.cos(self.angle), math.sin(self.angle)
+        u, v, self.z = np.ix_(*self.axes)
+        self.x, self.y = c * u + s * v, c * v - s * u
+
     @classmethod
     def whole(cls, shape: Sequence[int], spacing: Sequence[float], shift: Array, angle: float) -> _Grid:
         axes = [np.arange(n) * s - (n - 1) * s / 2 - t for n, s, t in zip(shape, spacing, shift, strict=True)]
-        return cls(*(a.astype(np.float32) for a in axes), angle, tuple(spacing), tuple(slice(0, n) for n in shape))
-
-    @cached_property
-    def x(self) -> Array:
-        return math.cos(self.angle) * self.u[:, None, None] + math.sin(self.angle) * self.v[None, :, None]
-
-    @cached_property
-    def y(self) -> Array:
-        return math.cos(self.angle) * self.v[None, :, None] - math.sin(self.angle) * self.u[:, None, None]
-
-    @cached_property
-    def z(self) -> Array:
-        return self.w[None, None, :]
+        return cls([a.astype(np.float32) for a in axes], angle, tuple(spacing), tuple(slice(0, n) for n in shape))
 
     def turned(self, x: Array | float, y: Array | float) -> tuple[Array | float, Array | float]:
         """From the patient's x and y to the scanner's u and v."""
@@ -213,12 +205,12 @@ class _Grid:
         c, s = abs(math.cos(self.angle)), abs(math.sin(self.angle))
         middle, half = (*self.turned(centre[0], centre[1]), centre[2]), (c * rx + s * ry, s * rx + c * ry, rz)
         window = []
-        for axis, m, h, step in zip((self.u, self.v, self.w), middle, half, self.spacing, strict=True):
+        for axis, m, h, step in zip(self.axes, middle, half, self.spacing, strict=True):
             first, last = np.searchsorted(axis, [m - h - step, m + h + step])
             first = min(int(first), axis.size - 2)
             window.append(slice(first, max(int(last), first + 2)))
-        i, j, k = window
-        return _Grid(self.u[i], self.v[j], self.w[k], self.angle, self.spacing, (i, j, k))
+        axes = [axis[own] for axis, own in zip(self.axes, window, strict=True)]
+        return _Grid(axes, self.angle, self.spacing, tuple(window))
 
     def layers(self, f: Implicit, *depths: float) -> list[Array]:
         """Share of each voxel inside f < depth, for objects larger than a voxel: the box filter of the linearised f."""
@@ -239,12 +231,11 @@ class _Grid:
         counts = [max(1, math.ceil(s / step)) for s in self.spacing]
         axes = [
             (a[:, None] + (((np.arange(n) + 0.5) / n - 0.5) * s).astype(np.float32)).ravel()
-            for a, n, s in zip((self.u, self.v, self.w), counts, self.spacing, strict=True)
+            for a, n, s in zip(self.axes, counts, self.spacing, strict=True)
         ]
-        fine = _Grid(*axes, self.angle, self.spacing, self.window)
-        nu, nv, nw = counts
-        blocks = (f(fine.x, fine.y, fine.z) < 0).reshape(self.u.size, nu, self.v.size, nv, self.w.size, nw)
-        return blocks.mean((1, 3, 5), dtype=np.float32)
+        fine = _Grid(axes, self.angle, self.spacing, self.window)
+        blocks = [n for axis, count in zip(self.axes, counts, strict=True) for n in (axis.size, count)]
+        return (f(fine.x, fine.y, fine.z) < 0).reshape(blocks).mean((1, 3, 5), dtype=np.float32)
 
     def waves(self, rng: np.random.Generator, shortest: float, longest: float, count: int = 16) -> Array:
         """A smooth random field [X, Y, Z] of mean 0 and variance 1: plane waves of the given wavelengths in mm."""
@@ -253,9 +244,10 @@ class _Grid:
         k = direction * 2 * np.pi / rng.uniform(shortest, longest, count)
         phase = rng.uniform(0, 2 * np.pi, count)
         # products of exp(ik) along the scanner's axes: a cosine per voxel and wave would take 20 times as long
+        u, v, w = (axis[:, None] for axis in self.axes)
         ku, kv = self.turned(k[0], k[1])
-        plane = np.exp(1j * self.u[:, None] * ku)[:, None] * np.exp(1j * (self.v[:, None] * kv + phase))
-        axial = np.exp(-1j * self.w[:, None] * k[2])
+        plane = np.exp(1j * u * ku)[:, None] * np.exp(1j * (v * kv + phase))
+        axial = np.exp(-1j * w * k[2])
         # the real part as a product of interleaved real and imaginary parts, one row of u at a time: too small for
         # BLAS to start threads, which would fight with the other workers
         field = plane.view(np.float64) @ axial.view(np.float64).T
@@ -264,11 +256,9 @@ class _Grid:
     def splat(self, points: Array, volume: float) -> Array:
         """Share of each voxel [X, Y, Z] that `points` [N, 3], each standing for `volume` mm3, fill (at most 1)."""
         u, v = self.turned(points[:, 0], points[:, 1])
-        shape = (self.u.size, self.v.size, self.w.size)
-        index = [
-            np.rint((p - a[0]) / s).astype(np.int64)
-            for p, a, s in zip((u, v, points[:, 2]), (self.u, self.v, self.w), self.spacing, strict=True)
-        ]
+        shape = [axis.size for axis in self.axes]
+        places = zip((u, v, points[:, 2]), self.axes, self.spacing, strict=True)
+        index = [np.rint((p - axis[0]) / step).astype(np.int64) for p, axis, step in places]
         inside = np.all([(i >= 0) & (i < n) for i, n in zip(index, shape, strict=True)], axis=0)
         flat = np.ravel_multi_index([i[inside] for i in index], shape)
         share = np.bincount(flat, minlength=math.prod(shape)).reshape(shape) * (volume / math.prod(self.spacing))
@@ -282,7 +272,7 @@ def _ellipsoid(centre: Sequence[float], radii: Sequence[float]) -> Implicit:
 
 def _capsule(start: Sequence[float], end: Sequence[float], radius: float) -> Implicit:
     (ax, ay, az), (bx, by, bz) = start, np.subtract(end, start)
-    length2 = bx * bx + by * by + bz * bz
+    length2 = bx * bx + by * by + bz * bz or 1.0  # a ball where both ends are one
 
     def f(x: Array, y: Array, z: Array) -> Array:
         x, y, z = x - ax, y - ay, z - az
@@ -354,9 +344,7 @@ class _Chest:
         low, high = self.span(side)
         return ("lower", "mid", "upper")[int(np.clip(3 * (z - low) / (high - low), 0, 2))]
 
-    def place(
-        self, rng: np.random.Generator, fits: Callable[[str, Array], Array | float], depth: float
-    ) -> tuple[str, Array]:
+    def place(self, rng: np.random.Generator, fits: Callable[[str, Array], Array], depth: float) -> tuple[str, Array]:
         """Side and centre [3] of a lesion: a point of a random zone of a random lung, `depth` mm inside it.
 
         `fits(side, points [3, N])` is 0 or more where the lesion may be. After some zones without a point that fits,
@@ -442,20 +430,17 @@ class _Painter:
         rng, grid, chest = self.rng, self.grid, self.chest
         a, b = chest.a + chest.wall, chest.b + chest.wall
 
-        def shell(rim: float) -> Implicit:
-            def f(x: Array, y: Array, z: Array) -> Array:  # the back is padded with muscle behind the spine
-                r = (np.abs(x / (a + rim)) ** 2.3 + np.abs((y + 5) / (b + 7 + rim)) ** 2.3) ** (1 / 2.3)
-                return (r - 1) * b
-
-            return f
+        def shell(rim: float, x: Array, y: Array, z: Array) -> Array:  # the back is padded with muscle
+            r = (np.abs(x / (a + rim)) ** 2.3 + np.abs((y + 5) / (b + 7 + rim)) ** 2.3) ** (1 / 2.3)
+            return (r - 1) * b
 
         self.volume = np.full(np.broadcast_shapes(grid.x.shape, grid.z.shape), -1000, np.float32)
         table = grid.cover(lambda x, y, z: np.abs(y + 0.0004 * x**2 + b + chest.fat + 24) - 5)
         _blend(self.volume, table * (np.abs(grid.x) < 150), -600)
-        _blend(self.volume, grid.cover(shell(chest.fat)), rng.uniform(-110, -85))
+        _blend(self.volume, grid.cover(partial(shell, chest.fat)), rng.uniform(-110, -85))
         self.tissue = rng.uniform(40, 65)
         streaks = grid.waves(rng, 20, 60)
-        _blend(self.volume, grid.cover(shell(0.0)), self.tissue - 12 + 12 * streaks)
+        _blend(self.volume, grid.cover(partial(shell, 0.0)), self.tissue - 12 + 12 * streaks)
         self.cage = grid.cover(chest.cage)
         # mediastinal and abdominal fat, streaked; liver, spleen and stomach lie in it
         _blend(self.volume, self.cage, np.where(streaks > rng.uniform(-0.5, 0.5), self.tissue - 10, -85))
@@ -544,13 +529,11 @@ class _Painter:
         taper = np.maximum(chest.taper(grid.z), 0.4)
         outer, inner = grid.layers(lambda x, y, z: chest.cage(x, y, z) + (chest.taper(z) - taper) * chest.b, 9.5, 1.5)
         height = grid.z + 0.4 * (grid.y + chest.b)
-        at = rng.uniform(0, 25)
-        ribs = (outer - inner) * self._bands(height, period=25, width=12, at=at)
+        ribs = (outer - inner) * self._bands(height, period=25, width=12, at=rng.uniform(0, 25))
         lateral = np.clip((np.abs(grid.x) - 22) / 8, 0, 1)  # none in front of the spine or behind the sternum
-        ribs = ribs * lateral * (height > chest.domes["right"] - 75)
+        self.ribs = ribs * lateral * (height > chest.domes["right"] - 75)
         cartilage = np.clip((grid.y - 0.55 * chest.b) / 15, 0, 1)
-        _blend(volume, ribs, (rng.uniform(350, 600) * (1 - cartilage) + 100 * cartilage) * density)
-        self.ribs = ribs
+        _blend(volume, self.ribs, (rng.uniform(350, 600) * (1 - cartilage) + 100 * cartilage) * density)
         centre, radii = (0, chest.b + 5, 10), (19, 7, 85)
         part = grid.around(centre, radii)
         _blend(volume[part.window], part.cover(_ellipsoid(centre, radii)), 170 * density)
@@ -642,7 +625,7 @@ class _Painter:
         cover = np.clip(0.5 - f / 10, 0, 1) * self.sides[side] * (1 - self.covers.get("Pleural effusion", 0))
         bronchograms = np.clip(grid.waves(rng, 14, 24) - 1.2, 0, 1)
         _blend(self.volume, cover, rng.uniform(-50, 50) - 450 * bronchograms)
-        self.taken.append(_ellipsoid_mm(centre, 0.55 * size))
+        self.taken.append(_capsule(centre, centre, 0.55 * size))
         self.covers["Consolidation"] = cover
         level = chest.level(side, centre[2])
         zone = f"{level} lobe" if level != "mid" and rng.random() < 0.6 else f"{level} zone"
@@ -662,7 +645,7 @@ class _Painter:
             share = part.cover_small(nodule) * self.lungs[part.window]
             _blend(self.volume[part.window], share, hu)
             np.maximum(cover[part.window], share, out=cover[part.window])
-            self.taken.append(_ellipsoid_mm(centre, radii[0]))
+            self.taken.append(_capsule(centre, centre, radii[0]))
             found.append((diameter, 2 * radii[1], f"{side} {chest.level(side, centre[2])}", side))
         self.covers["Lung nodule"] = cover
         found.sort(reverse=True)
@@ -708,23 +691,17 @@ class _Painter:
         """Old calcified dots in the lungs and the liver: as bright as coronary plaque, but no finding."""
         rng, grid, chest = self.rng, self.grid, self.chest
         for _ in range(rng.integers(4)):
-            _, centre = chest.place(rng, lambda side, p: 0.0, depth=8)
+            _, centre = chest.place(rng, lambda side, p: np.zeros(1), depth=8)
             if rng.random() < 0.5:
-                centre = np.array(
-                    [rng.uniform(30, 75), rng.uniform(-40, 40), chest.domes["right"] - rng.uniform(40, 70)]
-                )
+                dome = chest.domes["right"]
+                centre = np.array([rng.uniform(30, 75), rng.uniform(-40, 40), dome - rng.uniform(40, 70)])
             radius = rng.uniform(1.5, 2.5)
             part = grid.around(centre, radius)
             _blend(self.volume[part.window], part.cover_small(_ellipsoid(centre, [radius] * 3)), rng.uniform(300, 800))
 
 
-def _ellipsoid_mm(centre: Array, radius: float) -> Implicit:
-    """A ball whose function is the true distance in mm, for keeping lesions apart."""
-    return lambda x, y, z: np.sqrt((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2) - radius
-
-
 def _sentence(template: str, words: Mapping[str, str]) -> str:
-    text = template.format(**words)
+    text = str(template).format(**words)
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -735,10 +712,10 @@ def _report(
     spoken: list[tuple[str | None, str]] = []
     for name, present in labels.items():
         if present:
-            spoken.append((name, _sentence(str(rng.choice(POSITIVE[name])), words[name])))
+            spoken.append((name, _sentence(rng.choice(POSITIVE[name]), words[name])))
         elif rng.random() < 0.4:
-            spoken.append((None, _sentence(str(rng.choice(NEGATIVE[name])), {})))
-    spoken += [(None, _sentence(str(template), {})) for template in rng.choice(NEUTRAL, size=rng.integers(2))]
+            spoken.append((None, _sentence(rng.choice(NEGATIVE[name]), {})))
+    spoken += [(None, _sentence(template, {})) for template in rng.choice(NEUTRAL, size=rng.integers(2))]
     spoken = [spoken[i] for i in rng.permutation(len(spoken))]
     if spoken and rng.random() < 0.15:  # as in many real reports, no full stop at the end
         spoken[-1] = (spoken[-1][0], spoken[-1][1].removesuffix("."))
@@ -750,7 +727,7 @@ def _report(
     if rng.random() < 0.07:
         impression = NOT_GIVEN
     elif named:
-        impression = _sentence(str(rng.choice(["{named}", "findings in keeping with {named}"])), {"named": named})
+        impression = _sentence(rng.choice(["{named}", "findings in keeping with {named}"]), {"named": named})
     else:
         impression = str(rng.choice(["No acute finding.", "Normal chest CT.", "No significant abnormality."]))
     return findings, impression, sentences
@@ -886,31 +863,26 @@ def cohort(
 
 
 def _write_cohort(target: Path, manifest: Mapping[str, Any], num_workers: int) -> None:
+    items = [(split, i) for split in SPLITS for i in range(manifest[f"num_{split}"])]
+    context = multiprocessing.get_context("spawn")  # forking a process in which torch's threads run can hang
+    target.parent.mkdir(parents=True, exist_ok=True)
     # built beside the target and renamed at the end, so that a kill never leaves half a cohort under its name
-    stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    _remove(stage)
-    for folder in COLUMNS:
-        (stage / "dataset" / folder).mkdir(parents=True)
-    (stage / "phantom.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    try:
-        items = [(split, i) for split in SPLITS for i in range(manifest[f"num_{split}"])]
-        write = partial(_write_patient, stage / "dataset", *map(manifest.get, ("shape", "spacing", "seed")))
-        bar = partial(tqdm, total=len(items), desc="phantom cohort", unit="patient")
-        if num_workers > 1:
-            # spawn: forking a process in which torch's threads run can hang
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-                written = list(bar(pool.map(write, items, chunksize=8)))
-        else:
-            written = [write(item) for item in bar(items)]
-        for table, lines in chain.from_iterable(tables.items() for tables in written):
-            with open(stage / "dataset" / table, "a", newline="", encoding="utf-8") as file:
-                header = [] if file.tell() else [COLUMNS[table.split("/")[0]]]
-                csv.writer(file, lineterminator="\n").writerows(header + lines)
-        _remove(target)
-        os.rename(stage, target)
-    finally:
-        _remove(stage)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as stage:
+        data = Path(stage, "cohort", "dataset")
+        for folder in COLUMNS:
+            (data / folder).mkdir(parents=True)
+        (data.parent / "phantom.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write = partial(_write_patient, data, *map(manifest.get, ("shape", "spacing", "seed")))
+        with ProcessPoolExecutor(num_workers, context) if num_workers > 1 else nullcontext() as pool:
+            written = pool.map(write, items, chunksize=8) if pool else map(write, items)
+            for tables in tqdm(written, total=len(items), desc="phantom cohort", unit="patient"):
+                for table, lines in tables.items():
+                    with open(data / table, "a", newline="", encoding="utf-8") as file:
+                        header = [] if file.tell() else [COLUMNS[table.split("/")[0]]]
+                        csv.writer(file, lineterminator="\n").writerows(header + lines)
+        if (target / "phantom.json").is_file():  # nothing else is ever deleted
+            shutil.rmtree(target)
+        data.parent.rename(target)
 
 
 def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> str:
@@ -940,9 +912,3 @@ def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> 
     with replacing(path) as temporary:  # several processes may write and read it at once
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return str(path)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a cohort; nothing that lacks a manifest is ever deleted."""
-    if (folder / "phantom.json").is_file():
-        shutil.rmtree(folder)
