@@ -122,7 +122,6 @@ def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     shape[target] = new_sizes
     out = np.empty(shape, np.int16)
     view = out.transpose(target[order])
-    low, high = recipe.hu_range
     block = 8
     third = np.ascontiguousarray(third.T)
     for start in range(0, len(first), block):
@@ -130,7 +129,7 @@ def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
         used = np.flatnonzero(rows.any(0))
         begin, end = used[0], used[-1] + 1
         slab = np.array(replace(raw, voxels=voxels[begin:end]).hu(), np.float32, order="C")
-        np.clip(slab, low, high, out=slab)
+        np.clip(slab, *recipe.hu_range, out=slab)
         mixed = np.ascontiguousarray(rows[:, begin:end]) @ slab.reshape(end - begin, -1)
         mixed = np.ascontiguousarray(second) @ mixed.reshape(-1, *voxels.shape[1:]) @ third
         view[start : start + block] = np.rint(mixed, out=mixed)
@@ -158,9 +157,9 @@ def _straighten(volume: np.ndarray, affine: np.ndarray, recipe: Recipe) -> tuple
     places = (corners @ affine[:3, :3].T + affine[:3, 3]) @ np.linalg.inv(straight[:3, :3]).T
     shape = np.ceil(np.ptp(places, axis=0) - 1e-6).astype(int) + 1
     straight[:3, 3] = straight[:3, :3] @ places.min(0)
-    index = np.linalg.inv(affine) @ straight
+    index = np.linalg.inv(affine)[:3] @ straight
     low = recipe.hu_range[0]
-    out = affine_transform(volume.astype(np.float32), index[:3, :3], index[:3, 3], tuple(shape), order=1, cval=low)
+    out = affine_transform(volume.astype(np.float32), index, output_shape=tuple(shape), order=1, cval=low)
     return np.rint(out).astype(np.int16), straight
 
 
@@ -204,8 +203,8 @@ def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: tuple[int, ...],
             f"{scan.label} has values from {values.min():g} to {values.max():g}, and labels are 0 to 255: correct it",
             "label",
         )
-    index = np.linalg.inv(label.affine) @ affine
-    nearest = affine_transform(label.voxels, index[:3, :3], index[:3, 3], shape, order=0, mode="grid-constant")
+    index = np.linalg.inv(label.affine)[:3] @ affine
+    nearest = affine_transform(label.voxels, index, output_shape=shape, order=0, mode="grid-constant")
     table = [source.label_values.get(value, 0) if source.label_values else value for value in range(256)]
     return np.array(table, np.uint8)[nearest.astype(np.uint8)]
 
@@ -537,7 +536,6 @@ def _copy_tables(source: Source, folder: Path) -> None:
         if origin.is_dir():
             shutil.copytree(origin, folder / table, dirs_exist_ok=True)
         elif origin.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
             shutil.copy2(origin, folder / table)
 
 
