@@ -48,6 +48,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
@@ -350,7 +351,7 @@ class _Chest:
         `fits(side, points [3, N])` is 0 or more where the lesion may be. After some zones without a point that fits,
         the best one seen is taken.
         """
-        best, best_score = ("", np.zeros(3)), -np.inf
+        tries = []
         for _ in range(4):
             side = str(rng.choice(list(SIDES)))
             low, high = self.span(side)
@@ -358,13 +359,11 @@ class _Chest:
             z = low + (high - low) * (rng.integers(3) + u[2]) / 3
             points = np.stack([SIDES[side] * self.a * u[0], self.b * u[1], z])
             score = np.minimum(-self.lung(side, *points) - depth, fits(side, points))
-            good = np.flatnonzero(score >= 0)
-            i = good[0] if good.size else score.argmax()
-            if score[i] > best_score:
-                best, best_score = (side, points[:, i]), score[i]
-            if good.size:
+            i = np.minimum(score, 0).argmax()  # the first that fits, or else the best
+            tries.append((score[i], side, points[:, i]))
+            if score[i] >= 0:
                 break
-        return best
+        return max(tries, key=itemgetter(0))[1:]
 
 
 def _vessels(rng: np.random.Generator, chest: _Chest, volume: float) -> Array:
@@ -552,8 +551,7 @@ class _Painter:
         rng, grid, chest = self.rng, self.grid, self.chest
         sides = [list(SIDES), list(SIDES), ["left"], ["right"]][rng.integers(4)]
         diffuse = rng.random() < 0.3
-        severity = int(rng.integers(3))
-        share = (0.2, 0.38, 0.58)[severity]
+        severity, share = [("mild", 0.2), ("moderate", 0.38), ("severe", 0.58)][rng.integers(3)]
         # holes are where a random field, which is about Gaussian, exceeds its (1 - share) quantile
         holes = np.clip(0.5 + (grid.waves(rng, 28, 60) - NormalDist().inv_cdf(1 - share)) / 0.25, 0, 1)
         if not diffuse:
@@ -564,7 +562,7 @@ class _Painter:
         both = len(sides) == 2
         region = "lung" if diffuse else "upper lobe"
         self.words["Emphysema"] = {
-            "severity": ("mild", "moderate", "severe")[severity],
+            "severity": severity,
             "pattern": "diffuse" if diffuse else "centrilobular",
             "where": f"both {region}s" if both else f"the {sides[0]} {region}",
             "s": "" if both else "s",
@@ -646,12 +644,12 @@ class _Painter:
             _blend(self.volume[part.window], share, hu)
             np.maximum(cover[part.window], share, out=cover[part.window])
             self.taken.append(_capsule(centre, centre, radii[0]))
-            found.append((diameter, 2 * radii[1], f"{side} {chest.level(side, centre[2])}", side))
+            found.append((diameter, 2 * radii[1], f"{side} {chest.level(side, centre[2])}"))
         self.covers["Lung nodule"] = cover
         found.sort(reverse=True)
         largest = _length(rng, *found[0][:1] if rng.random() < 0.6 else found[0][:2])
         many = len(found) > 1
-        places = list(dict.fromkeys(place for _, _, place, _ in found))
+        places = list(dict.fromkeys(place for _, _, place in found))
         self.words["Lung nodule"] = {
             "noun": ("a solid nodule", "two nodules", "three nodules")[len(found) - 1],
             "of": "up to" if many else "of",
@@ -773,13 +771,11 @@ def patient(
 
     volume = painter.volume
     volume += rng.uniform(-15, 15) + rng.uniform(3, 8) * grid.waves(rng, 50, 150)
-    noise = rng.uniform(22, 32)
-    volume += noise * rng.standard_normal(volume.shape, dtype=np.float32)  # last: its draws depend on the shape
+    # last: its draws depend on the shape
+    volume += rng.uniform(22, 32) * rng.standard_normal(volume.shape, dtype=np.float32)
     volume = np.rint(volume).clip(-1024, 3071).astype(np.int16)
     return Patient(volume, affine, organs, masks, labels, findings, impression, sentences)
 
-
-# --------------------------------------------------------------------------------------------------------- on disk
 
 SPLITS = {"train": "train", "valid": "validation"}  # as CT-RATE names volumes, and tables of reports and metadata
 # folder of a table -> its columns
@@ -797,6 +793,7 @@ def _write_nifti(path: Path, array: Array, affine: Array) -> None:
     image.header.set_xyzt_units("mm")
     image.set_sform(image.affine, code=1)
     image.set_qform(image.affine, code=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # without a time stamp, and whatever nibabel's own default is, so that the same patient gives the same bytes
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
@@ -810,8 +807,6 @@ def _write_patient(
     name = f"{split}_{i + 1}_a_1"
     place = Path(f"{split}_fixed", f"{split}_{i + 1}", f"{split}_{i + 1}_a")
     volumes, masks = root / place, root / "masks" / place / name
-    volumes.mkdir(parents=True)
-    masks.mkdir(parents=True)
     file = f"{name}.nii.gz"
     _write_nifti(volumes / file, p.volume, p.affine)
     _write_nifti(masks / "organs.nii.gz", p.organs, p.affine)

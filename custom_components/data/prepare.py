@@ -20,8 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-from concurrent.futures import Future, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -93,9 +91,6 @@ class Recipe:
         self.min_lung_share = float(self.min_lung_share)
 
 
-# ------------------------------------------------------------------------------------------------------------ geometry
-
-
 def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     """int16 HU [X, Y, Z], C-contiguous, and its affine: the scan's own axes, named R, A, S, at `pixdim`.
 
@@ -163,15 +158,11 @@ def _straighten(volume: np.ndarray, affine: np.ndarray, recipe: Recipe) -> tuple
     return np.rint(out).astype(np.int16), straight
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
-
-
 def _check_prepared(scan: Scan, volume: np.ndarray, recipe: Recipe) -> float:
     """Share of voxels of lung density."""
     some = volume[::2, ::2, ::2]
     lung_share = float(((some > -920) & (some < -500)).mean())
-    dense = some[some > -300]
-    if recipe.check_hu and (np.abs(dense) < 250).mean() < 0.4:
+    if recipe.check_hu and (np.abs(some[some > -300]) < 250).mean() < 0.4:
         raise Unfit(
             f"{scan.image} has hardly a voxel of soft tissue (-250 to 250 HU): its rescaling must be wrong", "not_hu"
         )
@@ -209,9 +200,6 @@ def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: tuple[int, ...],
     return np.array(table, np.uint8)[nearest.astype(np.uint8)]
 
 
-# ------------------------------------------------------------------------------------------------------------- one scan
-
-
 class CannotWrite(InputError):
     """The folder of prepared volumes takes no more: the whole run ends, instead of every volume failing."""
 
@@ -230,9 +218,7 @@ def _writing(path: str | Path) -> Iterator[None]:
 def _write(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     """[X, Y, Z] as a NIfTI file with z fastest, under its final name only when complete."""
     turned = affine[:, [2, 1, 0, 3]]
-    header = nib.Nifti1Header()
-    header.set_data_dtype(array.dtype)
-    header.set_data_shape(array.shape[::-1])
+    header = nib.Nifti1Image(array.T, turned).header
     header.set_sform(turned, code=1)
     header.set_qform(turned, code=1)
     header.set_xyzt_units("mm")
@@ -290,9 +276,6 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
     }
 
 
-# ------------------------------------------------------------------------------------------------------ many processes
-
-
 def _begin_worker() -> None:
     """One thread for BLAS, and an end with the parent, which, killed, could not end a worker that hangs."""
 
@@ -312,7 +295,7 @@ def _run_pool(
     The pool says which scan a dead worker had, unless it ended with exit code 0: that one counts as timed out.
     """
     waiting = iter(scans)
-    working: dict[Future, Scan] = {}
+    working: dict[futures.Future, Scan] = {}
     # forking a process in which threads run can hang
     pool = ProcessPool(
         min(num_workers, len(scans)), initializer=_begin_worker, context=multiprocessing.get_context("spawn")
@@ -337,7 +320,7 @@ def _failure(scan: Scan, error: BaseException, timeout: float) -> dict[str, Any]
     """The row of a scan that failed; what ends the whole run is raised."""
     if isinstance(error, CannotWrite):
         raise error
-    if isinstance(error, BrokenProcessPool):
+    if isinstance(error, futures.BrokenExecutor):
         raise InputError("a worker process ended before it began: lower num_workers, or see the error above") from None
     if isinstance(error, Unfit):
         reason, message = error.reason, str(error)
@@ -350,9 +333,6 @@ def _failure(scan: Scan, error: BaseException, timeout: float) -> dict[str, Any]
             told = f"signal {-error.exitcode}" if error.exitcode < 0 else f"exit code {error.exitcode}"
         reason, message = "crashed", f"{scan.image} ended the process that read it ({told}): download it again"
     return {"status": "failed", "reason": reason, "message": message}
-
-
-# ------------------------------------------------------------------------------------------------------------ manifest
 
 
 def read_manifest(prepared_dir: str | os.PathLike) -> dict[str, dict[str, str]]:
@@ -381,11 +361,9 @@ class _Manifest(io.FileIO):
             self.append(dict(zip(COLUMNS, COLUMNS)))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        line = io.StringIO()
         # no line ends within a cell, so that a cut-off line can be told
         cells = [" ".join(str(row.get(column, "")).splitlines()) for column in COLUMNS]
-        csv.writer(line, lineterminator="\n").writerow(cells)
-        content = line.getvalue().encode()
+        content = pd.DataFrame([cells]).to_csv(header=False, index=False, lineterminator="\n").encode()
         with _writing(self.name):
             if self.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -537,9 +515,6 @@ def _copy_tables(source: Source, folder: Path) -> None:
             shutil.copytree(origin, folder / table, dirs_exist_ok=True)
         elif origin.is_file():
             shutil.copy2(origin, folder / table)
-
-
-# ------------------------------------------------------------------------------------------------------------- reports
 
 
 def _replace_text(path: Path, text: str) -> None:
