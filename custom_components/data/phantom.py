@@ -182,18 +182,13 @@ class _Grid:
 
     axes: Sequence[Array]
     angle: float
-    spacing: tuple[float, float, float]
-    window: tuple[slice, slice, slice]  # where this grid lies in the whole volume
+    spacing: Sequence[float]
+    window: tuple[slice, ...] = ()  # where a part lies in the whole volume
 
     def __post_init__(self) -> None:
         c, s = math.cos(self.angle), math.sin(self.angle)
         u, v, self.z = np.ix_(*self.axes)
         self.x, self.y = c * u + s * v, c * v - s * u
-
-    @classmethod
-    def whole(cls, shape: Sequence[int], spacing: Sequence[float], shift: Array, angle: float) -> _Grid:
-        axes = [np.arange(n) * s - (n - 1) * s / 2 - t for n, s, t in zip(shape, spacing, shift, strict=True)]
-        return cls([a.astype(np.float32) for a in axes], angle, tuple(spacing), tuple(slice(0, n) for n in shape))
 
     def turned(self, x: Array | float, y: Array | float) -> tuple[Array | float, Array | float]:
         """From the patient's x and y to the scanner's u and v."""
@@ -234,7 +229,7 @@ class _Grid:
             (a[:, None] + (((np.arange(n) + 0.5) / n - 0.5) * s).astype(np.float32)).ravel()
             for a, n, s in zip(self.axes, counts, self.spacing, strict=True)
         ]
-        fine = _Grid(axes, self.angle, self.spacing, self.window)
+        fine = _Grid(axes, self.angle, self.spacing)
         blocks = [n for axis, count in zip(self.axes, counts, strict=True) for n in (axis.size, count)]
         return (f(fine.x, fine.y, fine.z) < 0).reshape(blocks).mean((1, 3, 5), dtype=np.float32)
 
@@ -437,12 +432,12 @@ class _Painter:
         table = grid.cover(lambda x, y, z: np.abs(y + 0.0004 * x**2 + b + chest.fat + 24) - 5)
         _blend(self.volume, table * (np.abs(grid.x) < 150), -600)
         _blend(self.volume, grid.cover(partial(shell, chest.fat)), rng.uniform(-110, -85))
-        self.tissue = rng.uniform(40, 65)
+        tissue = rng.uniform(40, 65)
         streaks = grid.waves(rng, 20, 60)
-        _blend(self.volume, grid.cover(partial(shell, 0.0)), self.tissue - 12 + 12 * streaks)
+        _blend(self.volume, grid.cover(partial(shell, 0.0)), tissue - 12 + 12 * streaks)
         self.cage = grid.cover(chest.cage)
         # mediastinal and abdominal fat, streaked; liver, spleen and stomach lie in it
-        _blend(self.volume, self.cage, np.where(streaks > rng.uniform(-0.5, 0.5), self.tissue - 10, -85))
+        _blend(self.volume, self.cage, np.where(streaks > rng.uniform(-0.5, 0.5), tissue - 10, -85))
         contrast = rng.random() < 0.4
         self.blood = rng.uniform(150, 250) if contrast else rng.uniform(35, 50)
         parenchyma = rng.uniform(45, 65) + 45 * contrast
@@ -468,8 +463,7 @@ class _Painter:
         self.lungs = np.maximum(self.sides["left"], self.sides["right"])
         base, gravity = rng.uniform(-880, -780), rng.uniform(0.1, 0.35)
         texture = grid.waves(rng, 15, 45)
-        self.air = base - gravity * grid.y + rng.uniform(8, 20) * texture
-        _blend(self.volume, self.lungs, self.air)
+        _blend(self.volume, self.lungs, base - gravity * grid.y + rng.uniform(8, 20) * texture)
         volume = 2.5
         self.vessels = grid.splat(_vessels(rng, chest, volume), volume) * self.lungs
         _blend(self.volume, self.vessels, max(30.0, 0.8 * self.blood))
@@ -751,8 +745,9 @@ def patient(
             "along each axis: raise shape or spacing"
         )
     labels = {name: int(rng.random() < prevalence.get(name, 0.0)) for name in FINDINGS}
-    shift = rng.uniform(-6, 6, 3)
-    grid = _Grid.whole(shape, spacing, shift, angle=math.radians(rng.uniform(-5, 5)))
+    placing = zip(shape, spacing, rng.uniform(-6, 6, 3), strict=True)
+    axes = [(np.arange(n) * step - (n - 1) * step / 2 - shift).astype(np.float32) for n, step, shift in placing]
+    grid = _Grid(axes, math.radians(rng.uniform(-5, 5)), spacing)
     affine = np.diag([*spacing, 1.0])
     centre = rng.uniform([-15, -30, -400], [15, 30, -150]).round(1)  # where the scanner has its origin
     affine[:3, 3] = centre - (np.asarray(shape) - 1) * spacing / 2
