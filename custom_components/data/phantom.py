@@ -758,10 +758,10 @@ def patient(
     covers = {name: painter.covers[name] for name in FINDINGS if labels[name]}
     # the fullest voxel where none is half full
     masks = {name: cover > min(0.5, 0.999 * cover.max()) for name, cover in covers.items()}
-    covers = {f"{side} lung": cover for side, cover in painter.sides.items()}
-    covers |= {"heart": painter.heart, "spine": painter.spine, "ribs": painter.ribs, "trachea": painter.trachea}
+    organ_covers = {f"{side} lung": cover for side, cover in painter.sides.items()}
+    organ_covers |= {"heart": painter.heart, "spine": painter.spine, "ribs": painter.ribs, "trachea": painter.trachea}
     organs = np.zeros(tuple(shape), np.uint8)
-    for name, cover in covers.items():
+    for name, cover in organ_covers.items():
         organs[cover > 0.5] = ORGANS[name]
 
     volume = painter.volume
