@@ -42,11 +42,13 @@ import math
 import multiprocessing
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from statistics import NormalDist
 from types import MappingProxyType
@@ -60,22 +62,12 @@ from custom_components.data.lists import mask_file_name
 from custom_components.errors import InputError
 from custom_components.files import replacing
 
-GENERATOR_VERSION = 2  # raise it with every change of the bytes written, so that old cohorts are rebuilt
+# raise the version with every change of the bytes written, so that old cohorts are rebuilt
+GENERATOR = {"generator": "custom_components.phantom", "version": 2}
 
-FINDINGS: tuple[str, ...] = (
-    "Coronary artery wall calcification",
-    "Cardiomegaly",
-    "Emphysema",
-    "Lung nodule",
-    "Pleural effusion",
-    "Consolidation",
-)
 ORGANS: dict[str, int] = {"left lung": 1, "right lung": 2, "trachea": 3, "heart": 4, "spine": 5, "ribs": 6}
-PREVALENCE: Mapping[str, float] = MappingProxyType(dict.fromkeys(FINDINGS, 0.3))
-
 MIN_FIELD_OF_VIEW = 300.0  # mm along each axis: a smaller one would cut findings off
 SIDES = {"left": -1.0, "right": 1.0}  # sign of x
-LEVELS = ("lower", "mid", "upper")
 
 # Every template is one sentence; capitals and the full stop are added by `_sentence`.
 POSITIVE: dict[str, tuple[str, ...]] = {
@@ -150,6 +142,8 @@ NEGATIVE: dict[str, tuple[str, ...]] = {
         "the lungs are not consolidated",
     ),
 }
+FINDINGS: tuple[str, ...] = tuple(POSITIVE)
+PREVALENCE: Mapping[str, float] = MappingProxyType(dict.fromkeys(FINDINGS, 0.3))
 NEUTRAL: tuple[str, ...] = (
     "trachea and bronchi are open",
     "the trachea is midline",
@@ -158,8 +152,7 @@ NEUTRAL: tuple[str, ...] = (
     "the mediastinum is normal",
     "aortic caliber is normal",
 )
-SHORT_NAMES = dict(zip(FINDINGS, ("coronary calcification", "cardiomegaly", "emphysema", "lung nodule",
-                                  "pleural effusion", "consolidation"), strict=True))  # fmt: skip
+SHORT_NAMES = {name: name.lower().replace("artery wall ", "") for name in FINDINGS}
 NOT_GIVEN = "Not given."
 
 Array = np.ndarray
@@ -180,36 +173,22 @@ class Patient:
     sentences: dict[str, str]  # finding that is present -> the sentence of `findings` that speaks of it, verbatim
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Grid:
     """Voxel centres in mm from the middle of the chest, along the scanner's axes: u [X], v [Y], w [Z].
 
     The patient is turned about z by `angle` (radians), so the patient's frame is x, y [X, Y, 1] and z [1, 1, Z].
     """
 
-    u: Array
-    v: Array
-    w: Array
+    axes: Sequence[Array]
     angle: float
-    spacing: tuple[float, float, float]
-    window: tuple[slice, slice, slice]  # where this grid lies in the whole volume
+    spacing: Sequence[float]
+    window: tuple[slice, ...] = ()  # where a part lies in the whole volume
 
-    @classmethod
-    def whole(cls, shape: Sequence[int], spacing: Sequence[float], shift: Array, angle: float) -> _Grid:
-        axes = [np.arange(n) * s - (n - 1) * s / 2 - t for n, s, t in zip(shape, spacing, shift, strict=True)]
-        return cls(*(a.astype(np.float32) for a in axes), angle, tuple(spacing), tuple(slice(0, n) for n in shape))
-
-    @cached_property
-    def x(self) -> Array:
-        return math.cos(self.angle) * self.u[:, None, None] + math.sin(self.angle) * self.v[None, :, None]
-
-    @cached_property
-    def y(self) -> Array:
-        return math.cos(self.angle) * self.v[None, :, None] - math.sin(self.angle) * self.u[:, None, None]
-
-    @cached_property
-    def z(self) -> Array:
-        return self.w[None, None, :]
+    def __post_init__(self) -> None:
+        c, s = math.cos(self.angle), math.sin(self.angle)
+        u, v, self.z = np.ix_(*self.axes)
+        self.x, self.y = c * u + s * v, c * v - s * u
 
     def turned(self, x: Array | float, y: Array | float) -> tuple[Array | float, Array | float]:
         """From the patient's x and y to the scanner's u and v."""
@@ -222,26 +201,22 @@ class _Grid:
         c, s = abs(math.cos(self.angle)), abs(math.sin(self.angle))
         middle, half = (*self.turned(centre[0], centre[1]), centre[2]), (c * rx + s * ry, s * rx + c * ry, rz)
         window = []
-        for axis, m, h, step in zip((self.u, self.v, self.w), middle, half, self.spacing, strict=True):
+        for axis, m, h, step in zip(self.axes, middle, half, self.spacing, strict=True):
             first, last = np.searchsorted(axis, [m - h - step, m + h + step])
             first = min(int(first), axis.size - 2)
             window.append(slice(first, max(int(last), first + 2)))
-        i, j, k = window
-        return _Grid(self.u[i], self.v[j], self.w[k], self.angle, self.spacing, (i, j, k))
+        axes = [axis[own] for axis, own in zip(self.axes, window, strict=True)]
+        return _Grid(axes, self.angle, self.spacing, tuple(window))
 
     def layers(self, f: Implicit, *depths: float) -> list[Array]:
         """Share of each voxel inside f < depth, for objects larger than a voxel: the box filter of the linearised f."""
         values = f(self.x, self.y, self.z)
-        # change of f across one voxel; an axis of size 1 is one along which f is constant
-        slope = np.full_like(values, 1e-3)
-        for axis, size in enumerate(values.shape):
-            if size > 1:
-                d = np.abs(np.diff(values, axis=axis))
-                near, far = [slice(None)] * 3, [slice(None)] * 3
-                near[axis], far[axis] = slice(0, -1), slice(1, None)
-                d *= 0.5
-                slope[tuple(near)] += d
-                slope[tuple(far)] += d
+        slope = np.full_like(values, 1e-3)  # change of f across one voxel
+        for axis in range(3):
+            half = np.abs(np.diff(values, axis=axis)).swapaxes(0, axis) * 0.5
+            along = slope.swapaxes(0, axis)
+            along[:-1] += half
+            along[1:] += half
         return [np.clip(0.5 + (depth - values) / slope, 0, 1) for depth in depths]
 
     def cover(self, f: Implicit) -> Array:
@@ -252,13 +227,11 @@ class _Grid:
         counts = [max(1, math.ceil(s / step)) for s in self.spacing]
         axes = [
             (a[:, None] + (((np.arange(n) + 0.5) / n - 0.5) * s).astype(np.float32)).ravel()
-            for a, n, s in zip((self.u, self.v, self.w), counts, self.spacing, strict=True)
+            for a, n, s in zip(self.axes, counts, self.spacing, strict=True)
         ]
-        fine = _Grid(*axes, self.angle, self.spacing, self.window)
-        inside = f(fine.x, fine.y, fine.z) < 0
-        nu, nv, nw = counts
-        blocks = inside.reshape(self.u.size, nu, self.v.size, nv, self.w.size, nw)
-        return blocks.mean((1, 3, 5), dtype=np.float32)
+        fine = _Grid(axes, self.angle, self.spacing)
+        blocks = [n for axis, count in zip(self.axes, counts, strict=True) for n in (axis.size, count)]
+        return (f(fine.x, fine.y, fine.z) < 0).reshape(blocks).mean((1, 3, 5), dtype=np.float32)
 
     def waves(self, rng: np.random.Generator, shortest: float, longest: float, count: int = 16) -> Array:
         """A smooth random field [X, Y, Z] of mean 0 and variance 1: plane waves of the given wavelengths in mm."""
@@ -267,9 +240,10 @@ class _Grid:
         k = direction * 2 * np.pi / rng.uniform(shortest, longest, count)
         phase = rng.uniform(0, 2 * np.pi, count)
         # products of exp(ik) along the scanner's axes: a cosine per voxel and wave would take 20 times as long
+        u, v, w = (axis[:, None] for axis in self.axes)
         ku, kv = self.turned(k[0], k[1])
-        plane = np.exp(1j * self.u[:, None] * ku)[:, None] * np.exp(1j * (self.v[:, None] * kv + phase))
-        axial = np.exp(-1j * self.w[:, None] * k[2])
+        plane = np.exp(1j * u * ku)[:, None] * np.exp(1j * (v * kv + phase))
+        axial = np.exp(-1j * w * k[2])
         # the real part as a product of interleaved real and imaginary parts, one row of u at a time: too small for
         # BLAS to start threads, which would fight with the other workers
         field = plane.view(np.float64) @ axial.view(np.float64).T
@@ -278,11 +252,9 @@ class _Grid:
     def splat(self, points: Array, volume: float) -> Array:
         """Share of each voxel [X, Y, Z] that `points` [N, 3], each standing for `volume` mm3, fill (at most 1)."""
         u, v = self.turned(points[:, 0], points[:, 1])
-        shape = (self.u.size, self.v.size, self.w.size)
-        index = [
-            np.rint((p - a[0]) / s).astype(np.int64)
-            for p, a, s in zip((u, v, points[:, 2]), (self.u, self.v, self.w), self.spacing, strict=True)
-        ]
+        shape = [axis.size for axis in self.axes]
+        places = zip((u, v, points[:, 2]), self.axes, self.spacing, strict=True)
+        index = [np.rint((p - axis[0]) / step).astype(np.int64) for p, axis, step in places]
         inside = np.all([(i >= 0) & (i < n) for i, n in zip(index, shape, strict=True)], axis=0)
         flat = np.ravel_multi_index([i[inside] for i in index], shape)
         share = np.bincount(flat, minlength=math.prod(shape)).reshape(shape) * (volume / math.prod(self.spacing))
@@ -296,7 +268,7 @@ def _ellipsoid(centre: Sequence[float], radii: Sequence[float]) -> Implicit:
 
 def _capsule(start: Sequence[float], end: Sequence[float], radius: float) -> Implicit:
     (ax, ay, az), (bx, by, bz) = start, np.subtract(end, start)
-    length2 = bx * bx + by * by + bz * bz
+    length2 = bx * bx + by * by + bz * bz or 1.0  # a ball where both ends are one
 
     def f(x: Array, y: Array, z: Array) -> Array:
         x, y, z = x - ax, y - ay, z - az
@@ -350,18 +322,12 @@ class _Chest:
     def heart(self, x: Array, y: Array, z: Array) -> Array:
         x, y, z = x - self.heart_centre[0], y - self.heart_centre[1], z - self.heart_centre[2]
         c, s = math.cos(self.tilt), math.sin(self.tilt)
-        q = np.sqrt(
-            ((s * y - c * x) / self.heart_radii[0]) ** 2
-            + ((c * y + s * x) / self.heart_radii[1]) ** 2
-            + (z / self.heart_radii[2]) ** 2
-        )
-        return (q - 1) * self.heart_radii[1]
+        return _ellipsoid((0, 0, 0), self.heart_radii)(s * y - c * x, c * y + s * x, z) * self.heart_radii[1]
 
     def heart_surface(self, azimuth: Array, elevation: Array) -> Array:
         """Points [N, 3] just inside the surface; azimuth in radians from the patient's right towards anterior."""
-        away = np.stack(
-            [np.cos(elevation) * np.cos(azimuth), np.cos(elevation) * np.sin(azimuth), np.sin(elevation)], axis=-1
-        )
+        across = np.cos(elevation)
+        away = np.stack([across * np.cos(azimuth), across * np.sin(azimuth), np.sin(elevation)], axis=-1)
         centre = np.asarray(self.heart_centre)
         q = self.heart(*(centre + away).T) / self.heart_radii[1] + 1
         return centre + away * (0.96 / q)[:, None]
@@ -372,7 +338,7 @@ class _Chest:
 
     def level(self, side: str, z: float) -> str:
         low, high = self.span(side)
-        return LEVELS[int(np.clip(3 * (z - low) / (high - low), 0, 2))]
+        return ("lower", "mid", "upper")[int(np.clip(3 * (z - low) / (high - low), 0, 2))]
 
     def place(self, rng: np.random.Generator, fits: Callable[[str, Array], Array], depth: float) -> tuple[str, Array]:
         """Side and centre [3] of a lesion: a point of a random zone of a random lung, `depth` mm inside it.
@@ -380,7 +346,7 @@ class _Chest:
         `fits(side, points [3, N])` is 0 or more where the lesion may be. After some zones without a point that fits,
         the best one seen is taken.
         """
-        best, best_score = ("", np.zeros(3)), -np.inf
+        tries = []
         for _ in range(4):
             side = str(rng.choice(list(SIDES)))
             low, high = self.span(side)
@@ -388,13 +354,11 @@ class _Chest:
             z = low + (high - low) * (rng.integers(3) + u[2]) / 3
             points = np.stack([SIDES[side] * self.a * u[0], self.b * u[1], z])
             score = np.minimum(-self.lung(side, *points) - depth, fits(side, points))
-            good = np.flatnonzero(score >= 0)
-            i = good[0] if good.size else score.argmax()
-            if score[i] > best_score:
-                best, best_score = (side, points[:, i]), score[i]
-            if good.size:
+            i = np.minimum(score, 0).argmax()  # the first that fits, or else the best
+            tries.append((score[i], side, points[:, i]))
+            if score[i] >= 0:
                 break
-        return best
+        return max(tries, key=itemgetter(0))[1:]
 
 
 def _vessels(rng: np.random.Generator, chest: _Chest, volume: float) -> Array:
@@ -434,7 +398,7 @@ def _length(rng: np.random.Generator, *mm: float) -> str:
 class _Painter:
     """Draws one patient: the healthy chest first, then each finding, with its mask and the words for its sentence."""
 
-    def __init__(self, rng: np.random.Generator, grid: _Grid, present: Mapping[str, bool]) -> None:
+    def __init__(self, rng: np.random.Generator, grid: _Grid, present: Mapping[str, int]) -> None:
         self.rng, self.grid = rng, grid
         self.chest = _Chest(rng, present["Cardiomegaly"])
         self.covers: dict[str, Array] = {}  # finding -> membership in [0, 1]
@@ -460,23 +424,20 @@ class _Painter:
         rng, grid, chest = self.rng, self.grid, self.chest
         a, b = chest.a + chest.wall, chest.b + chest.wall
 
-        def shell(rim: float) -> Implicit:
-            def f(x: Array, y: Array, z: Array) -> Array:  # the back is padded with muscle behind the spine
-                r = (np.abs(x / (a + rim)) ** 2.3 + np.abs((y + 5) / (b + 7 + rim)) ** 2.3) ** (1 / 2.3)
-                return (r - 1) * b
-
-            return f
+        def shell(rim: float, x: Array, y: Array, z: Array) -> Array:  # the back is padded with muscle
+            r = (np.abs(x / (a + rim)) ** 2.3 + np.abs((y + 5) / (b + 7 + rim)) ** 2.3) ** (1 / 2.3)
+            return (r - 1) * b
 
         self.volume = np.full(np.broadcast_shapes(grid.x.shape, grid.z.shape), -1000, np.float32)
         table = grid.cover(lambda x, y, z: np.abs(y + 0.0004 * x**2 + b + chest.fat + 24) - 5)
         _blend(self.volume, table * (np.abs(grid.x) < 150), -600)
-        _blend(self.volume, grid.cover(shell(chest.fat)), rng.uniform(-110, -85))
-        self.tissue = rng.uniform(40, 65)
+        _blend(self.volume, grid.cover(partial(shell, chest.fat)), rng.uniform(-110, -85))
+        tissue = rng.uniform(40, 65)
         streaks = grid.waves(rng, 20, 60)
-        _blend(self.volume, grid.cover(shell(0.0)), self.tissue - 12 + 12 * streaks)
+        _blend(self.volume, grid.cover(partial(shell, 0.0)), tissue - 12 + 12 * streaks)
         self.cage = grid.cover(chest.cage)
         # mediastinal and abdominal fat, streaked; liver, spleen and stomach lie in it
-        _blend(self.volume, self.cage, np.where(streaks > rng.uniform(-0.5, 0.5), self.tissue - 10, -85))
+        _blend(self.volume, self.cage, np.where(streaks > rng.uniform(-0.5, 0.5), tissue - 10, -85))
         contrast = rng.random() < 0.4
         self.blood = rng.uniform(150, 250) if contrast else rng.uniform(35, 50)
         parenchyma = rng.uniform(45, 65) + 45 * contrast
@@ -502,8 +463,7 @@ class _Painter:
         self.lungs = np.maximum(self.sides["left"], self.sides["right"])
         base, gravity = rng.uniform(-880, -780), rng.uniform(0.1, 0.35)
         texture = grid.waves(rng, 15, 45)
-        self.air = base - gravity * grid.y + rng.uniform(8, 20) * texture
-        _blend(self.volume, self.lungs, self.air)
+        _blend(self.volume, self.lungs, base - gravity * grid.y + rng.uniform(8, 20) * texture)
         volume = 2.5
         self.vessels = grid.splat(_vessels(rng, chest, volume), volume) * self.lungs
         _blend(self.volume, self.vessels, max(30.0, 0.8 * self.blood))
@@ -562,13 +522,11 @@ class _Painter:
         taper = np.maximum(chest.taper(grid.z), 0.4)
         outer, inner = grid.layers(lambda x, y, z: chest.cage(x, y, z) + (chest.taper(z) - taper) * chest.b, 9.5, 1.5)
         height = grid.z + 0.4 * (grid.y + chest.b)
-        at = rng.uniform(0, 25)
-        ribs = (outer - inner) * self._bands(height, period=25, width=12, at=at)
+        ribs = (outer - inner) * self._bands(height, period=25, width=12, at=rng.uniform(0, 25))
         lateral = np.clip((np.abs(grid.x) - 22) / 8, 0, 1)  # none in front of the spine or behind the sternum
-        ribs = ribs * lateral * (height > chest.domes["right"] - 75)
+        self.ribs = ribs * lateral * (height > chest.domes["right"] - 75)
         cartilage = np.clip((grid.y - 0.55 * chest.b) / 15, 0, 1)
-        _blend(volume, ribs, (rng.uniform(350, 600) * (1 - cartilage) + 100 * cartilage) * density)
-        self.ribs = ribs
+        _blend(volume, self.ribs, (rng.uniform(350, 600) * (1 - cartilage) + 100 * cartilage) * density)
         centre, radii = (0, chest.b + 5, 10), (19, 7, 85)
         part = grid.around(centre, radii)
         _blend(volume[part.window], part.cover(_ellipsoid(centre, radii)), 170 * density)
@@ -587,8 +545,7 @@ class _Painter:
         rng, grid, chest = self.rng, self.grid, self.chest
         sides = [list(SIDES), list(SIDES), ["left"], ["right"]][rng.integers(4)]
         diffuse = rng.random() < 0.3
-        severity = int(rng.integers(3))
-        share = (0.2, 0.38, 0.58)[severity]
+        severity, share = [("mild", 0.2), ("moderate", 0.38), ("severe", 0.58)][rng.integers(3)]
         # holes are where a random field, which is about Gaussian, exceeds its (1 - share) quantile
         holes = np.clip(0.5 + (grid.waves(rng, 28, 60) - NormalDist().inv_cdf(1 - share)) / 0.25, 0, 1)
         if not diffuse:
@@ -596,15 +553,12 @@ class _Painter:
         cover = holes * np.maximum.reduce([self.sides[side] for side in sides])
         _blend(self.volume, cover * (1 - self.vessels), rng.uniform(-1000, -960))
         self.covers["Emphysema"] = cover
-        both, zone = len(sides) == 2, "" if diffuse else "upper "
-        if both:
-            where = "both lungs" if diffuse else "both upper lobes"
-        else:
-            where = f"the {sides[0]} {'lung' if diffuse else zone + 'lobe'}"
+        both = len(sides) == 2
+        region = "lung" if diffuse else "upper lobe"
         self.words["Emphysema"] = {
-            "severity": ("mild", "moderate", "severe")[severity],
+            "severity": severity,
             "pattern": "diffuse" if diffuse else "centrilobular",
-            "where": where,
+            "where": f"both {region}s" if both else f"the {sides[0]} {region}",
             "s": "" if both else "s",
         }
 
@@ -613,18 +567,15 @@ class _Painter:
         sides = [["left"], ["right"], list(SIDES)][rng.integers(3)]
         largest = 0.0
         cover = np.zeros_like(self.volume)
-
-        def lift(y: Array) -> Array:  # fluid collects behind the dome, not in front of it
-            return 0.4 * np.clip((20 - y) / 50, 0, 1)
-
         for side in sides:
             thickness, height = rng.uniform(15, 50), rng.uniform(80, 150)
             floor = chest.domes[side] - 45
 
             def dry(x: Array, y: Array, z: Array, side=side, thickness=thickness, height=height, floor=floor) -> Array:
-                # the lung floats up on the fluid: its surface moved forward, less so higher up, and up a little
+                # the lung floats up on the fluid: its surface moved forward, less so higher up, and up behind the dome
                 t = thickness * np.sqrt(np.clip(1 - (z - floor) / height, 0, 1))
-                return np.maximum(chest.cage(x, y - t, z), chest.diaphragm(side, x, y) + lift(y) * t - z)
+                lift = 0.4 * np.clip((20 - y) / 50, 0, 1)
+                return np.maximum(chest.cage(x, y - t, z), chest.diaphragm(side, x, y) + lift * t - z)
 
             part = grid.around((SIDES[side] * chest.a / 2, 0, floor + height / 2), (chest.a / 2, chest.b, height))
             fluid = self.sides[side][part.window] * (1 - part.cover(dry))
@@ -646,18 +597,14 @@ class _Painter:
 
     def _free(self, points: Array, radius: float) -> Array:
         """Distance in mm, at least about, by which a ball at points [3, N] keeps clear of the lesions so far."""
-        return (
-            np.min([f(*points) for f in self.taken], axis=0) - radius if self.taken else np.full(points.shape[1], 9.0)
-        )
+        return np.min([f(*points) for f in self.taken], axis=0, initial=np.inf) - radius
 
     def _consolidation(self) -> None:
         rng, grid, chest = self.rng, self.grid, self.chest
         size = rng.uniform(35, 80)
-
-        def peripheral(side: str, points: Array) -> Array:
-            return np.minimum(chest.lung(side, *points) + 0.35 * size, self._free(points, 0.3 * size))
-
-        side, centre = chest.place(rng, peripheral, depth=0.2 * size)
+        side, centre = chest.place(
+            rng, lambda side, p: np.minimum(chest.lung(side, *p) + 0.35 * size, self._free(p, 0.3 * size)), 0.2 * size
+        )
         # a wedge that opens from near the hilum to the pleura, blurred and dented by a random field
         hilum = np.array([SIDES[side] * 22, -8, 5])
         axis = ((centre - hilum) / np.linalg.norm(centre - hilum)).tolist()  # floats: arrays stay float32
@@ -670,7 +617,7 @@ class _Painter:
         cover = np.clip(0.5 - f / 10, 0, 1) * self.sides[side] * (1 - self.covers.get("Pleural effusion", 0))
         bronchograms = np.clip(grid.waves(rng, 14, 24) - 1.2, 0, 1)
         _blend(self.volume, cover, rng.uniform(-50, 50) - 450 * bronchograms)
-        self.taken.append(_ellipsoid_mm(centre, 0.55 * size))
+        self.taken.append(_capsule(centre, centre, 0.55 * size))
         self.covers["Consolidation"] = cover
         level = chest.level(side, centre[2])
         zone = f"{level} lobe" if level != "mid" and rng.random() < 0.6 else f"{level} zone"
@@ -690,13 +637,13 @@ class _Painter:
             share = part.cover_small(nodule) * self.lungs[part.window]
             _blend(self.volume[part.window], share, hu)
             np.maximum(cover[part.window], share, out=cover[part.window])
-            self.taken.append(_ellipsoid_mm(centre, radii[0]))
-            found.append((diameter, 2 * radii[1], f"{side} {chest.level(side, centre[2])}", side))
+            self.taken.append(_capsule(centre, centre, radii[0]))
+            found.append((diameter, 2 * radii[1], f"{side} {chest.level(side, centre[2])}"))
         self.covers["Lung nodule"] = cover
         found.sort(reverse=True)
         largest = _length(rng, *found[0][:1] if rng.random() < 0.6 else found[0][:2])
         many = len(found) > 1
-        places = list(dict.fromkeys(place for _, _, place, _ in found))
+        places = list(dict.fromkeys(place for _, _, place in found))
         self.words["Lung nodule"] = {
             "noun": ("a solid nodule", "two nodules", "three nodules")[len(found) - 1],
             "of": "up to" if many else "of",
@@ -736,23 +683,17 @@ class _Painter:
         """Old calcified dots in the lungs and the liver: as bright as coronary plaque, but no finding."""
         rng, grid, chest = self.rng, self.grid, self.chest
         for _ in range(rng.integers(4)):
-            _, centre = chest.place(rng, lambda side, p: np.zeros(p.shape[1]), depth=8)
+            _, centre = chest.place(rng, lambda side, p: np.zeros(1), depth=8)
             if rng.random() < 0.5:
-                centre = np.array(
-                    [rng.uniform(30, 75), rng.uniform(-40, 40), chest.domes["right"] - rng.uniform(40, 70)]
-                )
+                dome = chest.domes["right"]
+                centre = np.array([rng.uniform(30, 75), rng.uniform(-40, 40), dome - rng.uniform(40, 70)])
             radius = rng.uniform(1.5, 2.5)
             part = grid.around(centre, radius)
             _blend(self.volume[part.window], part.cover_small(_ellipsoid(centre, [radius] * 3)), rng.uniform(300, 800))
 
 
-def _ellipsoid_mm(centre: Array, radius: float) -> Implicit:
-    """A ball whose function is the true distance in mm, for keeping lesions apart."""
-    return lambda x, y, z: np.sqrt((x - centre[0]) ** 2 + (y - centre[1]) ** 2 + (z - centre[2]) ** 2) - radius
-
-
 def _sentence(template: str, words: Mapping[str, str]) -> str:
-    text = template.format(**words)
+    text = str(template).format(**words)
     return f"{text[0].upper()}{text[1:]}."
 
 
@@ -763,11 +704,10 @@ def _report(
     spoken: list[tuple[str | None, str]] = []
     for name, present in labels.items():
         if present:
-            spoken.append((name, _sentence(str(rng.choice(POSITIVE[name])), words[name])))
+            spoken.append((name, _sentence(rng.choice(POSITIVE[name]), words[name])))
         elif rng.random() < 0.4:
-            spoken.append((None, _sentence(str(rng.choice(NEGATIVE[name])), {})))
-    for template in rng.choice(NEUTRAL, size=rng.integers(2)):
-        spoken.append((None, _sentence(str(template), {})))
+            spoken.append((None, _sentence(rng.choice(NEGATIVE[name]), {})))
+    spoken += [(None, _sentence(template, {})) for template in rng.choice(NEUTRAL, size=rng.integers(2))]
     spoken = [spoken[i] for i in rng.permutation(len(spoken))]
     if spoken and rng.random() < 0.15:  # as in many real reports, no full stop at the end
         spoken[-1] = (spoken[-1][0], spoken[-1][1].removesuffix("."))
@@ -779,7 +719,7 @@ def _report(
     if rng.random() < 0.07:
         impression = NOT_GIVEN
     elif named:
-        impression = _sentence(str(rng.choice(["{named}", "findings in keeping with {named}"])), {"named": named})
+        impression = _sentence(rng.choice(["{named}", "findings in keeping with {named}"]), {"named": named})
     else:
         impression = str(rng.choice(["No acute finding.", "Normal chest CT.", "No significant abnormality."]))
     return findings, impression, sentences
@@ -805,46 +745,34 @@ def patient(
             "along each axis: raise shape or spacing"
         )
     labels = {name: int(rng.random() < prevalence.get(name, 0.0)) for name in FINDINGS}
-    shift = rng.uniform(-6, 6, 3)
-    grid = _Grid.whole(shape, spacing, shift, angle=math.radians(rng.uniform(-5, 5)))
+    placing = zip(shape, spacing, rng.uniform(-6, 6, 3), strict=True)
+    axes = [(np.arange(n) * step - (n - 1) * step / 2 - shift).astype(np.float32) for n, step, shift in placing]
+    grid = _Grid(axes, math.radians(rng.uniform(-5, 5)), spacing)
     affine = np.diag([*spacing, 1.0])
     centre = rng.uniform([-15, -30, -400], [15, 30, -150]).round(1)  # where the scanner has its origin
     affine[:3, 3] = centre - (np.asarray(shape) - 1) * spacing / 2
 
-    painter = _Painter(rng, grid, {name: bool(label) for name, label in labels.items()})
+    painter = _Painter(rng, grid, labels)
     findings, impression, sentences = _report(rng, labels, painter.words)
 
-    masks = {}
-    for name in FINDINGS:
-        if labels[name]:
-            cover = painter.covers[name]
-            masks[name] = cover > min(0.5, 0.999 * cover.max())  # the fullest voxel where none is half full
+    covers = {name: painter.covers[name] for name in FINDINGS if labels[name]}
+    # the fullest voxel where none is half full
+    masks = {name: cover > min(0.5, 0.999 * cover.max()) for name, cover in covers.items()}
+    organ_covers = {f"{side} lung": cover for side, cover in painter.sides.items()}
+    organ_covers |= {"heart": painter.heart, "spine": painter.spine, "ribs": painter.ribs, "trachea": painter.trachea}
     organs = np.zeros(tuple(shape), np.uint8)
-    for name, cover in (
-        ("left lung", painter.sides["left"]),
-        ("right lung", painter.sides["right"]),
-        ("heart", painter.heart),
-        ("spine", painter.spine),
-        ("ribs", painter.ribs),
-        ("trachea", painter.trachea),
-    ):
+    for name, cover in organ_covers.items():
         organs[cover > 0.5] = ORGANS[name]
 
     volume = painter.volume
     volume += rng.uniform(-15, 15) + rng.uniform(3, 8) * grid.waves(rng, 50, 150)
-    noise = rng.uniform(22, 32)
-    volume += noise * rng.standard_normal(volume.shape, dtype=np.float32)  # last: its draws depend on the shape
+    # last: its draws depend on the shape
+    volume += rng.uniform(22, 32) * rng.standard_normal(volume.shape, dtype=np.float32)
     volume = np.rint(volume).clip(-1024, 3071).astype(np.int16)
     return Patient(volume, affine, organs, masks, labels, findings, impression, sentences)
 
 
-# --------------------------------------------------------------------------------------------------------- on disk
-
-# split -> folder of volumes, and how CT-RATE names that split's tables of reports, labels and metadata
-SPLITS: dict[str, tuple[str, str, str, str]] = {
-    "train": ("train_fixed", "train_reports", "train_predicted_labels", "train_metadata"),
-    "valid": ("valid_fixed", "validation_reports", "valid_predicted_labels", "validation_metadata"),
-}
+SPLITS = {"train": "train", "valid": "validation"}  # as CT-RATE names volumes, and tables of reports and metadata
 # folder of a table -> its columns
 COLUMNS: dict[str, tuple[str, ...]] = {
     "radiology_text_reports": ("VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findings_EN", "Impressions_EN"),
@@ -856,28 +784,24 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 
 def _write_nifti(path: Path, array: Array, affine: Array) -> None:
     """Write a RAS array in LPS voxel order, as CT-RATE's volumes lie on disk: readers really have to reorient it."""
-    flip = np.diag([-1.0, -1.0, 1.0, 1.0])
-    flip[:2, 3] = np.asarray(array.shape[:2]) - 1
-    image = nib.Nifti1Image(array[::-1, ::-1], affine @ flip)
+    image = nib.Nifti1Image(array, affine).as_reoriented([[0, -1], [1, -1], [2, 1]])
     image.header.set_xyzt_units("mm")
     image.set_sform(image.affine, code=1)
     image.set_qform(image.affine, code=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # without a time stamp, and whatever nibabel's own default is, so that the same patient gives the same bytes
     path.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 def _write_patient(
-    root: str, shape: tuple[int, int, int], spacing: tuple[float, float, float], seed: int, item: tuple[str, int]
+    root: Path, shape: Sequence[int], spacing: Sequence[float], seed: int, item: tuple[str, int]
 ) -> dict[str, list[list[str]]]:
     """Write the volume and masks of one patient; return its rows, table -> rows."""
     split, i = item
     p = patient(np.random.default_rng([seed, list(SPLITS).index(split), i]), shape, spacing)
-    folder, reports, labels, metadata = SPLITS[split]
     name = f"{split}_{i + 1}_a_1"
-    place = Path(folder, f"{split}_{i + 1}", f"{split}_{i + 1}_a")
-    volumes, masks = Path(root, "dataset", place), Path(root, "dataset", "masks", place, name)
-    volumes.mkdir(parents=True)
-    masks.mkdir(parents=True)
+    place = Path(f"{split}_fixed", f"{split}_{i + 1}", f"{split}_{i + 1}_a")
+    volumes, masks = root / place, root / "masks" / place / name
     file = f"{name}.nii.gz"
     _write_nifti(volumes / file, p.volume, p.affine)
     _write_nifti(masks / "organs.nii.gz", p.organs, p.affine)
@@ -886,10 +810,10 @@ def _write_patient(
     technique = f"Axial chest CT with a section thickness of {spacing[2]:g} mm."
     xy_spacing = f"[{spacing[0]:g}, {spacing[1]:g}]"
     return {
-        f"radiology_text_reports/{reports}.csv": [[file, NOT_GIVEN, technique, p.findings, p.impression]],
-        f"multi_abnormality_labels/{labels}.csv": [[file, *map(str, p.labels.values())]],
+        f"radiology_text_reports/{SPLITS[split]}_reports.csv": [[file, NOT_GIVEN, technique, p.findings, p.impression]],
+        f"multi_abnormality_labels/{split}_predicted_labels.csv": [[file, *map(str, p.labels.values())]],
         # the *_fixed volumes are in HU already; as in CT-RATE, the table still says how the raw ones were to be scaled
-        f"metadata/{metadata}.csv": [[file, "1", "-1024", xy_spacing, f"{spacing[2]:g}"]],
+        f"metadata/{SPLITS[split]}_metadata.csv": [[file, "1", "-1024", xy_spacing, f"{spacing[2]:g}"]],
         f"masks/{split}_sentences.csv": [[file, finding, text] for finding, text in p.sentences.items()],
     }
 
@@ -910,18 +834,12 @@ def cohort(
     `num_workers`. A cohort of other parameters is replaced; any other folder that is not empty is left alone. Where
     several processes train together, rank 0 writes it, and the others go on when it is there.
     """
-    shape, spacing = tuple(int(n) for n in shape), tuple(float(s) for s in spacing)
-    manifest = {
-        "generator": "custom_components.phantom",
-        "version": GENERATOR_VERSION,
-        "num_train": num_train,
-        "num_valid": num_valid,
-        "shape": list(shape),
-        "spacing": list(spacing),
-        "seed": seed,
-    }
+    from custom_components.distributed import rank_zero_first  # torch takes seconds, and the workers want none of it
+
+    shape, spacing = [int(n) for n in shape], [float(s) for s in spacing]
+    manifest = dict(GENERATOR, num_train=num_train, num_valid=num_valid, shape=shape, spacing=spacing, seed=seed)
     target = Path(dataset_dir).resolve()
-    with _rank_zero_first():
+    with rank_zero_first():
         if (target / "phantom.json").is_file():
             if json.loads((target / "phantom.json").read_text()) == manifest:
                 return str(dataset_dir)
@@ -934,44 +852,27 @@ def cohort(
     return str(dataset_dir)
 
 
-def _rank_zero_first() -> AbstractContextManager:
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torch takes seconds to import, and the workers want none of it
-        return nullcontext()
-    from custom_components.distributed import rank_zero_first
-
-    return rank_zero_first()
-
-
 def _write_cohort(target: Path, manifest: Mapping[str, Any], num_workers: int) -> None:
+    items = [(split, i) for split in SPLITS for i in range(manifest[f"num_{split}"])]
+    context = multiprocessing.get_context("spawn")  # forking a process in which torch's threads run can hang
+    target.parent.mkdir(parents=True, exist_ok=True)
     # built beside the target and renamed at the end, so that a kill never leaves half a cohort under its name
-    stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    _remove(stage)
-    for folder in ("radiology_text_reports", "multi_abnormality_labels", "metadata", "masks"):
-        (stage / "dataset" / folder).mkdir(parents=True)
-    (stage / "phantom.json").write_text(json.dumps(manifest, indent=2) + "\n")
-    try:
-        items = [(split, i) for split in ("train", "valid") for i in range(manifest[f"num_{split}"])]
-        arguments = tuple(manifest["shape"]), tuple(manifest["spacing"]), manifest["seed"]
-        write = partial(_write_patient, str(stage), *arguments)
-        bar = partial(tqdm, total=len(items), desc="phantom cohort", unit="patient")
-        if num_workers > 1:
-            # spawn: forking a process in which torch's threads run can hang
-            context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(num_workers, mp_context=context) as pool:
-                written = list(bar(pool.map(write, items, chunksize=8)))
-        else:
-            written = [write(item) for item in bar(items)]
-        tables: dict[str, list[list[str]]] = {}
-        for rows in written:
-            for table, lines in rows.items():
-                tables.setdefault(table, []).extend(lines)
-        for table, lines in tables.items():
-            with open(stage / "dataset" / table, "w", newline="", encoding="utf-8") as file:
-                csv.writer(file, lineterminator="\n").writerows([COLUMNS[table.split("/")[0]], *lines])
-        _remove(target)
-        os.rename(stage, target)
-    finally:
-        _remove(stage)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as stage:
+        data = Path(stage, "cohort", "dataset")
+        for folder in COLUMNS:
+            (data / folder).mkdir(parents=True)
+        (data.parent / "phantom.json").write_text(json.dumps(manifest, indent=2) + "\n")
+        write = partial(_write_patient, data, *map(manifest.get, ("shape", "spacing", "seed")))
+        with ProcessPoolExecutor(num_workers, context) if num_workers > 1 else nullcontext() as pool:
+            written = pool.map(write, items, chunksize=8) if pool else map(write, items)
+            for tables in tqdm(written, total=len(items), desc="phantom cohort", unit="patient"):
+                for table, lines in tables.items():
+                    with open(data / table, "a", newline="", encoding="utf-8") as file:
+                        header = [] if file.tell() else [COLUMNS[table.split("/")[0]]]
+                        csv.writer(file, lineterminator="\n").writerows(header + lines)
+        if (target / "phantom.json").is_file():  # nothing else is ever deleted
+            shutil.rmtree(target)
+        data.parent.rename(target)
 
 
 def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> str:
@@ -983,20 +884,14 @@ def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> 
     Raises:
         InputError: no patient is left for one of the lists.
     """
-    root = Path(dataset_dir) / "dataset"
-    lists: dict[str, list[dict[str, str]]] = {}
-    for split, (folder, *_) in SPLITS.items():
-        volumes = sorted((root / folder).glob("*/*/*.nii.gz"), key=lambda file: int(file.name.split("_")[1]))
-        lists[split] = [
-            {
-                "image": str(file.relative_to(dataset_dir)),
-                "label": str(
-                    Path("dataset", "masks", file.relative_to(root)).with_suffix("").with_suffix("") / "organs.nii.gz"
-                ),
-            }
-            for file in volumes
-        ]
-    train, other = lists.values()
+
+    def items(split: str) -> list[dict[str, str]]:
+        volumes = Path(dataset_dir, "dataset").glob(f"{split}_fixed/*/*/*.nii.gz")
+        volumes = sorted(volumes, key=lambda file: int(file.name.split("_")[1]))
+        names = ["/".join(file.parts[-4:]).removesuffix(".nii.gz") for file in volumes]
+        return [{"image": f"dataset/{n}.nii.gz", "label": f"dataset/masks/{n}/organs.nii.gz"} for n in names]
+
+    train, other = map(items, SPLITS)
     content = {"training": train, "validation": other[:num_validation], "testing": other[num_validation:]}
     if not all(content.values()):
         raise InputError(
@@ -1007,9 +902,3 @@ def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> 
     with replacing(path) as temporary:  # several processes may write and read it at once
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return str(path)
-
-
-def _remove(folder: Path) -> None:
-    """Delete a cohort; nothing that lacks a manifest is ever deleted."""
-    if (folder / "phantom.json").is_file():
-        shutil.rmtree(folder)

@@ -20,10 +20,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent import futures
-from concurrent.futures import Future, TimeoutError
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,6 +31,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 from isal import igzip
+from nibabel.affines import apply_affine
 from pebble import ProcessExpired, ProcessPool
 from threadpoolctl import threadpool_limits
 from tqdm import tqdm
@@ -60,11 +59,11 @@ COLUMNS = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Recipe:
     """What a prepared volume depends on beside its source.
 
-    Attributes:
+    Args:
         pixdim: mm along R, A, S.
         hu_range: HU to clip to, before interpolation, which would else mix what scanners write outside their field of
             view (-3024) into the voxels at its edge.
@@ -82,8 +81,14 @@ class Recipe:
     min_lung_share: float = 0.02
     check_hu: bool = True
 
-
-# ------------------------------------------------------------------------------------------------------------ geometry
+    def __post_init__(self) -> None:
+        if len(self.pixdim) != 3 or not all(0.1 <= float(p) <= 20 for p in self.pixdim):
+            raise InputError(f"pixdim is {self.pixdim}: give three spacings in mm, such as [1.5, 1.5, 3.0]")
+        if len(self.hu_range) != 2 or not -32768 <= self.hu_range[0] < self.hu_range[1] <= 32767:
+            raise InputError(f"hu_range is {self.hu_range}: give the lowest and the highest HU, such as [-1000, 1000]")
+        # floats as they enter the hash, whether a config has 1 or 1.0
+        self.pixdim, self.hu_range = tuple(map(float, self.pixdim)), tuple(map(float, self.hu_range))
+        self.min_lung_share = float(self.min_lung_share)
 
 
 def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
@@ -112,18 +117,14 @@ def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     shape[target] = new_sizes
     out = np.empty(shape, np.int16)
     view = out.transpose(target[order])
-    low, high = recipe.hu_range
     block = 8
     third = np.ascontiguousarray(third.T)
     for start in range(0, len(first), block):
         rows = first[start : start + block]
         used = np.flatnonzero(rows.any(0))
         begin, end = used[0], used[-1] + 1
-        slab = voxels[begin:end].astype(np.float32, order="C")
-        if (raw.slope, raw.intercept) != (1.0, 0.0):
-            slab *= np.float32(raw.slope)
-            slab += np.float32(raw.intercept)
-        np.clip(slab, low, high, out=slab)
+        slab = np.array(replace(raw, voxels=voxels[begin:end]).hu(), np.float32, order="C")
+        np.clip(slab, *recipe.hu_range, out=slab)
         mixed = np.ascontiguousarray(rows[:, begin:end]) @ slab.reshape(end - begin, -1)
         mixed = np.ascontiguousarray(second) @ mixed.reshape(-1, *voxels.shape[1:]) @ third
         view[start : start + block] = np.rint(mixed, out=mixed)
@@ -151,29 +152,17 @@ def _straighten(volume: np.ndarray, affine: np.ndarray, recipe: Recipe) -> tuple
     places = (corners @ affine[:3, :3].T + affine[:3, 3]) @ np.linalg.inv(straight[:3, :3]).T
     shape = np.ceil(np.ptp(places, axis=0) - 1e-6).astype(int) + 1
     straight[:3, 3] = straight[:3, :3] @ places.min(0)
-    index = np.linalg.inv(affine) @ straight
+    index = np.linalg.inv(affine)[:3] @ straight
     low = recipe.hu_range[0]
-    out = affine_transform(volume.astype(np.float32), index[:3, :3], index[:3, 3], tuple(shape), order=1, cval=low)
+    out = affine_transform(volume.astype(np.float32), index, output_shape=tuple(shape), order=1, cval=low)
     return np.rint(out).astype(np.int16), straight
-
-
-def resample_label(raw: Raw, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
-    """Nearest voxel of a label map on another grid, in the dtype of the map; 0 where the map does not reach."""
-    from scipy.ndimage import affine_transform
-
-    index = np.linalg.inv(raw.affine) @ affine
-    return affine_transform(raw.voxels, index[:3, :3], index[:3, 3], tuple(shape), order=0, mode="grid-constant")
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def _check_prepared(scan: Scan, volume: np.ndarray, recipe: Recipe) -> float:
     """Share of voxels of lung density."""
     some = volume[::2, ::2, ::2]
     lung_share = float(((some > -920) & (some < -500)).mean())
-    dense = some[some > -300]
-    if recipe.check_hu and (np.abs(dense) < 250).mean() < 0.4:
+    if recipe.check_hu and (np.abs(some[some > -300]) < 250).mean() < 0.4:
         raise Unfit(
             f"{scan.image} has hardly a voxel of soft tissue (-250 to 250 HU): its rescaling must be wrong", "not_hu"
         )
@@ -186,12 +175,13 @@ def _check_prepared(scan: Scan, volume: np.ndarray, recipe: Recipe) -> float:
     return lung_share
 
 
-def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: Sequence[int], affine: np.ndarray) -> np.ndarray:
+def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: tuple[int, ...], affine: np.ndarray) -> np.ndarray:
+    """uint8, of the nearest voxel of the published map; 0 where that does not reach."""
+    from scipy.ndimage import affine_transform
+
     label = source.read_label(scan)
     sizes = [np.linalg.norm(part.affine[:3, :3], axis=0) for part in (raw, label)]
-    centres = [
-        part.affine[:3, :3] @ ((np.asarray(part.voxels.shape) - 1) / 2) + part.affine[:3, 3] for part in (raw, label)
-    ]
+    centres = [apply_affine(part.affine, (np.array(part.voxels.shape) - 1) / 2) for part in (raw, label)]
     extents = [np.sort(size * part.voxels.shape) for size, part in zip(sizes, (raw, label))]
     off = np.linalg.norm(centres[0] - centres[1])
     if off > 1.5 * max(sizes[0]) or np.abs(extents[0] - extents[1]).max() > 3 * max(sizes[0]):
@@ -204,13 +194,10 @@ def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: Sequence[int], a
             f"{scan.label} has values from {values.min():g} to {values.max():g}, and labels are 0 to 255: correct it",
             "label",
         )
-    table = np.zeros(256, np.uint8)
-    for value in values.astype(int).tolist():
-        table[value] = source.label_values.get(value, 0) if source.label_values else value
-    return table[resample_label(label, shape, affine).astype(np.uint8)]
-
-
-# ------------------------------------------------------------------------------------------------------------- one scan
+    index = np.linalg.inv(label.affine)[:3] @ affine
+    nearest = affine_transform(label.voxels, index, output_shape=shape, order=0, mode="grid-constant")
+    table = [source.label_values.get(value, 0) if source.label_values else value for value in range(256)]
+    return np.array(table, np.uint8)[nearest.astype(np.uint8)]
 
 
 class CannotWrite(InputError):
@@ -218,7 +205,7 @@ class CannotWrite(InputError):
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -231,14 +218,11 @@ def _writing(path: Path) -> Iterator[None]:
 def _write(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
     """[X, Y, Z] as a NIfTI file with z fastest, under its final name only when complete."""
     turned = affine[:, [2, 1, 0, 3]]
-    header = nib.Nifti1Header()
-    header.set_data_dtype(array.dtype)
-    header.set_data_shape(array.shape[::-1])
+    header = nib.Nifti1Image(array.T, turned).header
     header.set_sform(turned, code=1)
     header.set_qform(turned, code=1)
     header.set_xyzt_units("mm")
-    header["magic"], header["vox_offset"] = b"n+1", 352
-    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["vox_offset"], header["scl_slope"], header["scl_inter"] = 352, 1, 0
     content = [header.binaryblock, b"\0" * 4, np.ascontiguousarray(array).data]
     with _writing(path), replacing(path) as part:
         with igzip.open(part, "wb", compresslevel=2) if path.suffix == ".gz" else open(part, "wb") as file:
@@ -292,9 +276,6 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
     }
 
 
-# ------------------------------------------------------------------------------------------------------ many processes
-
-
 def _begin_worker() -> None:
     """One thread for BLAS, and an end with the parent, which, killed, could not end a worker that hangs."""
 
@@ -314,7 +295,7 @@ def _run_pool(
     The pool says which scan a dead worker had, unless it ended with exit code 0: that one counts as timed out.
     """
     waiting = iter(scans)
-    working: dict[Future, Scan] = {}
+    working: dict[futures.Future, Scan] = {}
     # forking a process in which threads run can hang
     pool = ProcessPool(
         min(num_workers, len(scans)), initializer=_begin_worker, context=multiprocessing.get_context("spawn")
@@ -339,7 +320,7 @@ def _failure(scan: Scan, error: BaseException, timeout: float) -> dict[str, Any]
     """The row of a scan that failed; what ends the whole run is raised."""
     if isinstance(error, CannotWrite):
         raise error
-    if isinstance(error, BrokenProcessPool):
+    if isinstance(error, futures.BrokenExecutor):
         raise InputError("a worker process ended before it began: lower num_workers, or see the error above") from None
     if isinstance(error, Unfit):
         reason, message = error.reason, str(error)
@@ -354,9 +335,6 @@ def _failure(scan: Scan, error: BaseException, timeout: float) -> dict[str, Any]
     return {"status": "failed", "reason": reason, "message": message}
 
 
-# ------------------------------------------------------------------------------------------------------------ manifest
-
-
 def read_manifest(prepared_dir: str | os.PathLike) -> dict[str, dict[str, str]]:
     """Name -> its latest row, over the manifests of all shards. A line that a kill cut off counts as not written."""
     rows: dict[str, dict[str, str]] = {}
@@ -369,32 +347,26 @@ def read_manifest(prepared_dir: str | os.PathLike) -> dict[str, dict[str, str]]:
     return rows
 
 
-class _Manifest:
-    """The rows of one shard, appended line by line; each is on its way to the disk before the next volume."""
+class _Manifest(io.FileIO):
+    """The rows of one shard, appended line by line; each is on its way to the disk before the next volume.
+
+    Unbuffered: a line that could not be written is not tried again when the file is closed.
+    """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = path.read_bytes() if path.exists() else b""
-        # unbuffered: a line that could not be written is not tried again when the file is closed
-        self.file = open(path, "r+b" if content else "wb", buffering=0)  # noqa: SIM115 (closed by close)
-        self.file.truncate(content.rfind(b"\n") + 1)
-        self.file.seek(0, os.SEEK_END)
-        if not self.file.tell():
+        super().__init__(path, "a+")
+        self.seek(0)
+        if not self.truncate(self.read().rfind(b"\n") + 1):
             self.append(dict(zip(COLUMNS, COLUMNS)))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        line = io.StringIO()
         # no line ends within a cell, so that a cut-off line can be told
         cells = [" ".join(str(row.get(column, "")).splitlines()) for column in COLUMNS]
-        csv.writer(line, lineterminator="\n").writerow(cells)
-        content = line.getvalue().encode()
-        with _writing(self.path):
-            if self.file.write(content) < len(content):
+        content = pd.DataFrame([cells]).to_csv(header=False, index=False, lineterminator="\n").encode()
+        with _writing(self.name):
+            if self.write(content) < len(content):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def close(self) -> None:
-        self.file.close()
 
 
 def _stamps(scan: Scan) -> str:
@@ -404,9 +376,9 @@ def _stamps(scan: Scan) -> str:
         return ""
 
 
-def _is_done(scan: Scan, row: Mapping[str, str] | None, recipe_hash: str, recipe: Recipe, folder: Path) -> bool:
+def _is_done(scan: Scan, row: Mapping[str, str] | None, recipe: Recipe, folder: Path) -> bool:
     """Whether a row of the manifest still describes the source and the files that lie there."""
-    if row is None or row["status"] != "ok" or row["recipe"] != recipe_hash:
+    if row is None or row["status"] != "ok":
         return False
     try:
         sizes = " ".join(str((folder / path).stat().st_size) for path in _outputs(scan, recipe))
@@ -431,16 +403,11 @@ def _shard(shard: str | None) -> tuple[int, int]:
 def prepare(
     source: Source,
     prepared_dir: str | os.PathLike,
-    pixdim: Sequence[float] = (1.5, 1.5, 3.0),
-    hu_range: Sequence[float] = (-1000.0, 1000.0),
-    antialias: bool = True,
-    compress: bool = False,
-    min_lung_share: float = 0.02,
-    check_hu: bool = True,
     num_workers: int | None = None,
     timeout_minutes: float = 10.0,
     shard: str | None = None,
     contact_sheet_volumes: int = 12,
+    **recipe_keys: Any,
 ) -> None:
     """Prepare a data set: volumes, their manifest, a contact sheet and a summary below `prepared_dir`.
 
@@ -449,25 +416,19 @@ def prepare(
     other configs takes), and the others go on.
 
     Args:
-        pixdim, hu_range, antialias, compress, min_lung_share, check_hu: see :class:`Recipe`.
         num_workers: processes; by default one per core that this process may use, shared among torchrun's processes.
         timeout_minutes: for one volume.
         shard: "i/n", the i-th of n parts, for n machines that share a disk; torchrun's rank by default.
         contact_sheet_volumes: how many volumes of this run the contact sheet shows.
+        recipe_keys: pixdim and all else that :class:`Recipe` takes.
 
     Raises:
         InputError: an argument is impossible, the disk is full, or, at the end, volumes have failed.
     """
     folder = Path(prepared_dir).expanduser()
-    if len(pixdim) != 3 or not all(0.1 <= float(p) <= 20 for p in pixdim):
-        raise InputError(f"pixdim is {pixdim}: give three spacings in mm, such as [1.5, 1.5, 3.0]")
-    if len(hu_range) != 2 or not -32768 <= hu_range[0] < hu_range[1] <= 32767:
-        raise InputError(f"hu_range is {hu_range}: give the lowest and the highest HU, such as [-1000, 1000]")
+    recipe = Recipe(**recipe_keys)
     if folder.resolve() == Path(source.dataset_dir).resolve():
         raise InputError(f"prepared_dir {folder} is dataset_dir: give another folder, or published files are replaced")
-    recipe = Recipe(
-        tuple(map(float, pixdim)), tuple(map(float, hu_range)), antialias, compress, float(min_lung_share), check_hu
-    )
     # a source's attributes are its part of the recipe, apart from where its files lie today
     assumed = {key: value for key, value in vars(source).items() if key != "dataset_dir"}
     told = json.dumps([FORMAT_VERSION, type(source).__name__, asdict(recipe), assumed], sort_keys=True, default=str)
@@ -478,10 +439,8 @@ def prepare(
 
     every_scan = source.scans()
     mine = every_scan[part::parts]
-    rows = read_manifest(folder)
-    waiting = [
-        s for s in tqdm(mine, "verifying", delay=5) if not _is_done(s, rows.get(s.name), recipe_hash, recipe, folder)
-    ]
+    rows = {name: row for name, row in read_manifest(folder).items() if row["recipe"] == recipe_hash}
+    waiting = [s for s in tqdm(mine, "verifying", delay=5) if not _is_done(s, rows.get(s.name), recipe, folder)]
     with _writing(folder):
         manifest = _Manifest(folder / "manifest" / f"shard_{part + 1}_of_{parts}.csv")
         if part == 0:
@@ -491,43 +450,37 @@ def prepare(
     shown: list[tuple[str, Path]] = []
     failures = 0
     sheet = folder / f"contact_sheet{f'_{part + 1}' if parts > 1 else ''}.png"
-    with tqdm(total=len(mine), initial=len(mine) - len(waiting), desc="prepare", unit="volume", smoothing=0.05) as bar:
-        try:
-            with closing(
-                _run_pool(waiting, num_workers, 60 * timeout_minutes, source, recipe, str(folder))
-            ) as finished:
-                for scan, row in finished:
-                    outputs = _outputs(scan, recipe)
-                    row = row | {
-                        "name": scan.name,
-                        "source": scan.image,
-                        "output": outputs[0],
-                        "label_output": outputs[1] if len(outputs) > 1 else "",
-                        "source_stamp": _stamps(scan),
-                        "recipe": recipe_hash,
-                        "finished": f"{time.time():.3f}",
-                    }
-                    manifest.append(row)
-                    if row["status"] == "ok":
-                        if len(shown) < contact_sheet_volumes:
-                            shown.append((scan.name, folder / outputs[0]))
-                            if len(shown) == contact_sheet_volumes:  # now, when a wrong orientation costs least
-                                with _writing(sheet):
-                                    contact_sheet(shown, sheet, recipe.hu_range)
-                    else:
-                        failures += 1
-                        for place in outputs:  # a worker that was killed could not tidy up
-                            remove_temporary(folder / place)
-                    bar.set_postfix(failed=failures, refresh=False)
-                    bar.update()
-        except BaseException:  # the workers were ended, be it in the midst of writing
-            remove_temporaries(folder, own_outputs)
-            raise
-        finally:
-            manifest.close()
+    bar = tqdm(total=len(mine), initial=len(mine) - len(waiting), desc="prepare", unit="volume", smoothing=0.05)
+    pool = _run_pool(waiting, num_workers, 60 * timeout_minutes, source, recipe, str(folder))
+    try:
+        with bar, manifest, closing(pool) as finished:
+            for scan, row in finished:
+                outputs = _outputs(scan, recipe)
+                row |= {
+                    "name": scan.name,
+                    "source": scan.image,
+                    "output": outputs[0],
+                    "label_output": outputs[1] if len(outputs) > 1 else "",
+                    "source_stamp": _stamps(scan),
+                    "recipe": recipe_hash,
+                    "finished": f"{time.time():.3f}",
+                }
+                manifest.append(row)
+                if row["status"] != "ok":
+                    failures += 1
+                    for place in outputs:  # a worker that was killed could not tidy up
+                        remove_temporary(folder / place)
+                elif len(shown) < contact_sheet_volumes:
+                    shown.append((scan.name, folder / outputs[0]))
+                    if len(shown) == contact_sheet_volumes:  # now, when a wrong orientation costs least
+                        contact_sheet(shown, sheet, recipe.hu_range)
+                bar.set_postfix(failed=failures, refresh=False)
+                bar.update()
+    except BaseException:  # the workers were ended, be it in the midst of writing
+        remove_temporaries(folder, own_outputs)
+        raise
     if 0 < len(shown) < contact_sheet_volumes:
-        with _writing(sheet):
-            contact_sheet(shown, sheet, recipe.hu_range)
+        contact_sheet(shown, sheet, recipe.hu_range)
 
     _wait_for_others(shard)
     rows = read_manifest(folder)
@@ -561,11 +514,7 @@ def _copy_tables(source: Source, folder: Path) -> None:
         if origin.is_dir():
             shutil.copytree(origin, folder / table, dirs_exist_ok=True)
         elif origin.is_file():
-            folder.mkdir(parents=True, exist_ok=True)
             shutil.copy2(origin, folder / table)
-
-
-# ------------------------------------------------------------------------------------------------------------- reports
 
 
 def _replace_text(path: Path, text: str) -> None:
@@ -577,17 +526,15 @@ def summarize(folder: Path, rows: Sequence[Mapping[str, str]], expected: int) ->
     """Write ``manifest.csv``, ``failed.csv`` and ``summary.md`` of all shards so far -> the failed rows by name."""
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     ok = table[table["status"] == "ok"].copy()
-    same = {key: list(names) for key, names in ok.groupby("voxels_hash")["name"] if len(names) > 1}
-    for names in same.values():
+    same = [list(names) for _, names in ok.groupby("voxels_hash")["name"] if len(names) > 1]
+    for names in same:
         for name in names[1:]:
             table.loc[table["name"] == name, "checks"] += f" duplicate of {names[0]}"
     table["checks"] = table["checks"].str.strip()
     failed = {row["name"]: row for row in rows if row["status"] != "ok"}
     _replace_text(folder / "manifest.csv", table.to_csv(index=False))
-    _replace_text(
-        folder / "failed.csv",
-        pd.DataFrame(failed.values(), columns=["name", "reason", "message"]).to_csv(index=False),
-    )
+    unfit = table.loc[table["status"] != "ok", ["name", "reason", "message"]]
+    _replace_text(folder / "failed.csv", unfit.to_csv(index=False))
 
     lines = ["# Prepared volumes", "", f"{len(ok)} prepared, {len(failed)} failed, {expected - len(rows)} to come.", ""]
     if failed:
@@ -612,7 +559,7 @@ def summarize(folder: Path, rows: Sequence[Mapping[str, str]], expected: int) ->
         lines += ["", f"Orientation of the files: {orientations}. Prepared volumes: {size:.3g} GB.", ""]
     if same:
         lines += ["## Duplicates", "", "Volumes with the same voxels, kept:", ""]
-        lines += [f"- {', '.join(names)}" for names in list(same.values())[:50]] + [""]
+        lines += [f"- {', '.join(names)}" for names in same[:50]] + [""]
     _replace_text(folder / "summary.md", "\n".join(lines))
     return failed
 
@@ -642,5 +589,5 @@ def contact_sheet(volumes: Sequence[tuple[str, Path]], path: Path, hu_range: Seq
         row[3].hist(volume[::2, ::2, ::2].ravel(), bins=100, range=tuple(hu_range), color="#08519c", log=True)
         row[3].set_title("HU", fontsize=9)
         row[3].tick_params(labelsize=7, left=False, labelleft=False)
-    with replacing(path) as part:
+    with _writing(path), replacing(path) as part:
         figure.savefig(part, dpi=80)

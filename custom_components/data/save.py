@@ -19,11 +19,8 @@ from custom_components.data.volume import linear_weights
 from custom_components.files import replacing
 
 
-def save_nifti(array: np.ndarray, affine: np.ndarray, path: str | Path, scale: float = 1.0) -> None:
-    """Write an array [X, Y, Z] with exactly this affine (RAS+ mm), renamed into place; ``scale`` goes to the header.
-
-    MONAI's NibabelWriter fails on affines whose axes are permuted.
-    """
+def _save_nifti(array: np.ndarray, affine: np.ndarray, path: Path, scale: float = 1.0) -> None:
+    """[X, Y, Z] with exactly this affine (RAS+ mm): MONAI's NibabelWriter fails on affines whose axes are permuted."""
     image = nib.Nifti1Image(array, affine)
     image.header.set_slope_inter(scale, 0)
     with replacing(path) as temporary:
@@ -45,7 +42,6 @@ class SaveMapsd(MapTransform):
         table: file name of the table.
         columns: headers other than those above, as ``{"map": "class"}``.
         embedding_key: of the scan's embedding [C], or None.
-        name_key: of the scan's name.
         allow_missing_keys: whether to do nothing where no maps were made.
     """
 
@@ -58,21 +54,14 @@ class SaveMapsd(MapTransform):
         table: str,
         columns: Mapping[str, str],
         embedding_key: str | None = None,
-        name_key: str = "name",
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.names = list(names)
-        self.output_dir = Path(output_dir)
-        self.stem = stem
-        self.table = table
-        self.columns = dict(columns)
-        self.embedding_key = embedding_key
-        self.name_key = name_key
+        self.names, self.columns, self.embedding_key = names, columns, embedding_key
+        self.output_dir, self.stem, self.table = Path(output_dir), stem, table
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
-        data = dict(data)
-        folder = self.output_dir / data[self.name_key]
+        folder = self.output_dir / data["name"]
         for key in self.key_iterator(data):
             folder.mkdir(parents=True, exist_ok=True)
             if self.embedding_key is not None:
@@ -81,13 +70,13 @@ class SaveMapsd(MapTransform):
             rows = []
             for i, (name, volume) in enumerate(zip(self.names, values, strict=True), 1):
                 file = f"{self.stem}_{i:02d}.nii.gz"
-                save_nifti(volume.astype(np.float32), affine, folder / file)
+                _save_nifti(volume.astype(np.float32), affine, folder / file)
                 peak = np.unravel_index(volume.argmax(), volume.shape)
                 x, y, z = (affine @ [*peak, 1])[:3].round(1)
                 rows.append((file, name, round(float(volume.max()), 4), x, y, z))
             table = pd.DataFrame(rows, columns=["file", "map", "max", "x_mm", "y_mm", "z_mm"])
             table.rename(columns=self.columns).to_csv(folder / self.table, index=False)
-        return data
+        return dict(data)
 
 
 class AppendProbabilitiesd(MapTransform):
@@ -99,32 +88,22 @@ class AppendProbabilitiesd(MapTransform):
         keys: of the probabilities [C].
         classes: their C names, the columns.
         output_dir: folder of all scans' results.
-        name_key, image_key: of the scan's name, and of the MetaTensor that knows its path.
     """
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        classes: Sequence[str],
-        output_dir: str,
-        name_key: str = "name",
-        image_key: str = "image",
-    ) -> None:
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:
         super().__init__(keys)
-        self.classes = list(classes)
+        self.classes = classes
         self.path = Path(output_dir) / "predictions.csv"
-        self.name_key = name_key
-        self.image_key = image_key
         self.started = False
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for key in self.key_iterator(data):
             values = data[key].float().cpu().tolist()
-            path = data[self.image_key].meta.get("filename_or_obj", "")
-            row = {"name": data[self.name_key], "image": path, **dict(zip(self.classes, values, strict=True))}
-            frame = pd.DataFrame([row])
-            frame.to_csv(self.path, mode="a" if self.started else "w", header=not self.started, index=False)
+            path = data["image"].meta.get("filename_or_obj", "")
+            row = {"name": data["name"], "image": path, **dict(zip(self.classes, values, strict=True))}
+            mode = "a" if self.started else "w"
+            pd.DataFrame([row]).to_csv(self.path, mode=mode, header=not self.started, index=False)
             self.started = True
         return dict(data)
 
@@ -135,11 +114,7 @@ def argmax_labels(logits: Tensor) -> Tensor:
 
 
 def labels_in_scan(
-    logits: Tensor,
-    affine: Tensor,
-    scan_affine: Tensor,
-    scan_shape: Sequence[int],
-    probabilities: bool = False,
+    logits: Tensor, affine: Tensor, scan_affine: Tensor, scan_shape: Sequence[int], probabilities: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Bring logits to the scan's grid and take the largest, 16 slices at a time.
 
@@ -183,12 +158,9 @@ def _slabs_along_axes(
 ) -> Iterator[tuple[slice, Tensor]]:
     """Slices of the scan, and the logits ``[C, X, Y, slices]`` there, where the grids have their axes in common."""
     logits = logits.permute(0, *(1 + axis for axis in along))
-    x, y, z = (
-        torch.from_numpy(linear_weights(step * np.arange(size) + start, length))
-        for step, size, start, length in zip(
-            to_network[along, range(3)].tolist(), shape, to_network[along, 3].tolist(), logits.shape[1:], strict=True
-        )
-    )
+    steps, starts = to_network[along, range(3)].tolist(), to_network[along, 3].tolist()
+    axes = zip(steps, starts, shape, logits.shape[1:], strict=True)
+    x, y, z = (torch.from_numpy(linear_weights(step * np.arange(n) + start, size)) for step, start, n, size in axes)
     x, y = x.to(logits.device), y.T.contiguous().to(logits.device)
     for start in range(0, shape[2], SLAB):
         own = slice(start, min(start + SLAB, shape[2]))
@@ -223,19 +195,17 @@ class LabelsInScand(MapTransform):
     ``probabilities`` the item also gets ``probability``, uint8 ``[C - 1, X, Y, Z]``.
 
     Args:
-        keys: of the logits ``[C, x, y, z]``.
+        keys: of the logits ``[C, x, y, z]``; ``image`` is the preprocessed scan, which knows its grid and the scan's.
         probabilities: whether to keep those.
-        image_key: of the preprocessed scan, which knows its grid and the scan's.
     """
 
-    def __init__(self, keys: KeysCollection, probabilities: bool = False, image_key: str = "image") -> None:
+    def __init__(self, keys: KeysCollection, probabilities: bool = False) -> None:
         super().__init__(keys)
         self.probabilities = probabilities
-        self.image_key = image_key
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         data = dict(data)
-        image = data[self.image_key]
+        image = data["image"]
         scan_affine = torch.as_tensor(image.meta["original_affine"], dtype=torch.float64)
         scan_shape = np.asarray(image.meta["spatial_shape"]).tolist()
         for key in self.key_iterator(data):
@@ -257,27 +227,23 @@ class SaveLabelsd(MapTransform):
         keys: of the label maps, see :class:`LabelsInScand`.
         classes: names of classes 1, 2, ...
         output_dir: folder of all scans' results.
-        name_key: of the scan's name.
     """
 
-    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, name_key: str = "name") -> None:
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:
         super().__init__(keys)
-        self.classes = list(classes)
+        self.classes = classes
         self.output_dir = Path(output_dir)
-        self.name_key = name_key
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
-        data = dict(data)
-        folder = self.output_dir / data[self.name_key]
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self.output_dir / data["name"]
         for key in self.key_iterator(data):
             labels, affine = data[key][0].cpu().numpy(), data[key].affine.numpy()
-            save_nifti(labels, affine, folder / "labels.nii.gz")
+            _save_nifti(labels, affine, folder / "labels.nii.gz")
             counts = [int((labels == index).sum()) for index in range(1, len(self.classes) + 1)]
             millilitres = [round(count * abs(np.linalg.det(affine[:3, :3])) / 1000, 2) for count in counts]
             table = pd.DataFrame({"class": self.classes, "voxels": counts, "ml": millilitres})
             table.to_csv(folder / "volumes.csv", index=False)
             for name, chance in zip(self.classes, data.get("probability", ())):
                 file = f"probability_{name.replace(' ', '_')}.nii.gz"
-                save_nifti(chance.cpu().numpy(), affine, folder / file, scale=1 / 255)
-        return data
+                _save_nifti(chance.cpu().numpy(), affine, folder / file, scale=1 / 255)
+        return dict(data)

@@ -18,7 +18,7 @@ from monai.bundle import ConfigParser
 from PIL import Image
 
 from custom_components.data.phantom import ORGANS, Patient, cohort, patient
-from custom_components.data.prepare import prepare
+from custom_components.data.prepare import Recipe, prepare
 from custom_components.data.read import LoadCTd
 from custom_components.data.sources import Source
 from tests.conftest import classes_of
@@ -63,7 +63,8 @@ def test_each_config_resolves_to_its_data_set(bundle: str, overlay: str, tmp_pat
     parser["dataset_dir"] = str(tmp_path)
     assert isinstance(parser.get_parsed_content("source"), Source)
     (call,) = parser["run"]
-    assert set(call) - {"_target_"} == set(prepare.__annotations__) - {"return"}
+    keys = {*prepare.__annotations__, *Recipe.__annotations__} - {"recipe_keys", "return"}
+    assert set(call) - {"_target_"} == keys
     if overlay == "prepare.json":  # one recipe: only the defaults of the data set may differ between bundles
         common = {k: v for k, v in json.loads((folder / overlay).read_text()).items()}
         other = json.loads((BUNDLES / "pretrain" / "configs" / overlay).read_text())
