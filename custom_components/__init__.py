@@ -1,7 +1,6 @@
 """What the bundles' configs need beyond MONAI: SimCroP itself, and the house around it.
 
 SimCroP, one idea a file; whoever has read these has read the method:
-
     vit.py          patches, positions, blocks, encoder: in the order in which a voxel meets them
     text.py         report -> sentences -> frozen text encoder
     simcrop.py      pre-training network: decoders, aligner, fusion; sentence maps of new volumes
@@ -12,7 +11,6 @@ SimCroP, one idea a file; whoever has read these has read the method:
     distributed.py  errors.py  files.py  ground: processes, errors in one line, files that are always whole
 
 data/ how scans and reports come in, and how results go out:
-
     read.py         a CT or a label map from disk, with every check
     lists.py        reports, labels, MSD-style lists, folders of scans -> MONAI datalists
     save.py         maps, labels and probabilities to disk
@@ -22,7 +20,6 @@ data/ how scans and reports come in, and how results go out:
     phantom.py      the demo's cohort
 
 run/ what a training or an inference needs beyond MONAI's engines:
-
     start.py        the first call of every config
     inferers.py     autocast, windows, scans that cannot be read
     handlers.py     progress, optimiser steps, clipping
@@ -34,7 +31,6 @@ run/ what a training or an inference needs beyond MONAI's engines:
     export.py       a bundle that runs without this repository
 
 evaluation/ what the results are worth:
-
     pretrain.py  classify.py  segment.py   one file a bundle
     controls.py     untrained copy, HU histogram
     compare.py      contenders at fractions of the labels, by running the bundle

@@ -1,7 +1,5 @@
 """Kernels and settings that only CPUs need: each does what torch does, where torch's own way is slow on them."""
 
-from __future__ import annotations
-
 import ctypes
 import itertools
 import sys

@@ -4,8 +4,6 @@ All of it also works in a single process without a process group, where torch.di
 does not, but its first call waits for all processes, and after the group has ended each raises.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys

@@ -1,7 +1,5 @@
 """Files that are whole under their name even if a run is killed, and stamps that show a change."""
 
-from __future__ import annotations
-
 import glob
 import os
 import re

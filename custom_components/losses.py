@@ -3,8 +3,6 @@
 Under torchrun each is the mean over the batches of all processes, whatever each of them has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

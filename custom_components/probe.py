@@ -1,7 +1,5 @@
 """The linear probe: a frozen encoder, its mean patch token, one linear layer, and what training it needs."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,7 +32,7 @@ class LinearProbe(nn.Module):
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
 
-    def train(self, mode: bool = True) -> LinearProbe:
+    def train(self, mode: bool = True) -> "LinearProbe":
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
@@ -74,7 +72,6 @@ class ProbeInferer(Inferer):
     Args:
         classes, saliency: names of the logits, and those to map; see :func:`saliency_classes`.
         exclusive: whether exactly one class is true: softmax instead of sigmoid.
-        amp: forward pass in bfloat16.
     """
 
     def __init__(

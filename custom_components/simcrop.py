@@ -1,7 +1,5 @@
 """SimCroP's pre-training network: masked volume modelling, similarity-driven alignment, cross-granularity fusion."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,7 +35,6 @@ class VolumeDecoder(nn.Module):
     """ViT decoder of masked volume modelling: encoded patches and mask tokens -> voxels of the masked patches.
 
     Args:
-        encoder: whose tokens it reads.
         hidden_size, num_layers, num_heads: the defaults are those of the authors' follow-up (ToniChopp/ASAP).
         use_checkpoint: as :class:`custom_components.vit.SimCroPEncoder` has it.
     """

@@ -1,7 +1,5 @@
 """Report -> sentences -> tokens -> batches -> features of the frozen text encoder."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import hashlib
@@ -13,22 +11,13 @@ from typing import Any
 
 import pysbd
 import torch
+import transformers
 from huggingface_hub import HfApi
 from monai.config import KeysCollection
 from monai.data import list_data_collate
 from monai.transforms import MapTransform
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoTokenizer,
-    BertConfig,
-    BertTokenizerFast,
-    DataCollatorForLanguageModeling,
-    PreTrainedConfig,
-    PreTrainedTokenizerBase,
-)
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
@@ -76,7 +65,7 @@ def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | No
 
 
 def tokenize_sentences(
-    sentences: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int = 512
+    sentences: Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase, max_length: int = 512
 ) -> tuple[Tensor, Tensor]:
     """Tokens ``[T]`` of a text with the special ones, cut at ``max_length``, and the sentence ``[T]`` of each; int64.
 
@@ -107,7 +96,7 @@ class TokenizeReportd(MapTransform):
     def __init__(
         self,
         keys: KeysCollection,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: transformers.PreTrainedTokenizerBase,
         max_length: int = 512,
         sentence_context: str = "report",
     ) -> None:
@@ -164,9 +153,9 @@ class ReportCollate:
     the authors' follow-up (ToniChopp/ASAP).
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_ratio: float = 0.75) -> None:
+    def __init__(self, tokenizer: transformers.PreTrainedTokenizerBase, mask_ratio: float = 0.75) -> None:
         self.pad_token_id = tokenizer.pad_token_id
-        self.mask_tokens = DataCollatorForLanguageModeling(
+        self.mask_tokens = transformers.DataCollatorForLanguageModeling(
             tokenizer, mlm_probability=mask_ratio, mask_replace_prob=1.0, random_replace_prob=0.0
         )
 
@@ -189,7 +178,7 @@ class ReportCollate:
         }
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
     """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
 
     Its ``model_max_length`` is what the model has positions for. Where no file says whether text must be lower case,
@@ -199,10 +188,10 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         InputError: nothing there, no vocabulary or another model's, or a tokenizer without mask and padding tokens.
     """
     config = _load_config(name_or_path)
-    is_bert = isinstance(config, BertConfig)
-    loader = BertTokenizerFast if is_bert else AutoTokenizer
+    is_bert = isinstance(config, transformers.BertConfig)
+    loader = transformers.BertTokenizerFast if is_bert else transformers.AutoTokenizer
 
-    def load(name: str, **keys: Any) -> PreTrainedTokenizerBase:
+    def load(name: str, **keys: Any) -> transformers.PreTrainedTokenizerBase:
         tokenizer = loader.from_pretrained(name, **keys)
         words = set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)
         if not words:  # made from no file at all
@@ -231,14 +220,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 
 def load_text_encoder(
     name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
-) -> TextEncoder:
+) -> "TextEncoder":
     """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder; never runs remote code.
 
     Raises:
         InputError: nothing can be loaded from there, with how to fetch the model once; or weights are missing.
     """
     keys = {"config": _load_config(name_or_path), "add_pooling_layer": False, "output_loading_info": True}
-    model, info = _read(name_or_path, "model", AutoModel.from_pretrained, **keys)
+    model, info = _read(name_or_path, "model", transformers.AutoModel.from_pretrained, **keys)
     if info["missing_keys"]:  # transformers would start these at random
         raise InputError(
             f"text_encoder {name_or_path}: its weights lack {len(info['missing_keys'])} tensors, "
@@ -250,9 +239,9 @@ def load_text_encoder(
     return encoder.to(device)
 
 
-def _load_config(name_or_path: str) -> PreTrainedConfig:
+def _load_config(name_or_path: str) -> transformers.PreTrainedConfig:
     def declaration(name: str, **keys: Any) -> dict[str, Any]:
-        declared, _ = PreTrainedConfig.get_config_dict(name, **keys)
+        declared, _ = transformers.PreTrainedConfig.get_config_dict(name, **keys)
         if not declared:
             raise OSError("there is none")
         return declared
@@ -261,8 +250,8 @@ def _load_config(name_or_path: str) -> PreTrainedConfig:
     if declared.get("model_type") in (None, "cxr-bert"):
         # BERTs from before there was a model_type; and CXR-BERT, a plain BERT whose remote code only adds a projection
         # that SimCroP does not use
-        return BertConfig.from_dict(declared)
-    return _read(name_or_path, "config.json", AutoConfig.from_pretrained)
+        return transformers.BertConfig.from_dict(declared)
+    return _read(name_or_path, "config.json", transformers.AutoConfig.from_pretrained)
 
 
 def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -> Any:
@@ -330,7 +319,7 @@ class TextEncoder(nn.Module):
         self.cache_size = cache_size
         self._cache: dict[tuple[int, ...], Tensor] = {}
 
-    def train(self, mode: bool = True) -> TextEncoder:
+    def train(self, mode: bool = True) -> "TextEncoder":
         """Stays in eval mode: frozen means without dropout too."""
         return super().train(False)
 
@@ -358,7 +347,10 @@ class TextEncoder(nn.Module):
 
 
 def encode_sentences(
-    sentences: Sequence[str], aligner: nn.Module, text_encoder: TextEncoder, tokenizer: PreTrainedTokenizerBase
+    sentences: Sequence[str],
+    aligner: nn.Module,
+    text_encoder: TextEncoder,
+    tokenizer: transformers.PreTrainedTokenizerBase,
 ) -> Tensor:
     """Sentences, each read alone -> features ``[S, projection_size]`` float32, to compare with projected patches."""
     device = next(aligner.parameters()).device

@@ -5,8 +5,6 @@ The published network (ToniChopp/SimCroP, downstream segmentation) made of MONAI
 one to the full region, since no further x2 would lead there.
 """
 
-from __future__ import annotations
-
 import torch
 from monai.networks.blocks import UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
 from monai.networks.blocks.dynunet_block import UnetOutBlock

@@ -4,8 +4,6 @@ Parameter names and tensor layouts are those of timm's ``VisionTransformer``, wh
 (``blocks.N.attn.qkv.weight``, ``patch_embed.proj.weight`` ...), so weights travel without renaming.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

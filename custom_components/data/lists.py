@@ -5,8 +5,6 @@ columns, paths and splits are arguments, which the configs name. Nothing here im
 that wants only the list starts fast.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import logging
@@ -48,7 +46,7 @@ HEADING = re.compile(
 
 
 def no_classes() -> list[str]:
-    """Stands for `classes` where no data set is named, and raises an InputError that says so."""
+    """Stands for `classes` where no data set is named: raises an InputError that says so."""
     raise InputError(
         "no data set: add the overlay of one behind train.json, such as 'configs/ct_rate.json', or name the columns "
         "of your own labels with the key classes"
@@ -102,7 +100,6 @@ def volumes(
     `data_fraction` are among those of a larger one, and leaving out a patient moves no other.
 
     Args:
-        dataset_dir: folder that relative paths of volumes start from.
         tables: one file, or split -> file; of several files for one split, the first that there is.
         split: "train", "valid" or "test".
         images: where volumes lie below `dataset_dir`, tried in turn; in braces `name`, columns of the table, and the
@@ -121,7 +118,6 @@ def volumes(
         lists_dir: folder that relative paths of tables start from; `dataset_dir` when None.
         data_fraction: share of the training patients to keep, in (0, 1].
         exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest.
-        seed: of the order in which patients are drawn.
 
     Raises:
         InputError: a file, a folder, a column or a volume is missing, a name occurs twice or has two reports, a label
@@ -241,9 +237,7 @@ def msd(
         dataset_dir: folder that relative paths start from; bare file names are also looked for in its `imagesTs`.
         datalist: the JSON file, absolute or relative to `dataset_dir`.
         split: which list of the file.
-        data_fraction: share of the items to keep, in (0, 1]. For one seed, 1 % lies inside 10 %.
-        exclude: text or CSV file whose first column names items to leave out.
-        seed: of the order in which items are taken.
+        data_fraction, exclude, seed: as in :func:`volumes`; each item counts as a patient of its own.
         labelled: whether every item must have a label, which those of BTCV's `test` list do not.
 
     Raises:
@@ -346,9 +340,6 @@ def scans(path: str | os.PathLike) -> list[dict]:
         top = os.path.commonpath([entry.absolute() for entry in paths])
         names = ["_".join([*entry.absolute().relative_to(top).parts[:-1], _stem(entry)]) for entry in paths]
     return [{"image": str(entry), "name": name} for entry, name in zip(paths, names, strict=True)]
-
-
-# ------------------------------------------------------------------------------------------------------------- tables
 
 
 def _json_lists(path: Path) -> dict[str, list[dict]]:
@@ -519,9 +510,6 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
     return list(first.values())
 
 
-# ------------------------------------------------------------------------------------------------- splits and fractions
-
-
 def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dict]]:
     """Split -> rows of one table: as its rows say, or `test_share` of the patients for testing."""
     if any(row["split"] for row in rows):
@@ -558,9 +546,6 @@ def _chosen(left: set[Hashable], order: Sequence[Hashable], data_fraction: float
     # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
     count = math.ceil(data_fraction * len(left) - 1e-9)
     return set([owner for owner in order if owner in left][:count])
-
-
-# ----------------------------------------------------------------------------------------------------- files and names
 
 
 def _first(files: Files, folder: Path, key: str | None = None) -> Path | None:

@@ -33,8 +33,6 @@ Over all this lie a calibration offset of -15..15 HU, white noise of 22..32 HU s
 independently of the findings, and the findings independently of each other.
 """
 
-from __future__ import annotations
-
 import csv
 import gzip
 import json
@@ -195,7 +193,7 @@ class _Grid:
         c, s = math.cos(self.angle), math.sin(self.angle)
         return c * x - s * y, s * x + c * y
 
-    def around(self, centre: Sequence[float], reach: Sequence[float] | float) -> _Grid:
+    def around(self, centre: Sequence[float], reach: Sequence[float] | float) -> "_Grid":
         """The part within `reach` mm of `centre`, and a voxel more, so that differences exist at its border."""
         rx, ry, rz = np.broadcast_to(reach, 3)
         c, s = abs(math.cos(self.angle)), abs(math.sin(self.angle))

@@ -5,8 +5,6 @@ disk z is its fastest axis (axis codes SAR), so that a memory map of an uncompre
 C-contiguous array of which a random crop reads only what it needs. The affine tells it: any viewer is right.
 """
 
-from __future__ import annotations
-
 import csv
 import errno
 import hashlib
@@ -37,15 +35,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 from custom_components.data.sources import Scan, Source
-from custom_components.data.volume import (
-    Raw,
-    Unfit,
-    check_geometry,
-    check_voxels,
-    first_line,
-    linear_weights,
-    reading,
-)
+from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, first_line, linear_weights, reading
 from custom_components.errors import InputError
 from custom_components.files import file_stamp, remove_temporaries, remove_temporary, replacing
 

@@ -1,7 +1,5 @@
 """Transforms that read scans and label maps, so that each way of being bad ends in one line."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,7 +29,6 @@ class LoadCTd(MapTransform):
     For label maps use :class:`LoadLabeld`: one without any label would be refused here.
 
     Args:
-        keys: of the paths, which the volumes replace.
         hu_range: HU to clip to, or None. Clipping comes first, because interpolation would mix what scanners write
             outside their field of view (-3024) into the voxels at its edge.
         check_hu: whether to refuse intensities that cannot be HU: a chest has air (below -500) and tissue (above 0).
@@ -97,7 +94,6 @@ class LoadLabeld(MapTransform):
     class is a warning and kept: all of that scan is background.
 
     Args:
-        keys: of the paths, which the label maps replace.
         classes: names of classes 1, 2, ...; 0 is background.
         label_values: what a value of the file means, as `{"3": 1, "6": 0}`; other values are class indices already.
         image_key: of the scan, read before by :class:`LoadCTd`.

@@ -1,7 +1,5 @@
 """Results to disk: maps, labels and probabilities, in the geometry of the scan that they were made of."""
 
-from __future__ import annotations
-
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -37,12 +35,8 @@ class SaveMapsd(MapTransform):
     Args:
         keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
         names: of the S maps, such as sentences or classes.
-        output_dir: folder of all scans' results.
-        stem: of the maps' files.
-        table: file name of the table.
         columns: headers other than those above, as ``{"map": "class"}``.
         embedding_key: of the scan's embedding [C], or None.
-        allow_missing_keys: whether to do nothing where no maps were made.
     """
 
     def __init__(
@@ -87,7 +81,6 @@ class AppendProbabilitiesd(MapTransform):
     Args:
         keys: of the probabilities [C].
         classes: their C names, the columns.
-        output_dir: folder of all scans' results.
     """
 
     def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:
@@ -226,7 +219,6 @@ class SaveLabelsd(MapTransform):
     Args:
         keys: of the label maps, see :class:`LabelsInScand`.
         classes: names of classes 1, 2, ...
-        output_dir: folder of all scans' results.
     """
 
     def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:

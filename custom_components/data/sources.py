@@ -4,8 +4,6 @@ A source lists its scans, and reads one of them at a time into voxels, affine an
 or MONAI, because processes that do nothing but read start by the dozen.
 """
 
-from __future__ import annotations
-
 import ast
 import os
 import re
@@ -37,9 +35,6 @@ class Scan:
     label: str | None = None
     label_output: str | None = None
     metadata: Mapping[str, str] | None = None  # CT-RATE's row of its metadata table
-
-
-# ------------------------------------------------------------------------------------------------------- file formats
 
 
 def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Sequence[float]) -> Raw:
@@ -112,15 +107,11 @@ def _assumed(axcodes: str, spacing: Sequence[float]) -> str:
     return f"{axcodes} and {' x '.join(f'{s:g}' for s in spacing)} mm assumed"
 
 
-# ---------------------------------------------------------------------------------------------------------- data sets
-
-
 @dataclass
 class Source:
     """A data set: `scans()` lists it, `read(scan)` and `read_label(scan)` read one. Instances pickle to the workers.
 
     Attributes:
-        dataset_dir: the folder that the data set was downloaded to.
         tables: files and folders of lists, labels and reports, which are copied beside the prepared volumes.
         label_values: value in a published label map -> value in the prepared one, all others 0; empty: kept.
     """

@@ -4,8 +4,6 @@ Training, inference and preparation read and check through this file. It imports
 processes that do nothing but read start by the dozen, and ITK only with the first file that wants it.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -70,9 +68,6 @@ class Raw:
         steps = [max(1, round(size / 24)) for size in self.voxels.shape]
         some = self.voxels[tuple(slice(step // 2, None, step) for step in steps)].astype(np.float32).ravel()
         return some * np.float32(self.slope) + np.float32(self.intercept)
-
-
-# -------------------------------------------------------------------------------------------------------------- checks
 
 
 def is_hu(sample: np.ndarray) -> bool:
@@ -142,9 +137,6 @@ def _three_axes(path: Path, shape: Any) -> tuple[int, int, int]:
         found = _sizes(shape[:3]) + "".join(f", {size} channels" for size in shape[3:4])
         raise Unfit(f"{path} is not one 3D volume ({found}): export a single volume", "wrong_dimensions")
     return shape
-
-
-# ------------------------------------------------------------------------------------------------------------- readers
 
 
 def first_line(error: BaseException) -> str:

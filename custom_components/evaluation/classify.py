@@ -1,7 +1,5 @@
 """What a probe can tell of held-out volumes, and how much of that is the pre-training's."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,17 +43,14 @@ class ProbeEvaluation:
     other, ``confusion_matrix.png``.
 
     Args:
-        dataset: features or volumes to test on.
         classes: what the labels mean.
         network_classes: what the logits mean; differs from ``classes`` in an external test.
-        device: where the network is.
         valid_dataset: features or volumes of which the thresholds are chosen; None for 0.5 alone.
         merged_classes: class -> the network's classes that it stands for. Its probability is the largest of theirs,
             which needs no look at the labels; ``auroc_published`` reports the one of them whose AUROC is best on the
             test labels, as the authors do.
         checkpoint: weights to load first; None to take the network as it is.
         exclusive: whether exactly one class is true of a volume.
-        amp, num_workers: forward passes over volumes in bfloat16, and processes that read them.
 
     Raises:
         InputError: a class is neither the network's nor merged of such.

@@ -1,7 +1,5 @@
 """Contenders side by side, at several fractions of the labels, each as a run of the bundle."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import logging

@@ -1,7 +1,5 @@
 """What could explain a figure away: an untrained copy of the network, and the volume's HU histogram."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping
 from typing import Any

@@ -4,8 +4,6 @@ Slices are shown as radiologists see them: axial from below, so the patient's ri
 Volumes are in RAS axis order, as every preprocessing chain of this project leaves them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,9 +95,7 @@ class SentencePaneld(MapTransform):
     Args:
         keys: of the maps ``[S, X, Y, Z]``.
         sentences: the S sentences, or whatever else the maps are of.
-        output_dir: folder of all scans' results.
         quantity: what the maps hold.
-        allow_missing_keys: whether to pass over scans without maps.
     """
 
     def __init__(
@@ -181,7 +177,6 @@ class ContourPaneld(MapTransform):
     Args:
         keys: of the logits ``[C, X, Y, Z]``.
         classes: names of classes 1, 2, ...
-        output_dir: folder of all scans' results.
     """
 
     def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:

@@ -4,8 +4,6 @@ Intervals need each metric a thousand times, which would take scikit-learn minut
 once, as weights: a patient drawn twice counts twice.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a pre-trained SimCroP knows of held-out volumes, each figure beside the control that could explain it away."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -60,9 +58,6 @@ class PretrainEvaluation:
             where the data set has them, ``label`` (of the classes that ``sentences`` names, in their order), ``masks``
             and ``sentences`` of :func:`custom_components.data.lists.volumes`.
         sentences: class name -> the sentence that says it is present.
-        batch_size, num_workers: volumes per forward pass, and processes that read them.
-        text_mask_ratio: as in training.
-        seed: of the masks drawn here.
         num_baseline: training items that the baselines learn from.
         log_dir: TensorBoard folder whose curves are drawn, or None.
     """

@@ -1,7 +1,5 @@
 """Metrics as a person and a program read them: JSON, CSV, and the printed table."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """What a segmentation is worth: Dice, HD95 and surface Dice of scans, with intervals, and contenders side by side."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

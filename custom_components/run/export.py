@@ -5,8 +5,6 @@
 Imports the standard library alone, so that it runs in a second, without torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import hashlib

@@ -1,7 +1,5 @@
 """How a probe is fed: with volumes, or with features of its frozen encoder that are kept on disk."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json
@@ -117,7 +115,6 @@ class OnlineFeatures:
         network: the probe, on ``device``.
         read: deterministic transforms that every volume starts with.
         plain, augment: transforms that follow for evaluation, and for training.
-        amp: encode in bfloat16.
         seed: of order and augmentation.
         batch_size: volumes per forward pass of an evaluation.
     """

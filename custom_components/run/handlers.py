@@ -1,7 +1,5 @@
 """What a training does beside its steps: weight decay, learning rate, losses' parts, progress, last step, clipping."""
 
-from __future__ import annotations
-
 import math
 import sys
 import time
@@ -116,8 +114,7 @@ class TrainingProgress:
 @dataclass
 class LastStep:
     """Ends training at ``max_steps`` iterations exactly, within an epoch if need be, so that a cosine schedule reaches
-    its end. That epoch still counts as completed: its validation and its checkpoint are made.
-    """
+    its end. That epoch still counts as completed: its validation and its checkpoint are made."""
 
     max_steps: int
 

@@ -1,7 +1,5 @@
 """Forward passes: in bfloat16, by windows, and over scans of which some cannot be read."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Iterator, Sequence

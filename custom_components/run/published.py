@@ -1,7 +1,5 @@
 """Import of others' checkpoints: the SimCroP authors', and 2D masked autoencoders'."""
 
-from __future__ import annotations
-
 import logging
 import math
 import re

@@ -1,7 +1,5 @@
 """Checkpoints: written whole, resumed from exactly, the best weights kept, and none of a loss that is not finite."""
 
-from __future__ import annotations
-
 import logging
 import math
 import time
@@ -39,10 +37,7 @@ logger = logging.getLogger(__name__)
 class LossCheck:
     """Ends a training whose loss is no longer finite, and names the files of the batch.
 
-    The losses stay on the device until they are looked at together, since each look waits for it.
-
-    Args:
-        interval: iterations between two looks.
+    Losses stay on the device and are looked at together, every ``interval`` iterations, since each look waits for it.
     """
 
     dataloader: SeededDataLoader
@@ -278,7 +273,6 @@ class KeepBest:
     what it has to beat.
 
     Args:
-        network: whose state dict is written.
         evaluator, metric: the metric that counts; higher is better.
         patience: validations without improvement before the training ends; None never ends it.
     """

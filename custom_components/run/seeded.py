@@ -1,7 +1,5 @@
 """Batches in an order, and with random numbers, that depend on seed, epoch and place alone."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -54,7 +52,6 @@ class SeededDataLoader(DataLoader):
 
     Args:
         dataset: whose ``transform`` may be random, and whose ``data`` names each item's file under ``image``.
-        batch_size: items per batch of this process.
         kwargs: more of torch's DataLoader's arguments.
 
     Attributes:

@@ -1,7 +1,5 @@
 """How every run begins: errors in one line, the bundle's own components, processes, memory, seed."""
 
-from __future__ import annotations
-
 import errno
 import importlib
 import itertools

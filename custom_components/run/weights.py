@@ -1,7 +1,5 @@
 """Weights in and out: files that are safe to load, published checkpoints, and no silent random start."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import logging
