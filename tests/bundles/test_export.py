@@ -66,7 +66,7 @@ TASK = {
         "load": {f"encoder#{k}": v for k, v in SIZES.items()} | {"encoder#img_size": [64, 64, 32], "num_classes": 6},
         "inference": {"saliency": "all"},
         "overlays": overlays(
-            {name: {} for name in ("ct_rate", "radchestct", "luna16", "finetune", "evaluate")}
+            {name: {} for name in ("ct_rate", "radchestct", "luna16", "cached", "finetune", "evaluate")}
             | {"cc_ccii": {"exclusive": False, "select_by": "auroc"}}
             | {"external_radchestct": {"network_classes": "@classes", "merged_classes": {}}}
             | {"multi_gpu_train": {}, "multi_gpu_evaluate": {}},
