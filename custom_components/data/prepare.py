@@ -2,7 +2,7 @@
 
 A prepared volume is a NIfTI file of int16 HU, clipped, at `pixdim` mm, whose axes lie within 45 degrees of R, A, S. On
 disk z is its fastest axis (axis codes SAR), so that a memory map of an uncompressed file, turned to RAS, is a
-C-contiguous array of which a random crop reads only what it needs. The affine tells it: any viewer is right.
+C-contiguous array of which a random crop reads only what it needs. The affine says so: any viewer shows it right.
 """
 
 import csv
@@ -351,7 +351,7 @@ class _Manifest(io.FileIO):
             self.append(dict(zip(COLUMNS, COLUMNS)))
 
     def append(self, row: Mapping[str, Any]) -> None:
-        # no line ends within a cell, so that a cut-off line can be told
+        # no line ends within a cell, so that a cut-off line is recognised
         cells = [" ".join(str(row.get(column, "")).splitlines()) for column in COLUMNS]
         content = pd.DataFrame([cells]).to_csv(header=False, index=False, lineterminator="\n").encode()
         with _writing(self.name):

@@ -257,7 +257,7 @@ def _read_dicom(folder: Path) -> Any:
     import itk
 
     finder = itk.GDCMSeriesFileNames.New()
-    finder.SetUseSeriesDetails(True)  # tells slices apart that differ in orientation or size, such as a scout's
+    finder.SetUseSeriesDetails(True)  # a scout, of another orientation or size, is another series
     finder.SetDirectory(str(folder))
     series = [finder.GetFileNames(uid) for uid in finder.GetSeriesUIDs()]
     if len(series) != 1:

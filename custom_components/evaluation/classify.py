@@ -1,4 +1,4 @@
-"""What a probe can tell of held-out volumes, and how much of that is the pre-training's."""
+"""How well a probe classifies held-out volumes, and how much of that pre-training gives."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""What a pre-trained SimCroP knows of held-out volumes, each figure beside the control that could explain it away."""
+"""What a pre-trained SimCroP knows of held-out volumes, each figure beside its control."""
 
 import logging
 from collections import Counter, defaultdict
