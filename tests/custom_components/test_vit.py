@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -226,6 +226,7 @@ def test_attention_of_the_last_tokens_is_a_slice_of_that_of_all(first):
 
 
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.sampled_from([3, 16]))
+@example(1, 1, 34, 1, 3)
 @settings(max_examples=20, deadline=None)
 def test_bfloat16_attention_on_cpus_has_the_gradients_of_the_formula(batch, heads, queries, keys, channels):
     torch.manual_seed(0)
@@ -239,10 +240,12 @@ def test_bfloat16_attention_on_cpus_has_the_gradients_of_the_formula(batch, head
     assert type(output.grad_fn).__name__ == "CPUAttentionBackward"
     torch.testing.assert_close(output.double(), (weights @ exact[2]).detach(), atol=0.03, rtol=0.03)
     output.backward(grad)
-    for x, reference in zip(low, exact, strict=True):
+    for x, reference, terms in zip(low, exact, (keys, queries, queries), strict=True):
         error = (x.grad.double() - reference.grad).norm()
-        # rounding of one number is 2^-9; with one key the gradients of queries and keys are 0, and their noise is all
-        assert error <= 0.03 * reference.grad.norm() + 0.02 * math.sqrt(x.numel())
+        # rounding of one number is 2^-9; with one key the gradients of queries and keys are 0, and their noise is all;
+        # that of a sum grows with the root of its terms, however small the sum comes out
+        noise = 0.02 * max(1.0, math.sqrt(terms / 16))
+        assert error <= 0.03 * reference.grad.norm() + noise * math.sqrt(x.numel())
 
 
 def test_every_block_is_compiled_if_asked_and_nothing_else():
