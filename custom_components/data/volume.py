@@ -72,9 +72,10 @@ class Raw:
 
 def is_hu(sample: np.ndarray) -> bool:
     """Whether intensities can be HU of a trunk: it has air (below -500) and tissue (above 0), nothing far beyond."""
-    if not np.isfinite(sample).all():
-        return False
-    low, _, high = np.percentile(sample, PERCENTILES)
+    return bool(np.isfinite(sample).all()) and _are_hu(*np.percentile(sample, PERCENTILES))
+
+
+def _are_hu(low: float, _: float, high: float) -> bool:
     return bool(LOW_HU[0] < low < LOW_HU[1] and HIGH_HU[0] < high < HIGH_HU[1])
 
 
@@ -111,11 +112,10 @@ def check_voxels(path: str | os.PathLike, raw: Raw, check_hu: bool = True) -> np
         raise Unfit(f"{path} holds NaN or infinity in {count} of {voxels.size} voxels: export it again", "non_finite")
     if not np.isfinite([raw.slope, raw.intercept]).all() or raw.slope == 0:
         raise Unfit(f"{path} has a rescaling of {raw.slope:g} x + {raw.intercept:g}: correct its header", "not_hu")
-    sample = raw.sample()
-    percentiles = low, _, high = np.percentile(sample, PERCENTILES)
+    percentiles = low, _, high = np.percentile(raw.sample(), PERCENTILES)
     if low == high:
         raise Unfit(f"{path} is empty, 99 % of its voxels are {low:g}: export it again", "empty")
-    if check_hu and not is_hu(sample):
+    if check_hu and not _are_hu(*percentiles):
         raise Unfit(
             f"{path} has intensities from {low:g} to {high:g}, which are not HU (air is -1000, water 0): apply the "
             "rescale slope and intercept, once (those of CT-RATE's first version are in its metadata CSV)",
