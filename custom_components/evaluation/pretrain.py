@@ -138,7 +138,7 @@ class PretrainEvaluation:
             histograms += [hu_histogram(item["image"]) for item in items]
             statistics.append(mean_and_maximum(baseline["describe"], images).cpu().numpy())
             for embedder, sentences, found in zip(embedders, features, similar, strict=True):
-                patches = F.normalize(embedder.patches_and_embedding(images)[0].float(), dim=-1)
+                patches = self._patches(embedder, images)
                 found.append(self._similarities(patches, sentences))
                 if embedder is embedders[0]:
                     spread.append(patches.mean(1).square().sum(-1).cpu())
@@ -221,6 +221,16 @@ class PretrainEvaluation:
 
     def _encode(self, sentences: Sequence[str], embedder: VolumeEmbedder) -> Tensor:
         return encode_sentences(sentences, embedder.aligner, self.network.text_encoder, self.tokenizer)
+
+    @staticmethod
+    def _patches(embedder: VolumeEmbedder, images: Tensor) -> Tensor:
+        """Projected features of all patches, ``[B, N, D]`` of length 1."""
+        if embedder.aligner.align_layer == 0:  # what the blocks would make of them is not read
+            described = embedder.encoder.describe(images)
+            patches = embedder.aligner.patches(described, described, [])
+        else:
+            patches = embedder.patches_and_embedding(images)[0]
+        return F.normalize(patches.float(), dim=-1)
 
     def _similarities(self, patches: Tensor, sentences: Tensor) -> Similarities:
         """Of features ``[S, D]`` of sentences and normalised ones ``[B, N, D]`` of patches, on the CPU."""

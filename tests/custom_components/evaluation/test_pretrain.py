@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from monai.data import MetaTensor
 
 from custom_components.evaluation.controls import hu_histogram, untrained
-from custom_components.evaluation.pretrain import predict_blanked
+from custom_components.evaluation.pretrain import PretrainEvaluation, predict_blanked
 from custom_components.simcrop import Aligner, SimCroP, VolumeDecoder, VolumeEmbedder
 from custom_components.vit import SimCroPEncoder, unpatchify
 
@@ -74,3 +75,15 @@ def test_blanked_hidden_voxels_cannot_leak_through_the_scale_space():
         torch.testing.assert_close(*blanked)
         if not leaks:
             torch.testing.assert_close(seen[0], blanked[0])
+
+
+@pytest.mark.parametrize("align_layer", [0, 1, None])
+def test_patches_are_those_that_the_alignment_read(align_layer):
+    torch.manual_seed(0)
+    encoder = small_network(**STATISTICS).encoder
+    embedder = VolumeEmbedder(encoder, Aligner(24, 24, projection_size=16, align_layer=align_layer)).eval()
+    volume = torch.rand(2, 1, 16, 8, 8) - 0.9
+    with torch.no_grad():
+        expected = embedder.patches_and_embedding(volume)[0]
+        found = PretrainEvaluation._patches(embedder, volume)
+    torch.testing.assert_close(found, expected / expected.norm(dim=-1, keepdim=True))
