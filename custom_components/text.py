@@ -374,5 +374,5 @@ def encode_sentences(
         ids, index = zip(*tokenized[start : start + 64], strict=True)
         ids = pad_sequence(list(ids), batch_first=True, padding_value=text_encoder.pad_token_id).to(device)
         index = pad_sequence(list(index), batch_first=True, padding_value=-1).to(device)
-        features.append(aligner.sentences(text_encoder(ids), index, 1)[:, 0].float())
+        features.append(aligner.sentences(text_encoder.cached(ids), index, 1)[:, 0].float())
     return torch.cat(features)
