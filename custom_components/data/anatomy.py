@@ -391,14 +391,15 @@ def cohort(
     spacing: Sequence[float] = (4.0, 4.0, 8.0),
     seed: int = 42,
     num_workers: int = 2,
-    scans: Sequence[str] = tuple(SCANS),
+    scans: Sequence[str] | str = tuple(SCANS),
 ) -> str:
     """Write a cohort as :func:`custom_components.data.phantom.cohort` does, of `scans` deformed, and return its folder.
 
     Raises:
         InputError: a scan's package is not installed, or SCANS has no such scan; or as the phantom's.
     """
-    shape, spacing, scans = [int(n) for n in shape], [float(s) for s in spacing], list(scans)
+    shape, spacing = [int(n) for n in shape], [float(s) for s in spacing]
+    scans = [scans] if isinstance(scans, str) else list(scans)
     if unknown := sorted(set(scans) - set(SCANS)) or not scans:
         raise InputError(f"anatomy: scans {unknown or scans}: name one or more of {', '.join(SCANS)}")
     for name in scans:

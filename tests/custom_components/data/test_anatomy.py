@@ -24,7 +24,7 @@ from tests.conftest import BUNDLES
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)
 GRID = (4.0, 4.0, 8.0)
 LUNGS = [ORGANS["left lung"], ORGANS["right lung"]]
-SMALL = {"num_train": 2, "num_valid": 1, "num_workers": 1, "scans": ["slicerio"]}
+SMALL = {"num_train": 2, "num_valid": 1, "num_workers": 1, "scans": "slicerio"}
 
 each_scan = pytest.mark.parametrize(
     "scan",
