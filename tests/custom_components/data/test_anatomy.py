@@ -171,7 +171,7 @@ def test_sentence_names_side_and_level_of_its_mask(scan: str) -> None:
 @each_scan
 def test_plaque_lies_on_the_side_of_the_heart_that_its_artery_supplies(scan: str) -> None:
     checked = set()
-    for i in range(12):
+    for i in range(20):
         p = draw(scan, 3, i)
         mask = p.masks["Coronary artery wall calcification"]
         heart = p.organs == ORGANS["heart"]
