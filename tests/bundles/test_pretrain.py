@@ -75,6 +75,14 @@ def test_demo_table(bundle: Path) -> None:
     assert "no presence AUC of Medical material, " in (bundle / "stdout.txt").read_text()
 
 
+def test_trains_and_evaluates_on_real_anatomy(run_here: Callable, tmp_path: Path) -> None:
+    scans = {"dataset_dir#dataset_dir": tmp_path / "anatomy", "dataset_dir#scans": ["slicerio"]}
+    run_here([*TRAIN, "anatomy.json"], **TINY | {"max_epochs": 1}, **scans)
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["presence_auc"] and metrics["grounding"]["sentences"] > 0
+    assert (tmp_path / "models" / "encoder.pt").is_file() and (tmp_path / "anatomy" / "anatomy.json").is_file()
+
+
 def test_same_seed_same_losses(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     keys = TINY | {"dataset_dir": bundle / "data" / "phantom", "evaluate_after_training": False}
     keys = {k: v for k, v in keys.items() if not k.startswith("dataset_dir#")}
