@@ -218,8 +218,8 @@ def load_for_region(
 ) -> nn.Module:
     """Start a segmentation encoder from the pretrain bundle's ``models/encoder.pt``, whose grid may be another.
 
-    Patch embedding, statistics and blocks are taken. The class token has no counterpart, and the final norm starts fresh, as the
-    authors fine-tune it. With None the encoder stays random, with a warning.
+    Patch embedding, statistics and blocks are taken. The class token has no counterpart, and the final norm starts
+    fresh, as the authors fine-tune it. With None the encoder stays random, with a warning.
 
     Args:
         encoder: a :class:`custom_components.vit.SimCroPEncoder` without class token.

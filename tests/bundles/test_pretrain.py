@@ -423,5 +423,7 @@ def test_published_recipe() -> None:
 
 
 def test_demo_trains_by_the_recommended_recipe() -> None:
-    demo, recommended = (json.loads((BUNDLE / "configs" / f"{name}.json").read_text()) for name in ("demo", "recommended"))
+    demo, recommended = (
+        json.loads((BUNDLE / "configs" / f"{name}.json").read_text()) for name in ("demo", "recommended")
+    )
     assert {key: demo[key] for key in recommended} == recommended
