@@ -237,7 +237,7 @@ class PretrainEvaluation:
         pool, parts = self.loss.alignment, []
         for some in F.normalize(sentences, dim=-1).split(max(1, MAX_COSINES // patches[..., 0].numel())):
             cosine = torch.einsum("sd,vnd->svn", some, patches)
-            score = pool_patches(cosine, pool.align_pool, pool.top_k, pool.beta)[0]
+            score = pool_patches(cosine, pool.align_pool, pool.top_k, pool.beta)
             parts.append((score.cpu(), cosine.argmax(-1).cpu()))
         return Similarities(*map(torch.cat, zip(*parts, strict=True)))
 

@@ -138,7 +138,7 @@ class OnlineFeatures:
         self.inferer = AutocastInferer(self.amp)
 
     def encoder_key(self) -> str:
-        """SHA-256 of the encoder's weights, buffers, and the plain attributes (patch size, heads, eps) of its modules."""
+        """SHA-256 of the encoder's weights, buffers and plain attributes (patch size, heads, eps) of its modules."""
         digest = hashlib.sha256()
         for name, module in self.network.encoder.named_modules():
             plain = [
