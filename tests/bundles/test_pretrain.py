@@ -61,8 +61,8 @@ def test_demo_leaves_weights_curves_and_figures(bundle: Path) -> None:
 
 def test_demo_table(bundle: Path) -> None:
     metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
-    for name in ("masked_voxel_mse", "masked_token_accuracy"):
-        assert set(metrics[name]) == {"simcrop", "baseline"}
+    assert set(metrics["masked_voxel_mse"]) == {"simcrop", "baseline", "simcrop_blanked"}
+    assert set(metrics["masked_token_accuracy"]) == {"simcrop", "baseline"}
     assert metrics["presence_auc"]
     for entry in metrics["presence_auc"].values():
         assert {"simcrop", "random_encoder", "hu_histogram", "raw_statistics"} <= set(entry)
@@ -209,7 +209,7 @@ def test_training_alone_needs_no_validation_data(bundle: Path, run_here: Callabl
     ("dropped", "branches", "metrics"),
     [
         (["report", "volume"], ("report_decoder", "volume_decoder"), ["masked_token_accuracy", "masked_voxel_mse"]),
-        (["alignment"], ("aligner",), ["presence_auc", "grounding"]),
+        (["alignment", "instance"], ("aligner",), ["presence_auc", "grounding", "retrieval"]),
     ],
 )
 def test_a_loss_weight_of_zero_drops_the_branch(
