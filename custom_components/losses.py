@@ -213,11 +213,13 @@ class SimCroPLoss(nn.Module):
 
     def parts(self, pred: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each loss that has a weight, unweighted."""
-        return {
-            name: getattr(self, name)(*(pred[key] for key in keys))
-            for name, keys in READS.items()
-            if self.weights[name]
-        }
+        values = {}
+        for name, keys in READS.items():
+            if self.weights[name]:
+                first, *others = (pred[key] for key in keys)
+                # the instance level knows the first volumes of a batch alone: those that the blocks have encoded
+                values[name] = getattr(self, name)(first, *(other[: len(first)] for other in others))
+        return values
 
     def forward(self, pred: Mapping[str, Tensor], target: Tensor | None = None) -> Tensor:
         """``pred`` is the output of :class:`custom_components.simcrop.SimCroP`; ``target`` is not used."""

@@ -230,8 +230,8 @@ class SimCroP(nn.Module):
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
         align_ratio: share of patches that are aligned, drawn apart from the mask, patches of nothing but air last;
             None, as published, for the visible ones. For an aligner whose ``align_layer`` is 0.
-        report_ratio: share of a batch's reports that the report branch restores, the first ones; 1, as published, for
-            all. The text encoder reads each newly masked report, which at small size takes most of a step.
+        encode_ratio: share of a training batch's volumes, the first ones, that the blocks encode and whose voxels and
+            report are restored; 1, as published, for all. An alignment at layer 0 wants many volumes, and costs little.
     """
 
     def __init__(
@@ -243,7 +243,7 @@ class SimCroP(nn.Module):
         report_decoder: ReportDecoder | None = None,
         mask_ratio: float = 0.75,
         align_ratio: float | None = None,
-        report_ratio: float = 1.0,
+        encode_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         num_masked = round(encoder.num_patches * mask_ratio)
@@ -261,9 +261,11 @@ class SimCroP(nn.Module):
                     "set it to null to align the visible patches"
                 )
         self.num_aligned = None if align_ratio is None else max(1, round(encoder.num_patches * align_ratio))
-        if not 0 < report_ratio <= 1:
-            raise InputError(f"report_ratio {report_ratio} is to be above 0 and at most 1: change it")
-        self.report_ratio = report_ratio
+        if not 0 < encode_ratio <= 1 or (encode_ratio < 1 and align_ratio is None):
+            raise InputError(
+                f"encode_ratio {encode_ratio} is to be above 0, at most 1, and 1 where align_ratio is null: change it"
+            )
+        self.encode_ratio = encode_ratio
         self.encoder = encoder
         self.text_encoder = text_encoder
         self.volume_decoder = volume_decoder
@@ -300,24 +302,25 @@ class SimCroP(nn.Module):
         The report's tensors, int64, are as :class:`custom_components.text.ReportCollate` makes them.
 
         Returns:
-            Each if its branch is there: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]`` with the patches'
-            indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
-            ``sentence_hash [B, S]``, and with an instance level ``instance_features [B, 1, D]``;
+            Each if its branch is there, b of the B volumes being encoded: ``volume_pred`` and ``volume_target``
+            ``[b, m, voxels]`` with the patches' indices ``masked [b, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
+            ``sentence_hash [B, S]``, and with an instance level ``instance_features [b, 1, D]``;
             ``report_logits [M, vocabulary]`` and ``report_target [M]``.
         """
-        keep, masked = self.draw_masks(volume)
+        encoded = volume[: math.ceil(len(volume) * (self.encode_ratio if self.training else 1.0))]
+        keep, masked = self.draw_masks(encoded)
         if self.num_aligned is None:
-            described = aligned = self.encoder.describe(volume, keep)
+            described = aligned = self.encoder.describe(encoded, keep)
         else:
             everything = self.encoder.describe(volume)
-            described = gather_tokens(everything, keep)
+            described = gather_tokens(everything[: len(encoded)], keep)
             aligned = gather_tokens(everything, self.draw_aligned(volume, self.num_aligned))
-        tokens, hidden_states = self.encoder.transform(self.encoder.embed(volume, keep, described))
+        tokens, hidden_states = self.encoder.transform(self.encoder.embed(encoded, keep, described))
         patches = slice(self.encoder.num_prefix_tokens, None)
         output: dict[str, Tensor] = {}
         if self.volume_decoder is not None:
             output["volume_pred"] = self.volume_decoder(tokens, keep, masked)
-            output["volume_target"] = gather_tokens(patchify(volume, self.encoder.patch_size), masked)
+            output["volume_target"] = gather_tokens(patchify(encoded, self.encoder.patch_size), masked)
             output["masked"] = masked
         if self.aligner is not None:
             row, column = token_place.unbind(-1)
@@ -329,12 +332,11 @@ class SimCroP(nn.Module):
                 instance = hidden_states[-1][:, patches].mean(1, keepdim=True)
                 output["instance_features"] = self.aligner.instance_projection(instance)
         if self.report_decoder is not None:
-            some = slice(math.ceil(len(volume) * self.report_ratio))
-            ids, labels = report_ids[some], report_labels[some]
+            ids, labels = report_ids[: len(encoded)], report_labels[: len(encoded)]
             hidden = labels != -100
             padding = ids == self.text_encoder.pad_token_id
             features = self.text_encoder(ids)
-            output["report_logits"] = self.report_decoder(features, tokens[some, patches], padding, hidden)
+            output["report_logits"] = self.report_decoder(features, tokens[:, patches], padding, hidden)
             output["report_target"] = labels[hidden]
         return output
 

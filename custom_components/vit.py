@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from custom_components.cpu import attention
+from custom_components.distributed import gather_rows
 from custom_components.errors import InputError
 
 
@@ -155,14 +156,39 @@ class ScaleSpace(nn.Module):
         return torch.cat(extremes, dim=1).flatten(2).transpose(1, 2)
 
 
-# about the standard deviation over patches of chest CT of what tells a lesion; the shares of common HU vary more
-SPREAD = {"histogram": 0.05, "moments": 0.33, "scale_space": 0.05}
+class Standardize(nn.Module):
+    """Features of patches to mean 0 and standard deviation 1, as they are in the first batch that it trains on.
+
+    Fixed from then on, and stored with the weights; until then, features pass as they are.
+    """
+
+    smallest = 0.015  # a bin of the histogram that hardly a voxel falls into is not blown up any further
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(num_features))
+        self.register_buffer("std", torch.ones(num_features))
+        self.register_buffer("fitted", torch.tensor(False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, N, F]`` -> ``[B, N, F]``."""
+        if not torch.jit.is_scripting():
+            if self.training and not self.fitted:
+                self.fit(x)
+        return (x - self.mean) / self.std
+
+    @torch.jit.unused
+    def fit(self, x: Tensor) -> None:
+        x = x.double()
+        moments = torch.stack([x.mean((0, 1)), x.square().mean((0, 1))])
+        mean, square = torch.stack(gather_rows(moments[None])).mean((0, 1))  # of all processes
+        self.mean.copy_(mean)
+        self.std.copy_((square - mean.square()).clamp(min=0).sqrt().clamp(min=self.smallest))
+        self.fitted.fill_(True)
 
 
 class PatchStatistics(nn.Module):
     """What no small network learns in minutes to see in raw voxels: HU statistics of each patch, and its scale space.
-
-    Each divided by its ``SPREAD``, so that a network's first steps see them.
 
     Args:
         hu_bins: bins of the HU histogram, see :func:`hu_statistics`; 0 for no HU statistics.
@@ -179,7 +205,6 @@ class PatchStatistics(nn.Module):
     ) -> None:
         super().__init__()
         self.hu_bins = hu_bins
-        self.spread = list(SPREAD.values())
         self.patch_size = patch_size
         self.scale_space = ScaleSpace(scale_space, pixdim, grid, patch_size) if scale_space else None
         self.num_features = (hu_bins + 4 if hu_bins else 0) + 2 * len(scale_space)
@@ -194,11 +219,9 @@ class PatchStatistics(nn.Module):
     def compute(self, volume: Tensor) -> Tensor:
         statistics: list[Tensor] = []
         if self.hu_bins:
-            hu = hu_statistics(patchify(volume, self.patch_size), self.hu_bins)
-            statistics.append(hu[..., : self.hu_bins] / self.spread[0])
-            statistics.append(hu[..., self.hu_bins :] / self.spread[1])
+            statistics.append(hu_statistics(patchify(volume, self.patch_size), self.hu_bins))
         if self.scale_space is not None:
-            statistics.append(self.scale_space(volume) / self.spread[2])
+            statistics.append(self.scale_space(volume))
         return torch.cat(statistics, dim=-1)
 
 
@@ -260,7 +283,7 @@ class MLP(nn.Module):
 
 
 class StatisticsEmbed(nn.Module):
-    """Statistics of each patch, and its place, as tokens: a linear layer, positions, and a residual MLP.
+    """Statistics of each patch, and its place, as tokens: standardised, a linear layer, positions, a residual MLP.
 
     Voxels are kept out on purpose: they join after the alignment has read these tokens (``align_layer`` 0).
     """
@@ -268,6 +291,7 @@ class StatisticsEmbed(nn.Module):
     def __init__(self, statistics: PatchStatistics, hidden_size: int, mlp_dim: int) -> None:
         super().__init__()
         self.statistics = statistics
+        self.standardize = Standardize(statistics.num_features)
         self.proj = nn.Linear(statistics.num_features, hidden_size)
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6) if mlp_dim else None
         self.mlp = MLP(hidden_size, mlp_dim) if mlp_dim else None
@@ -275,7 +299,7 @@ class StatisticsEmbed(nn.Module):
 
     def forward(self, volume: Tensor, positions: Tensor, keep: Tensor | None = None) -> Tensor:
         """``[B, 1, X, Y, Z]`` in [-1, 1], positions ``[B, n, C]`` of the patches ``keep`` -> ``[B, n, C]``."""
-        statistics = self.statistics(volume)
+        statistics = self.standardize(self.statistics(volume))
         tokens = self.proj(statistics if keep is None else gather_tokens(statistics, keep)) + positions
         if self.norm is not None and self.mlp is not None:
             tokens = tokens + self.mlp(self.norm(tokens))

@@ -412,7 +412,7 @@ def test_published_recipe() -> None:
         "report_decoder_hidden_size": 768, "report_decoder_layers": 6, "report_decoder_heads": 6,
         "report_decoder_mlp_dim": 1536, "max_length": 512, "mask_ratio": 0.75, "text_mask_ratio": 0.75,
         "top_k": 32, "temperature": 0.07, "negatives": "report", "align_pool": "topk_mean", "align_layer": None,
-        "hu_bins": 0, "scale_space": [], "patch_projection": "mlp", "align_ratio": None, "report_ratio": 1.0,
+        "hu_bins": 0, "scale_space": [], "patch_projection": "mlp", "align_ratio": None, "encode_ratio": 1.0,
         "max_norm": None, "sentence_context": "report",
         "loss_weights": {"volume": 1.0, "alignment": 1.0, "report": 1.0, "instance": 0.0},
         "learning_rate": 1.5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_epochs": 20, "max_epochs": 200,

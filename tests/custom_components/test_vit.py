@@ -123,7 +123,7 @@ def test_statistics_make_tokens_that_the_voxels_join_later():
     embed = encoder.statistics
     for b in range(2):
         for place, n in enumerate(keep[b].tolist()):
-            token = embed.proj(statistics[b, n]) + encoder.pos_embed[0, 1 + n]
+            token = embed.proj(embed.standardize(statistics[b, n])) + encoder.pos_embed[0, 1 + n]
             torch.testing.assert_close(described[b, place], token + embed.mlp(embed.norm(token)), atol=1e-5, rtol=1e-5)
     voxels = F.linear(patchify(volume, PATCH_SIZE), encoder.patch_embed.proj.weight.flatten(1))
     expected = described + gather_tokens(voxels + encoder.patch_embed.proj.bias, keep)

@@ -128,7 +128,10 @@ def test_load_weights_fills_everything(tmp_path):
     ("change", "message"),
     [
         ({"norm.weight": None}, r"1 tensors missing, 0 of other size or not finite \(norm.weight\)"),
-        ({"norm.weight": torch.ones(25)}, r"0 tensors missing, 1 of other size or not finite \(norm.weight is \(25,\), not"),
+        (
+            {"norm.weight": torch.ones(25)},
+            r"0 tensors missing, 1 of other size or not finite \(norm.weight is \(25,\), not",
+        ),
         ({"norm.weight": torch.full((24,), torch.nan)}, "1 of other size or not finite .norm.weight holds values"),
     ],
 )
