@@ -100,10 +100,13 @@ def hu_statistics(patches: Tensor, num_bins: int) -> Tensor:
 
     Roots of the histogram's shares (so that a lesion of few voxels counts), mean, standard deviation, minimum, maximum.
     """
-    index = ((patches + 1) * (num_bins / 2)).long().clamp(0, num_bins - 1)
+    index = ((patches + 1) * (num_bins / 2)).clamp_(0, num_bins - 1).long()
     histogram = torch.zeros(patches.shape[0], patches.shape[1], num_bins, dtype=patches.dtype, device=patches.device)
-    histogram = histogram.scatter_add(2, index, torch.full_like(patches, 1.0 / patches.shape[2])).sqrt()
-    moments = [patches.mean(2), patches.std(2), patches.amin(2), patches.amax(2)]
+    histogram = histogram.scatter_add(2, index, torch.ones_like(patches)).div_(patches.shape[2]).sqrt_()
+    mean = patches.mean(2)
+    # from the sums: torch's own standard deviation takes half of the time of all statistics
+    variance = (patches.square().mean(2) - mean.square()).clamp_(min=0) * (patches.shape[2] / (patches.shape[2] - 1))
+    moments = [mean, variance.sqrt(), patches.amin(2), patches.amax(2)]
     return torch.cat([histogram, torch.stack(moments, dim=-1)], dim=-1)
 
 

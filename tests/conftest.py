@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import itk
 import pytest
@@ -70,21 +71,31 @@ def make_network(
     report: bool = True,
     mask_ratio: float = 0.75,
     align_layer: int | None = None,
+    instance: bool = False,
+    statistics: dict[str, Any] | None = None,
+    **keys: Any,
 ) -> SimCroP:
     """SimCroP with 4 x 2 x 4 = 32 patches, the asked-for branches only."""
     torch.manual_seed(seed)
     encoder = SimCroPEncoder(
-        img_size=(16, 8, 8), patch_size=(4, 4, 2), hidden_size=24, mlp_dim=32, num_layers=2, num_heads=3
+        img_size=(16, 8, 8),
+        patch_size=(4, 4, 2),
+        hidden_size=24,
+        mlp_dim=32,
+        num_layers=2,
+        num_heads=3,
+        **(statistics or {}),
     )
     return SimCroP(
         encoder,
         make_text_encoder(),
         VolumeDecoder(encoder, hidden_size=18, num_layers=1, num_heads=3) if volume else None,
-        Aligner(24, 24, projection_size=16, align_layer=align_layer) if alignment else None,
+        Aligner(24, 24, projection_size=16, align_layer=align_layer, instance=instance) if alignment else None,
         ReportDecoder(24, 24, VOCAB_SIZE, PAD, hidden_size=18, num_layers=1, num_heads=3, mlp_dim=32, max_length=64)
         if report
         else None,
         mask_ratio,
+        **keys,
     )
 
 

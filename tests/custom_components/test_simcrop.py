@@ -24,7 +24,7 @@ from custom_components.simcrop import (
     similarity,
 )
 from custom_components.text import TextEncoder, load_text_encoder
-from custom_components.vit import SimCroPEncoder, patchify, unpatchify, upsample_patches
+from custom_components.vit import SimCroPEncoder, gather_tokens, patchify, unpatchify, upsample_patches
 
 ROOT = Path(__file__).parents[2]
 BRANCHES = {"volume": "volume_decoder", "alignment": "aligner", "report": "report_decoder"}
@@ -220,6 +220,69 @@ def test_align_layer_says_which_tokens_are_aligned(network, batch, align_layer):
     tokens, hidden = model.encoder(inputs["volume"], keep)
     states = {None: tokens, 0: model.encoder.embed(inputs["volume"], keep), 1: hidden[0], 2: hidden[1]}
     torch.testing.assert_close(features, model.aligner.patch_projection(states[align_layer][:, 1:]))
+
+
+def test_aligned_patches_are_drawn_apart_from_the_mask_and_air_last(network, batch):
+    model, inputs = network(align_layer=0, align_ratio=0.75).eval(), batch()
+    inputs["volume"][:, :, :8] = -1.0  # half of the patches
+    drawn = model.draw_aligned(inputs["volume"], 24)
+    assert drawn.shape == (3, 24)
+    for row in drawn.tolist():
+        assert len(set(row)) == 24
+        assert set(range(16, 32)) < set(row)
+    torch.manual_seed(0)
+    features = model(**inputs)["patch_features"]
+    torch.manual_seed(0)
+    model.draw_masks(inputs["volume"])
+    described = gather_tokens(model.encoder.describe(inputs["volume"]), model.draw_aligned(inputs["volume"], 24))
+    torch.testing.assert_close(features, model.aligner.patch_projection(described))
+
+
+@pytest.mark.parametrize(
+    "keys", [{"align_ratio": 0.0}, {"align_ratio": 1.1}, {"align_layer": 1}, {"align_layer": None}]
+)
+def test_an_align_ratio_that_cannot_be_is_an_error(network, keys):
+    with pytest.raises(InputError, match="align_ratio .* is to be above 0, at most 1, and beside align_layer 0"):
+        network(**({"align_layer": 0, "align_ratio": 0.5} | keys))
+
+
+def test_encode_ratio_lets_the_blocks_encode_the_first_volumes_of_a_batch(network, batch):
+    model, inputs = network(align_layer=0, align_ratio=0.5, encode_ratio=0.5, instance=True), batch()
+    rows = {"volume_pred": 2, "volume_target": 2, "masked": 2, "instance_features": 2, "patch_features": 3}
+    output = model(**inputs)
+    assert {name: len(output[name]) for name in rows} == rows
+    labels = inputs["report_labels"][:2]
+    assert torch.equal(output["report_target"], labels[labels != -100])
+    assert {len(model.eval()(**inputs)[name]) for name in rows} == {3}
+
+
+@pytest.mark.parametrize("encode_ratio", [0.0, 1.5, 0.5])
+def test_an_encode_ratio_that_cannot_be_is_an_error(network, encode_ratio):
+    with pytest.raises(InputError, match=f"encode_ratio {encode_ratio} is to be above 0, at most 1, and 1 where"):
+        network(encode_ratio=encode_ratio)
+
+
+def test_instance_feature_is_the_projected_mean_of_the_last_blocks_visible_patches(network, batch):
+    model, inputs = network(instance=True).eval(), batch()
+    torch.manual_seed(0)
+    keep, _ = model.draw_masks(inputs["volume"])
+    torch.manual_seed(0)
+    features = model(**inputs)["instance_features"]
+    _, hidden = model.encoder(inputs["volume"], keep)
+    expected = model.aligner.instance_projection(hidden[-1][:, 1:].mean(1, keepdim=True))
+    torch.testing.assert_close(features, expected)
+
+
+@pytest.mark.parametrize(("statistics", "leaks"), [({"hu_bins": 4}, False), ({"scale_space": [2, 4]}, True)])
+def test_only_a_scale_space_shows_visible_patches_what_is_masked(network, batch, statistics, leaks):
+    model, inputs = network(statistics=statistics).eval(), batch()
+    keep, masked = model.draw_masks(inputs["volume"])
+    patches = patchify(inputs["volume"], (4, 4, 2))
+    for b, hidden in enumerate(masked):
+        patches[b, hidden] = 0.5
+    other = unpatchify(patches, (4, 2, 4), (4, 4, 2))
+    tokens = [model.encoder(volume, keep)[0] for volume in (inputs["volume"], other)]
+    assert torch.equal(*tokens) is not leaks
 
 
 def test_align_layer_beyond_the_last_block_is_an_error(network):

@@ -21,6 +21,7 @@ from custom_components.vit import (
     Block,
     ScaleSpace,
     SimCroPEncoder,
+    Standardize,
     compile_blocks,
     gather_tokens,
     hu_statistics,
@@ -129,6 +130,20 @@ def test_statistics_make_tokens_that_the_voxels_join_later():
     expected = described + gather_tokens(voxels + encoder.patch_embed.proj.bias, keep)
     torch.testing.assert_close(encoder.embed(volume, keep)[:, 1:], expected, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(encoder.embed(volume, keep, described)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_statistics_are_standardised_by_the_first_batch_trained_on_and_fixed_then():
+    standardize = Standardize(3)
+    x = torch.randn(4, 50, 3) * torch.tensor([2.0, 0.1, 0.001]) + 5
+    torch.testing.assert_close(standardize.eval()(x), x)
+    first = standardize.train()(x)
+    torch.testing.assert_close(first.mean((0, 1)), torch.zeros(3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(first.std((0, 1), correction=0)[:2], torch.ones(2), atol=1e-3, rtol=0)
+    assert first[..., 2].std() < 0.1  # next to nothing is not blown up
+    torch.testing.assert_close(standardize(x + 1)[..., 0], first[..., 0] + 1 / standardize.std[0])
+    resumed = Standardize(3)
+    resumed.load_state_dict(standardize.state_dict())
+    torch.testing.assert_close(resumed.train()(2 * x), standardize.eval()(2 * x))
 
 
 def test_without_statistics_a_patch_is_described_by_its_voxels():
