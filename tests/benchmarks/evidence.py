@@ -202,8 +202,8 @@ class Plan:
 
     Args:
         num_train, num_valid: volumes of the cohort; None for the demo's.
-        max_epochs: of every pre-training; None for what the configs say. For tests.
-        keys: of every pre-training beside. For tests.
+        max_epochs: of every pre-training, without warm-up; None for what the configs and variants say.
+        keys: stage -> keys that all its runs change besides.
     """
 
     out: Path
@@ -211,8 +211,7 @@ class Plan:
     num_train: int | None = None
     num_valid: int | None = None
     max_epochs: int | None = None
-    fractions: Sequence[float] = FRACTIONS
-    keys: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.out = Path(self.out).resolve()
@@ -248,12 +247,12 @@ class Plan:
     def _run(self, variant: str, seed: int, stage: str, bundle: str, overlays: Sequence[str], keys: Mapping) -> Run:
         folder = self.folder(variant, seed, stage)
         own = {"seed": seed, "models_dir": str(folder / "models"), "output_dir": str(folder / "eval")}
-        return Run(variant, seed, stage, folder, bundle, overlays, own | keys)
+        return Run(variant, seed, stage, folder, bundle, overlays, own | keys | dict(self.keys.get(stage, {})))
 
     def _pretrain_keys(self, variant: str, seed: int) -> dict[str, Any]:
         made = VARIANTS[variant]
         cohort = self.out / f"{self.cohort.name}_shuffled_{seed}" if made.shuffled else self.cohort
-        keys = {"dataset_dir": str(cohort), **made.keys, **self.keys}
+        keys = {"dataset_dir": str(cohort), **made.keys, **self.keys.get("pretrain", {})}
         if self.max_epochs is not None:
             keys |= {"max_epochs": self.max_epochs, "warmup_epochs": 0}
         return keys
@@ -273,8 +272,9 @@ class Plan:
             "dataset_dir": str(self.cohort),
             "pretrained": str(self.folder(variant, seed, "pretrain") / "models" / "encoder.pt"),
             "features_dir": str(self.folder(variant, seed, "probe") / "features"),
-            "fractions": list(self.fractions),
+            "fractions": list(FRACTIONS),
             "num_views": 1,
+            "checkpoint_interval": 100,  # of a few steps each
             "run": ["$@comparison()"],
         }
         if variant != REFERENCE:  # the bundle's controls do not depend on the variant
@@ -368,7 +368,7 @@ def run_all(chains: Sequence[Sequence[Run]], jobs: int) -> dict[Run, str]:
 
         with ThreadPoolExecutor(jobs) as pool:
             list(pool.map(follow, chains))
-    print(f"{len(seconds)} runs in {(time.monotonic() - start) / 60:.1f} min")
+    print(f"{len(seconds)} new runs in {(time.monotonic() - start) / 60:.1f} min")
     for run, failure in failures.items():
         print(f"\nfailed: {run}: {failure}", file=sys.stderr)
     return failures
@@ -695,10 +695,10 @@ def main() -> None:
     parser.add_argument("--list", action="store_true", help="list variants and what is done, and run nothing")
     parser.add_argument("--num_train", type=int, help="volumes to train on; the demo's without it")
     parser.add_argument("--num_valid", type=int, help="volumes to evaluate on; the demo's without it")
-    parser.add_argument("--max_epochs", type=int, help="of every pre-training, for tests")
-    parser.add_argument("--fractions", nargs="+", type=float, default=FRACTIONS, help="of the labels, for the probe")
+    parser.add_argument("--max_epochs", type=int, help="of every pre-training, without warm-up")
+    parser.add_argument("--keys", type=json.loads, default={}, help="stage -> keys of all its runs, as JSON")
     given = parser.parse_args()
-    sizes = {name: getattr(given, name) for name in ("num_train", "num_valid", "max_epochs", "fractions")}
+    sizes = {name: getattr(given, name) for name in ("num_train", "num_valid", "max_epochs", "keys")}
     plan = Plan(given.out, given.cohort_seed, **sizes)
     chains = [plan.runs(variant, seed, given.stages) for seed in given.seeds for variant in given.variants]
     if given.list:
