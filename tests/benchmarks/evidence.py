@@ -122,7 +122,7 @@ def on_command_line(value: Any) -> str:
     return "$None" if value is None else str(value)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Run:
     """One stage of a variant under one seed: a command, and the result that it leaves."""
 
@@ -166,10 +166,8 @@ class Run:
 
     def __call__(self, threads: int | None) -> str | None:
         """Run unless the result is there; returns what went wrong, or None."""
-        if (found := self.result()) is not None:
-            if found["settings"] == self.settings():
-                return None
-            return f"{self.folder} holds a result of other settings: remove that folder, or give another --out"
+        if self.result() is not None:
+            return None
         self.folder.mkdir(parents=True, exist_ok=True)
         path = os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"PYTHONPATH": path}
@@ -223,6 +221,12 @@ class Plan:
         self.cohort = self.out / f"cohort_{self.cohort_seed}_{self.num_train}_{self.num_valid}"
         parser["dataset_dir#dataset_dir"] = str(self.cohort)
         self._source = parser
+
+    def __str__(self) -> str:
+        text = f"Cohort of seed {self.cohort_seed}: {self.num_train} volumes to train on, {self.num_valid} held out"
+        changed = {"max_epochs": self.max_epochs} if self.max_epochs is not None else {}
+        changed |= self.keys
+        return f"{text}, {json.dumps(changed)}" if changed else text
 
     def write_cohorts(self, runs: Sequence[Run]) -> None:
         """Write what the runs share, before two of them would."""
@@ -339,6 +343,16 @@ def deal_reports_anew(cohort: Path, target: Path, seed: int) -> None:
     with open(table, "w", newline="", encoding="utf-8") as file:
         csv.writer(file, lineterminator="\n").writerows([header, *dealt])
     stage.rename(target)
+
+
+def refuse_other_settings(runs: Sequence[Run]) -> None:
+    """End unless the results that are there were made with the same configs and keys."""
+    other = [str(run.folder) for run in runs if (found := run.result()) and found["settings"] != run.settings()]
+    if other:
+        raise SystemExit(
+            f"error: {len(other)} results were made with other configs or keys ({other[0]}, ...): remove these folders, "
+            "or give another --out"
+        )
 
 
 def run_all(chains: Sequence[Sequence[Run]], jobs: int) -> dict[Run, str]:
@@ -526,7 +540,7 @@ BARS = (PRESENCE, HITS, "probe 10 %", LESIONS)
 CHANCE = {PRESENCE: 0.5, HITS: 0.0, "probe 10 %": 0.5}
 
 
-def markdown(results: Results, command: str, figures: Mapping[str, Path], folder: Path) -> str:
+def markdown(results: Results, made_of: str, figures: Mapping[str, Path], folder: Path) -> str:
     """The tables, and links to the figures."""
 
     def absolute(variant: str, measure: str) -> str:
@@ -540,7 +554,7 @@ def markdown(results: Results, command: str, figures: Mapping[str, Path], folder
     reference = results.get(REFERENCE, {})
     controls = sorted(name for name in every if ", " in name)
     parts = [
-        f"Made by `{command}`; seeds {', '.join(map(str, seeds))}. Mean, and in brackets the range over seeds.",
+        f"{made_of}; seeds of training {', '.join(map(str, seeds))}. Mean, and in brackets the range over seeds.",
         "#### What the sentences know",
         by_variant(results, LANGUAGE, absolute),
         "#### What the encoder knows",
@@ -588,7 +602,7 @@ MARKERS = "osD^vPX"
 
 
 def bars(results: Results, path: Path) -> None:
-    """A panel per measure, a bar per variant: the mean, and a dot for each seed."""
+    """A panel per measure, a bar per variant, from chance to the mean, and a dot for each seed."""
     shown = [name for name in BARS if any(values_of(seeds, name) for seeds in results.values())]
     figure = Figure(figsize=(3.2 + 3.0 * len(shown), 1.2 + 0.26 * len(results)), layout="constrained")
     variants = list(results)[::-1]
@@ -596,7 +610,8 @@ def bars(results: Results, path: Path) -> None:
         for place, variant in enumerate(variants):
             if values := list(values_of(results[variant], measure).values()):
                 colour = COLOURS[1] if variant == REFERENCE else COLOURS[5]
-                axes.barh(place, np.mean(values), color=colour, alpha=0.75, height=0.7)
+                start = CHANCE.get(measure, 0.0)
+                axes.barh(place, np.mean(values) - start, left=start, color=colour, alpha=0.75, height=0.7)
                 axes.plot(values, [place] * len(values), "o", color="black", markersize=3)
         if measure in CHANCE:
             axes.axvline(CHANCE[measure], color="grey", linestyle=":", label="chance")
@@ -610,7 +625,8 @@ def bars(results: Results, path: Path) -> None:
 def learning_curves(results: Results, epochs: Mapping[str, int], path: Path) -> None:
     """Presence AUC and hits minus shuffled of each finding over epochs, each budget a run of its own."""
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
-    for axes, title in zip(figure.subplots(1, 2), (PRESENCE, HITS), strict=True):
+    panels = figure.subplots(1, 2)
+    for axes, title in zip(panels, (PRESENCE, HITS), strict=True):
         measured = [name for found in results[REFERENCE].values() for name in found if name.startswith(f"{title}: ")]
         for i, name in enumerate(dict.fromkeys(measured)):
             points = [
@@ -622,16 +638,17 @@ def learning_curves(results: Results, epochs: Mapping[str, int], path: Path) -> 
             means = [np.mean([value for at, value in points if at == budget]) for budget in budgets]
             axes.plot(budgets, means, label=name.removeprefix(f"{title}: "), **style)
         axes.axhline(CHANCE[title], color="grey", linestyle=":", label="chance")
-        axes.set(xlabel="epochs of training", ylabel=title)
+        axes.set(xlabel="epochs of training", ylabel=title, xticks=sorted(set(epochs.values())))
         axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
     figure.savefig(path, dpi=120)
 
 
-def report(out: Path, command: str, docs: Path | None = None) -> None:
+def report(out: Path, made_of: str, docs: Path | None = None) -> None:
     """Write `evidence.json`, `evidence.csv`, `evidence.md` and the figures to `out`, of all results that it holds.
 
-    `docs` is a document with the two markers, which gets the tables too; the figures then go to its folder.
+    `made_of` says what the runs were; `docs` is a document with the two markers, which gets the tables too; the
+    figures then go to its folder.
     """
     results = read_results(out)
     if not results:
@@ -645,7 +662,7 @@ def report(out: Path, command: str, docs: Path | None = None) -> None:
         for variant, seeds in results.items()
         if variant != REFERENCE
     }
-    content = {"command": command, "values": results, "minus_recommended": paired}
+    content = {"made_of": made_of, "values": results, "minus_recommended": paired}
     with replacing(out / "evidence.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     with replacing(out / "evidence.csv") as temporary, open(temporary, "w", newline="") as file:
@@ -658,8 +675,11 @@ def report(out: Path, command: str, docs: Path | None = None) -> None:
         csv.writer(file).writerows([("variant", "seed", "measure", "value"), *rows])
 
     folder = out if docs is None else docs.parent
-    figures = {"ablation: means as bars, seeds as dots": folder / "evidence_ablation.png"}
-    bars(results, figures["ablation: means as bars, seeds as dots"])
+    figures: dict[str, Path] = {}
+    if any(set(BARS) & set(found) for seeds in results.values() for found in seeds.values()):
+        caption = "ablation: bars from chance to the mean, a dot for each seed"
+        figures[caption] = folder / "evidence_ablation.png"
+        bars(results, figures[caption])
     curve = {variant: epochs for variant in CURVE if variant in results and (epochs := epochs_of(out, variant))}
     if REFERENCE in curve and len(curve) > 1:
         figures["learning curves by finding"] = folder / "evidence_curves.png"
@@ -669,10 +689,10 @@ def report(out: Path, command: str, docs: Path | None = None) -> None:
         caption = "where the recommended recipe looked, and where the finding was, first of each finding"
         figures[caption] = folder / "evidence_sentences.png"
         shutil.copy(looked[0], figures[caption])
-    (out / "evidence.md").write_text(markdown(results, command, figures, out))
+    (out / "evidence.md").write_text(markdown(results, made_of, figures, out))
     if docs is not None:
         with replacing(docs) as temporary:
-            temporary.write_text(between_markers(docs.read_text(), markdown(results, command, figures, docs.parent)))
+            temporary.write_text(between_markers(docs.read_text(), markdown(results, made_of, figures, docs.parent)))
     print(f"written: {out / 'evidence.json'}, .csv, .md" + (f"; {docs}" if docs else ""))
 
 
@@ -708,9 +728,11 @@ def main() -> None:
             keys = ", ".join(f"{key} {json.dumps(value)}" for key, value in VARIANTS[name].keys.items())
             print(f"{name:20} {done} of {len(runs)} done  {VARIANTS[name].title}{': ' if keys else ''}{keys}")
         return
-    plan.write_cohorts([run for chain in chains for run in chain])
+    runs = [run for chain in chains for run in chain]
+    refuse_other_settings(runs)
+    plan.write_cohorts(runs)
     failures = run_all(chains, given.jobs)
-    report(plan.out, f"python -m tests.benchmarks.evidence {' '.join(sys.argv[1:])}", given.docs)
+    report(plan.out, str(plan), given.docs)
     sys.exit(1 if failures else 0)
 
 

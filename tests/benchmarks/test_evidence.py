@@ -26,6 +26,7 @@ from tests.benchmarks.evidence import (
     configured,
     deal_reports_anew,
     measures,
+    refuse_other_settings,
     report,
     run_all,
 )
@@ -170,11 +171,11 @@ def test_report_of_results_made_by_hand(tmp_path: Path) -> None:
     docs = tmp_path / "docs" / "page.md"
     docs.parent.mkdir()
     docs.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    report(tmp_path, "the command", docs)
-    report(tmp_path, "the command", docs)  # a second time changes nothing
+    report(tmp_path, "the cohort", docs)
+    report(tmp_path, "the cohort", docs)  # a second time changes nothing
     text = docs.read_text()
     assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
-    assert "the command" in text and "seeds 0, 1, 2" in text
+    assert "the cohort; seeds of training 0, 1, 2." in text
     # means over findings, one of which is 1.0 throughout
     assert "| recommended | 0.950 (0.900 to 1.000) | 0.500 (0.500 to 0.500) |" in text
     half = stats.t.ppf(0.975, 2) * 0.05 / 3**0.5
@@ -197,7 +198,7 @@ def test_report_wants_markers(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     page.write_text("no marker\n")
     with pytest.raises(SystemExit, match="lacks"):
-        report(tmp_path, "the command", page)
+        report(tmp_path, "the cohort", page)
     assert page.read_text() == "no marker\n"
 
 
@@ -240,9 +241,9 @@ def test_what_is_done_is_not_done_again_and_a_failure_stops_its_chain_alone(
     run_all([bad, good], jobs=2)
     assert [calls(run) for run in (*good, *bad)] == [1, 1, 2, 0]
     # results of other settings are not taken for these, and not thrown away either
-    failures = run_all([chain("random", max_epochs=3)], jobs=1)
-    assert "other settings" in next(iter(failures.values()))
-    assert [calls(run) for run in good] == [1, 1] and good[0].result() is not None
+    refuse_other_settings([*good, *bad])
+    with pytest.raises(SystemExit, match="2 results were made with other configs"):
+        refuse_other_settings(chain("random", max_epochs=3))
 
 
 def run_evidence(*arguments: str | Path) -> subprocess.CompletedProcess:
@@ -256,7 +257,7 @@ def result(out: Path, variant: str, stage: str, seed: int = 0) -> dict[str, Any]
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of an ablation of two variants, one of which has nothing to learn, through the command line."""
+    """The folder of an ablation of two variants, one of which has nothing to learn, through the cohort line."""
     out = tmp_path_factory.mktemp("evidence")
     done = run_evidence("--out", out, *TINY, "--variants", "recommended", "no_signal", "--seeds", "0")
     assert done.returncode == 0, done.stdout + done.stderr
