@@ -350,7 +350,7 @@ def refuse_other_settings(runs: Sequence[Run]) -> None:
     other = [str(run.folder) for run in runs if (found := run.result()) and found["settings"] != run.settings()]
     if other:
         raise SystemExit(
-            f"error: {len(other)} results were made with other configs or keys ({other[0]}, ...): remove these folders, "
+            f"error: {len(other)} results were made with other configs or keys ({other[0]}, ...): remove them, "
             "or give another --out"
         )
 
