@@ -189,7 +189,7 @@ class Run:
         }  # fmt: skip
         with replacing(self.result_file) as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n")
-        for large in (*self.folder.glob("models/checkpoint*.pt"), self.folder / "features"):
+        for large in [*self.folder.rglob("checkpoint*.pt"), self.folder / "features"]:
             shutil.rmtree(large) if large.is_dir() else large.unlink(missing_ok=True)
         return None
 
@@ -311,7 +311,6 @@ class Plan:
             "dataset_dir#dataset_dir": str(self.out / "cohort_segment"),
             "pretrained": str(self.folder(variant, seed, "pretrain") / "models" / "encoder.pt"),
             "pretrained_img_size": encoder.pop("img_size"),  # that key is of the region, which is the bundle's
-            "checkpoint": str(self.folder(variant, seed, "segment") / "models" / "model.pt"),
         }
         if variant != REFERENCE:  # from scratch is once enough
             keys["contenders"] = {"pretrained": {}}
