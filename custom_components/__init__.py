@@ -18,6 +18,7 @@ data/ how scans and reports come in, and how results go out:
     sources.py      public data sets as their publishers ship them
     prepare.py      raw data set -> analysis-ready volumes
     phantom.py      the demo's cohort
+    anatomy.py      the same on two real scans, deformed
 
 run/ what a training or an inference needs beyond MONAI's engines:
     start.py        the first call of every config
@@ -32,7 +33,8 @@ run/ what a training or an inference needs beyond MONAI's engines:
 
 evaluation/ what the results are worth:
     pretrain.py  classify.py  segment.py   one file a bundle
-    controls.py     untrained copy, HU histogram
+    grounding.py retrieval.py   of pretrain: places of sentences, volumes of reports
+    controls.py     untrained copy, HU histogram, raw statistics
     compare.py      contenders at fractions of the labels, by running the bundle
     metrics.py  report.py  figures.py      scores and intervals, tables, pictures
 

@@ -3,6 +3,7 @@
 Under torchrun each is the mean over the batches of all processes, whatever each of them has.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -15,32 +16,38 @@ from custom_components.errors import InputError
 MASKED = -1e9  # not -inf: logsumexp over a fully masked row would send NaN back
 
 
-def pool_patches(cosine: Tensor, align_pool: str, top_k: int, beta: float) -> tuple[Tensor, Tensor]:
-    """A sentence's cosines ``[..., n]`` to the n patches of a volume -> one score, and the patches' weights.
+def pool_patches(cosine: Tensor, align_pool: str, top_k: int, beta: float) -> Tensor:
+    """A sentence's cosines ``[..., n]`` to the n patches of a volume -> one score ``[...]`` on the scale of a cosine.
 
     Args:
         align_pool: ``topk_mean`` (published): mean over the ``top_k`` most similar patches. ``lse``: log-mean-exp
             with sharpness ``beta`` over all patches, which lets every patch compete for the gradient.
 
-    Returns:
-        score ``[...]`` on the scale of a cosine, and weights ``[..., n]`` that sum to 1: the aligned visual feature is
-        the patch features' mean under them.
-
     Raises:
-        InputError: ``top_k`` exceeds the number of patches, or ``align_pool`` is unknown.
+        InputError: ``top_k`` exceeds the number of patches.
     """
-    if align_pool == "topk_mean":
-        if top_k > cosine.shape[-1]:
-            raise InputError(
-                f"top_k is {top_k}, but only {cosine.shape[-1]} patches of a volume are visible: "
-                "lower top_k or mask_ratio, or take smaller patches (patch_size)"
-            )
-        values, index = cosine.topk(top_k, dim=-1)
-        return values.mean(-1), torch.zeros_like(cosine).scatter(-1, index, 1.0 / top_k)
     if align_pool == "lse":
-        log_patches = torch.log(torch.tensor(float(cosine.shape[-1]), device=cosine.device))
-        return (torch.logsumexp(beta * cosine, dim=-1) - log_patches) / beta, (beta * cosine).softmax(-1)
-    raise InputError(f"align_pool {align_pool!r} is unknown: choose topk_mean or lse")
+        return (torch.logsumexp(beta * cosine, dim=-1) - math.log(cosine.shape[-1])) / beta
+    return most_similar(cosine, top_k)[0].mean(-1)
+
+
+def patch_weights(cosine: Tensor, align_pool: str, top_k: int, beta: float) -> Tensor:
+    """The derivative of :func:`pool_patches`: weights ``[..., n]`` that sum to 1.
+
+    The patch features' mean under them is the aligned visual feature.
+    """
+    if align_pool == "lse":
+        return (beta * cosine).softmax(-1)
+    return torch.zeros_like(cosine).scatter(-1, most_similar(cosine, top_k)[1], 1.0 / top_k)
+
+
+def most_similar(cosine: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    if top_k > cosine.shape[-1]:
+        raise InputError(
+            f"top_k is {top_k}, but only {cosine.shape[-1]} patches of a volume are visible: "
+            "lower top_k or mask_ratio, or take smaller patches (patch_size)"
+        )
+    return cosine.topk(top_k, dim=-1)
 
 
 class MaskedVolumeLoss(nn.Module):
@@ -93,6 +100,8 @@ class SimilarityAlignmentLoss(nn.Module):
         super().__init__()
         if negatives not in ("report", "volume", "both"):
             raise InputError(f"negatives {negatives!r} is unknown: choose report, volume or both")
+        if align_pool not in ("topk_mean", "lse"):
+            raise InputError(f"align_pool {align_pool!r} is unknown: choose topk_mean or lse")
         self.top_k = top_k
         self.temperature = temperature
         self.negatives = negatives
@@ -103,7 +112,7 @@ class SimilarityAlignmentLoss(nn.Module):
         """Sentences ``[S, D]``, and patches ``[V, n, D]`` of V volumes -> pooled cosines ``[S, V]`` float32."""
         patches = F.normalize(patch_features.float(), dim=-1)
         cosine = torch.einsum("sd,vnd->svn", F.normalize(sentence_features.float(), dim=-1), patches)
-        return pool_patches(cosine, self.align_pool, self.top_k, self.beta)[0]
+        return pool_patches(cosine, self.align_pool, self.top_k, self.beta)
 
     def forward(self, patch_features: Tensor, sentence_features: Tensor, sentence_hash: Tensor) -> Tensor:
         """Of projected visible patches ``[B, n, D]`` and projected sentences ``[B, S, D]``.
@@ -126,7 +135,7 @@ class SimilarityAlignmentLoss(nn.Module):
             return mean_over_ranks((patches.sum() + sentences.sum()) * 0.0, 0)
         queries = F.normalize(sentences, dim=-1)
         cosine = queries @ F.normalize(patches, dim=-1).transpose(1, 2)  # b s n
-        weights = pool_patches(cosine, self.align_pool, self.top_k, self.beta)[1]
+        weights = patch_weights(cosine, self.align_pool, self.top_k, self.beta)
         aligned = F.normalize(weights @ patches, dim=-1)  # b s d
         logits = queries @ aligned.transpose(1, 2) / self.temperature  # b sentence aligned
         target = torch.arange(real.shape[1], device=real.device).expand_as(real)[rows]

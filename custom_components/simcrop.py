@@ -228,8 +228,8 @@ class SimCroP(nn.Module):
         text_encoder: frozen; see :func:`custom_components.text.load_text_encoder`.
         volume_decoder, aligner, report_decoder: the three branches; one that is None is not computed.
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
-        align_ratio: share of patches that are aligned, drawn apart from the mask, patches of nothing but air last; None,
-            as published, for the visible ones. For an aligner whose ``align_layer`` is 0.
+        align_ratio: share of patches that are aligned, drawn apart from the mask, patches of nothing but air last;
+            None, as published, for the visible ones. For an aligner whose ``align_layer`` is 0.
         report_ratio: share of a batch's reports that the report branch restores, the first ones; 1, as published, for
             all. The text encoder reads each newly masked report, which at small size takes most of a step.
     """
@@ -257,8 +257,8 @@ class SimCroP(nn.Module):
             aligner.check(encoder)
             if align_ratio is not None and (aligner.align_layer or not 0 < align_ratio <= 1):
                 raise InputError(
-                    f"align_ratio {align_ratio} is to be above 0, at most 1, and beside align_layer 0: change it, or set "
-                    "it to null to align the visible patches"
+                    f"align_ratio {align_ratio} is to be above 0, at most 1, and beside align_layer 0: change it, or "
+                    "set it to null to align the visible patches"
                 )
         self.num_aligned = None if align_ratio is None else max(1, round(encoder.num_patches * align_ratio))
         if not 0 < report_ratio <= 1:
@@ -302,7 +302,8 @@ class SimCroP(nn.Module):
         Returns:
             Each if its branch is there: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]`` with the patches'
             indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
-            ``sentence_hash [B, S]``, and with an instance level ``instance_features [B, 1, D]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
+            ``sentence_hash [B, S]``, and with an instance level ``instance_features [B, 1, D]``;
+            ``report_logits [M, vocabulary]`` and ``report_target [M]``.
         """
         keep, masked = self.draw_masks(volume)
         if self.num_aligned is None:

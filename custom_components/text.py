@@ -47,8 +47,22 @@ def sentence_hash(sentence: str) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1 or 1
 
 
-def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | None = None) -> list[str]:
+def prompts(sentences: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
+    """Class -> the sentences that say it is present, from a mapping that may hold one alone.
+
+    Raises:
+        InputError: a class has none.
+    """
+    found = {name: [said] if isinstance(said, str) else list(said) for name, said in sentences.items()}
+    if empty := [name for name, said in found.items() if not said]:
+        raise InputError(f"sentences has none for {empty[0]!r}: give one, or several in a list")
+    return found
+
+
+def queries(sentences: str | Sequence[str] | Mapping[str, str | Sequence[str]], report: str | None = None) -> list[str]:
     """The sentences to look for: those of a report text if one is given, else ``sentences``, in any of their forms.
+
+    Of a class with several sentences, its first: each is a map of the scan's size.
 
     Raises:
         InputError: there is no sentence.
@@ -58,7 +72,7 @@ def queries(sentences: str | Sequence[str] | Mapping[str, str], report: str | No
     elif isinstance(sentences, str):
         found = [sentences]
     else:
-        found = list(sentences.values() if isinstance(sentences, Mapping) else sentences)
+        found = [said[0] for said in prompts(sentences).values()] if isinstance(sentences, Mapping) else list(sentences)
     if not found:
         raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
     return found

@@ -109,8 +109,8 @@ def hu_statistics(patches: Tensor, num_bins: int) -> Tensor:
 class ScaleSpace(nn.Module):
     """How strongly each patch holds something brighter or darker than what surrounds it, of several sizes.
 
-    Differences of Gaussians (Lindeberg, IJCV 1998), sampled about every two of the smallest widths; of each, the patch's
-    maximum and minimum. A Gaussian reaches into neighbouring patches, masked ones included.
+    Differences of Gaussians (Lindeberg, IJCV 1998), sampled about every two of the smallest widths; of each, the
+    patch's maximum and minimum. A Gaussian reaches into neighbouring patches, masked ones included.
 
     Args:
         sigmas: widths in mm, ascending; each of them minus the next one's, the last one's minus 1.6 times itself.

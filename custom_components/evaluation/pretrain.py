@@ -22,34 +22,45 @@ from transformers import PreTrainedTokenizerBase
 
 from custom_components.data.lists import mask_file_name
 from custom_components.evaluation import figures
-from custom_components.evaluation.controls import histogram_auc, hu_histogram, untrained
+from custom_components.evaluation.controls import (
+    hu_histogram,
+    mean_and_maximum,
+    patch_statistics,
+    regression_auc,
+    untrained,
+)
 from custom_components.evaluation.figures import CT, HEAT, outline_plane, show_plane, spacing_of
+from custom_components.evaluation.grounding import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
 from custom_components.evaluation.report import write_report
-from custom_components.losses import SimCroPLoss
+from custom_components.evaluation.retrieval import draw_pools, retrieval
+from custom_components.losses import SimCroPLoss, pool_patches
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
-from custom_components.text import ReportCollate, encode_sentences
+from custom_components.text import ReportCollate, encode_sentences, prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
 
 logger = logging.getLogger(__name__)
 
-
-def patches_of_mask(mask: Tensor, patch_size: Sequence[int]) -> Tensor:
-    """``[1, X, Y, Z]`` mask -> ``[N]`` bool: which patches overlap it."""
-    return patchify(mask[None].float(), tuple(patch_size))[0].amax(-1) > 0
+MAX_COSINES = 2**25  # of sentences and patches, held at a time
 
 
 @dataclass
 class PretrainEvaluation:
-    """Masked modelling, presence and grounding on held-out volumes, as far as the data set has labels and masks.
+    """Masked modelling, presence, grounding, retrieval on held-out volumes, as far as the data set has what they take.
 
-    - ``masked_voxel_mse``: against the mean of the training volumes at the same place.
+    - ``masked_voxel_mse``: against the mean of the training volumes at the same place. A scale space reaches into
+      masked patches: ``simcrop_blanked`` is the error where that mean replaces them before the encoder sees the volume.
     - ``masked_token_accuracy``: against always answering the training reports' most frequent token.
-    - ``presence_auc``: AUROC over volumes of each finding's sentence by the sentence-volume score, on unmasked volumes;
-      beside untrained encoder and projections, and a logistic regression on the volume's HU histogram.
+    - ``presence_auc``: AUROC over volumes of each finding by the mean sentence-volume score of its prompts, on unmasked
+      volumes; beside untrained encoder and projections, and logistic regressions, with labels, on the volume's HU
+      histogram and on the statistics of its patches (``raw_statistics``).
     - ``grounding``: share of finding sentences whose most similar patch overlaps the finding's mask (``hit``); beside
       the same sentences on all other volumes (``hit_shuffled``), a patch drawn at random (``chance``), and the patch
       that the other volumes' masks of that finding cover most often (``no_image_prior``). Only ``hit`` above
       ``hit_shuffled`` speaks of the image.
+    - ``side_specificity``, ``level_specificity``: see :func:`custom_components.evaluation.grounding.specificity`.
+    - ``retrieval`` of a report's volume: see :func:`custom_components.evaluation.retrieval.retrieval`.
+    - Collapse: mean cosine of a volume's patches and of distinct sentences, near 1 where all are alike; and effective
+      rank of the patches, exp of the entropy of their normalised singular values (RankMe, Garrido et al. 2023).
 
     Args:
         loss: of pre-training; its targets and its pooling of patches count.
@@ -57,7 +68,7 @@ class PretrainEvaluation:
         dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and,
             where the data set has them, ``label`` (of the classes that ``sentences`` names, in their order), ``masks``
             and ``sentences`` of :func:`custom_components.data.lists.volumes`.
-        sentences: class name -> the sentence that says it is present.
+        sentences: class name -> its prompts: the sentence that says it is present, or several.
         num_baseline: training items that the baselines learn from.
         log_dir: TensorBoard folder whose curves are drawn, or None.
     """
@@ -67,7 +78,7 @@ class PretrainEvaluation:
     tokenizer: PreTrainedTokenizerBase
     train_dataset: Dataset
     dataset: Dataset
-    sentences: Mapping[str, str]
+    sentences: Mapping[str, str | Sequence[str]]
     output_dir: str | Path
     batch_size: int = 8
     num_workers: int = 0
@@ -75,6 +86,9 @@ class PretrainEvaluation:
     seed: int = 42
     num_baseline: int = 1024
     log_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        self.prompts = prompts(self.sentences)
 
     @torch.inference_mode()
     def __call__(self) -> dict[str, Any]:
@@ -97,118 +111,180 @@ class PretrainEvaluation:
     def _metrics(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The metrics, and the places of finding sentences that they speak of."""
         baseline = self._baseline()
-        places, prompts = [], list(self.sentences.values())
-        if self.network.aligner is not None:
-            places = self._places()
+        aligned = self.network.aligner is not None
+        places, embedders, features = [], [], []
+        if aligned:
+            places, reports = self._places(), [split_sentences(item["findings"]) for item in self.dataset.data]
+            pools = draw_pools(reports, self.seed)
+            said = [sentence for prompts in self.prompts.values() for sentence in prompts]
+            said += [place["sentence"] for place in places]
+            said += [sentence for pool in pools for volume in pool for sentence in reports[volume]]
+            number = len(set(said))
+            said += [sentence for place in places for _, sentence in place["swapped"].values()]
+            rows = {sentence: row for row, sentence in enumerate(dict.fromkeys(said))}
             trained = VolumeEmbedder(self.network.encoder, self.network.aligner)
-            random_embedder = untrained(trained)
-            features = self._encode([*prompts, *(place["sentence"] for place in places)], trained)
-            random_features = self._encode(prompts, random_embedder)
+            embedders = [trained, untrained(trained)]
+            features = [self._encode(list(rows), embedder) for embedder in embedders]
 
         collate = ReportCollate(self.tokenizer, self.text_mask_ratio)
-        # metric of masked modelling -> sums for SimCroP and for the baseline, and how many values they are of
-        sums = defaultdict(lambda: np.zeros(3))
-        similar, random, histograms = [], [], []
+        # figure -> sums of each kind of guess, and how many values they are of
+        sums: dict[str, Counter] = defaultdict(Counter)
+        similar: list[list[Similarities]] = [[] for _ in embedders]
+        histograms, statistics, spread, gram = [], [], [], 0.0
         for items in self._batches(self.dataset, "held-out volumes"):
             start = len(histograms)
             images = torch.stack([item["image"].as_tensor() for item in items]).to(self.device)
             self._add_masked(sums, images, collate(items), baseline)
             histograms += [hu_histogram(item["image"]) for item in items]
-            if self.network.aligner is not None:
-                similar.append(self._similarities(trained, images, features))
-                random.append(self._similarities(random_embedder, images, random_features)[0])
+            statistics.append(mean_and_maximum(baseline["describe"], images).cpu().numpy())
+            for embedder, sentences, found in zip(embedders, features, similar, strict=True):
+                patches = self._patches(embedder, images)
+                found.append(self._similarities(patches, sentences))
+                if embedder is embedders[0]:
+                    spread.append(patches.mean(1).square().sum(-1).cpu())
+                    gram = gram + (patches.transpose(1, 2) @ patches).double().sum(0)
             for place in places:
                 if start <= place["volume"] < start + len(items):
                     mask = self._mask(place, items[place["volume"] - start]["image"])
                     place["patches"] = patches_of_mask(mask, self.network.encoder.patch_size)
+                    place["half"] = {name: opposites.half(mask) for name, opposites in OPPOSITES.items()}
 
-        metrics: dict[str, Any] = {
-            name: {"simcrop": float(own / number), "baseline": float(control / number)}
-            for name, (own, control, number) in sums.items()
-            if number
-        }
-        if similar:
-            scores, patches, spread = (torch.cat(part, -1) for part in zip(*similar, strict=True))
-            # near 1: all patches are alike, which monai's EmbeddingCollapseMetric, that centres them, cannot see
-            metrics["patch_patch_cosine"] = spread.mean().item()
-            metrics["presence_auc"] = self._presence(scores, torch.cat(random, -1), baseline, np.stack(histograms))
+        metrics: dict[str, Any] = {}
+        for name, found in sums.items():
+            if total := found.pop("values"):
+                metrics[name] = {guess: float(value / total) for guess, value in found.items()}
+        if aligned:
+            own, random = (Similarities(*(torch.cat(p, 1) for p in zip(*found, strict=True))) for found in similar)
+            # near 1: all are alike, which monai's EmbeddingCollapseMetric, that centres them, cannot see
+            metrics["patch_patch_cosine"] = torch.cat(spread).mean().item()
+            if number > 1:
+                total = F.normalize(features[0][:number], dim=-1).sum(0).square().sum()
+                metrics["sentence_sentence_cosine"] = ((total - number) / (number * (number - 1))).item()
+            values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+            metrics["patch_effective_rank"] = torch.special.entr(values / values.sum()).sum().exp().item()
+            told = {"hu_histogram": np.stack(histograms), "raw_statistics": np.concatenate(statistics)}
+            metrics["presence_auc"] = self._presence(own.scores, random.scores, rows, baseline, told)
             # a finding outside of the cropped volume, or too small for its grid, cannot be hit
-            seen = [i for i, place in enumerate(places) if place["patches"].any()]
-            if seen:
-                places = [places[i] for i in seen]
-                metrics["grounding"] = grounding(places, patches[len(prompts) :][seen])
+            places = [place for place in places if place["patches"].any()]
+            if places:
+                metrics["grounding"] = grounding(places, own.most_similar[[rows[p["sentence"]] for p in places]])
+            for name, opposites in OPPOSITES.items():
+                if cases := _cases(places, name, rows):
+                    grid = self.network.encoder.grid
+                    metrics[f"{name}_specificity"] = specificity(cases, own, random, opposites, grid, self.seed)
+            if pools:
+                of_reports = {v: [rows[sentence] for sentence in reports[v]] for pool in pools for v in pool}
+                metrics["retrieval"] = retrieval(pools, of_reports, own.scores, random.scores)
         return metrics, places
 
     def _baseline(self) -> dict[str, Any]:
-        """What can be said of a volume and a report without looking at them, learned from training items."""
-        total, tokens, histograms, labels = 0.0, Counter(), [], []
+        """What can be said of a volume and a report without the network, learned from training items."""
+        encoder, subset = self.network.encoder, range(min(self.num_baseline, len(self.train_dataset)))
+        describe, voxels, target = None, 0.0, 0.0
+        tokens, histograms, statistics, labels = Counter(), [], [], []
         special = set(self.tokenizer.all_special_ids)
-        subset = Subset(self.train_dataset, range(min(self.num_baseline, len(self.train_dataset))))
-        for items in self._batches(subset, "training volumes, for the baselines"):
+        for items in self._batches(Subset(self.train_dataset, subset), "training volumes, for the baselines"):
+            describe = describe or patch_statistics(encoder, spacing_of(items[0]["image"])).to(self.device)
+            images = torch.stack([item["image"].as_tensor() for item in items]).to(self.device)
+            patches = patchify(images, encoder.patch_size)
+            voxels, target = voxels + patches.sum(0), target + self.loss.volume.target(patches).sum(0)
+            statistics.append(mean_and_maximum(describe, images).cpu().numpy())
             for item in items:
-                patches = patchify(item["image"].as_tensor()[None], self.network.encoder.patch_size)
-                total = total + self.loss.volume.target(patches)[0]
                 tokens.update(token for token in item["report_ids"].tolist() if token not in special)
                 histograms.append(hu_histogram(item["image"]))
                 labels += [item["label"]] if "label" in item else []
         return {
-            "patches": (total / len(subset)).to(self.device),
+            "voxels": voxels / len(subset),
+            "target": target / len(subset),
             "token": tokens.most_common(1)[0][0] if tokens else -1,
-            "histograms": np.stack(histograms),
+            "describe": describe,
+            "hu_histogram": np.stack(histograms),
+            "raw_statistics": np.concatenate(statistics),
             "labels": np.stack(labels) if len(labels) == len(subset) else None,
         }
 
-    def _add_masked(self, sums: dict[str, np.ndarray], images: Tensor, batch: Mapping, baseline: Mapping) -> None:
+    def _add_masked(self, sums: dict[str, Counter], images: Tensor, batch: Mapping, baseline: Mapping) -> None:
         output = self.network(images, **{k: v.to(self.device) for k, v in batch.items() if k != "image"})
         if "volume_pred" in output:
-            target = self.loss.volume.target(output["volume_target"])
-            guesses = output["volume_pred"].float(), baseline["patches"][output["masked"]]
-            errors = [(guess - target).square().sum().item() for guess in guesses]
-            sums["masked_voxel_mse"] += [*errors, target.numel()]
+            target, masked = self.loss.volume.target(output["volume_target"]), output["masked"]
+            guesses = {"simcrop": output["volume_pred"], "baseline": baseline["target"][masked]}
+            statistics = self.network.encoder.statistics
+            if statistics is not None and statistics.statistics.scale_space is not None:
+                guesses["simcrop_blanked"] = predict_blanked(self.network, images, masked, baseline["voxels"])
+            errors = {name: (guess.float() - target).square().sum().item() for name, guess in guesses.items()}
+            sums["masked_voxel_mse"].update(errors | {"values": target.numel()})
         if "report_logits" in output:
             target = output["report_target"]
-            answers = output["report_logits"].argmax(-1), baseline["token"]
-            right = [(answer == target).sum().item() for answer in answers]
-            sums["masked_token_accuracy"] += [*right, len(target)]
+            answers = {"simcrop": output["report_logits"].argmax(-1), "baseline": baseline["token"]}
+            right = {name: (answer == target).sum().item() for name, answer in answers.items()}
+            sums["masked_token_accuracy"].update(right | {"values": len(target)})
 
     def _encode(self, sentences: Sequence[str], embedder: VolumeEmbedder) -> Tensor:
         return encode_sentences(sentences, embedder.aligner, self.network.text_encoder, self.tokenizer)
 
-    def _similarities(self, embedder: VolumeEmbedder, images: Tensor, features: Tensor) -> tuple[Tensor, ...]:
-        """Of every sentence (features ``[S, D]``) in every volume of a batch: score ``[S, B]`` and most similar patch
-        ``[S, B]``; and each volume's mean patch-patch cosine ``[B]``."""
-        patches = embedder.patches_and_embedding(images)[0].float()
-        most_similar = torch.stack([similarity(volume, features).argmax(-1) for volume in patches], -1)
-        spread = F.normalize(patches, dim=-1).mean(1).square().sum(-1)
-        return self.loss.alignment.scores(patches, features).cpu(), most_similar.cpu(), spread.cpu()
+    @staticmethod
+    def _patches(embedder: VolumeEmbedder, images: Tensor) -> Tensor:
+        """Projected features of all patches, ``[B, N, D]`` of length 1."""
+        if embedder.aligner.align_layer == 0:  # what the blocks would make of them is not read
+            described = embedder.encoder.describe(images)
+            patches = embedder.aligner.patches(described, described, [])
+        else:
+            patches = embedder.patches_and_embedding(images)[0]
+        return F.normalize(patches.float(), dim=-1)
 
-    def _presence(self, scores: Tensor, random_scores: Tensor, baseline: Mapping, histograms: np.ndarray) -> dict:
+    def _similarities(self, patches: Tensor, sentences: Tensor) -> Similarities:
+        """Of features ``[S, D]`` of sentences and normalised ones ``[B, N, D]`` of patches, on the CPU."""
+        pool, parts = self.loss.alignment, []
+        for some in F.normalize(sentences, dim=-1).split(max(1, MAX_COSINES // patches[..., 0].numel())):
+            cosine = torch.einsum("sd,vnd->svn", some, patches)
+            score = pool_patches(cosine, pool.align_pool, pool.top_k, pool.beta)
+            parts.append((score.cpu(), cosine.argmax(-1).cpu()))
+        return Similarities(*map(torch.cat, zip(*parts, strict=True)))
+
+    def _presence(
+        self,
+        scores: Tensor,
+        random_scores: Tensor,
+        rows: Mapping[str, int],
+        baseline: Mapping[str, Any],
+        told: Mapping[str, np.ndarray],
+    ) -> dict[str, Any]:
+        """AUROC per class: of scores ``[S, V]`` of sentences, whose ``rows`` are given, and of regressions on what
+        controls are ``told`` of each volume, ``[V, F]``."""
         if any("label" not in item for item in self.dataset.data):
             return {}
         labels = np.stack([item["label"] for item in self.dataset.data])
-        absent = [name for name, truth in zip(self.sentences, labels.T, strict=True) if np.isnan(truth).any()]
+        absent = [name for name, truth in zip(self.prompts, labels.T, strict=True) if np.isnan(truth).any()]
         if absent:
             logger.warning("no presence AUC of %s: the labels have no such column", ", ".join(absent))
         presence = {}
-        for i, (name, truth) in enumerate(zip(self.sentences, labels.T, strict=True)):
+        for i, ((name, sentences), truth) in enumerate(zip(self.prompts.items(), labels.T, strict=True)):
             if set(truth) == {0, 1}:  # a class that all volumes have, or none, has no AUC
+                own = [rows[sentence] for sentence in sentences]
+                learned = None if baseline["labels"] is None else baseline["labels"][:, i]
                 presence[name] = {
-                    "simcrop": roc_auc_score(truth, scores[i]),
-                    "random_encoder": roc_auc_score(truth, random_scores[i]),
-                    "hu_histogram": histogram_auc(baseline, i, histograms, truth),
+                    "simcrop": roc_auc_score(truth, scores[own].mean(0)),
+                    "random_encoder": roc_auc_score(truth, random_scores[own].mean(0)),
+                    **{c: regression_auc(baseline[c], learned, features, truth) for c, features in told.items()},
                     "positive": int(truth.sum()),
                 }
         return presence
 
     def _places(self) -> list[dict[str, Any]]:
-        """Finding sentences whose place is known: number of the volume, finding, sentence, and the mask's file."""
-        return [
-            {"volume": v, "finding": finding, "sentence": sentence, "file": file}
-            for v, item in enumerate(self.dataset.data)
-            if "masks" in item
-            for finding, sentence in {**self.sentences, **item.get("sentences", {})}.items()
-            if (file := Path(item["masks"], mask_file_name(finding))).is_file()
-        ]
+        """Finding sentences whose place is known: number of the volume, finding, sentence, the mask's file, and, of the
+        volume's own sentences, the half named and the sentence ``swapped`` to the other, by kind of half."""
+        first = {finding: sentences[0] for finding, sentences in self.prompts.items()}
+        places = []
+        for v, item in enumerate(self.dataset.data):
+            own = item.get("sentences", {})
+            for finding, sentence in {**first, **own}.items() if "masks" in item else ():
+                if (file := Path(item["masks"], mask_file_name(finding))).is_file():
+                    swapped = {name: opposites.swap(sentence) for name, opposites in OPPOSITES.items()}
+                    swapped = {name: found for name, found in swapped.items() if found and finding in own}
+                    places.append(
+                        {"volume": v, "finding": finding, "sentence": sentence, "file": file, "swapped": swapped}
+                    )
+        return places
 
     @staticmethod
     def _mask(place: Mapping[str, Any], image: Tensor) -> Tensor:
@@ -276,37 +352,29 @@ class PretrainEvaluation:
         return figure
 
 
-def grounding(places: Sequence[Mapping[str, Any]], most_similar: Tensor) -> dict[str, Any]:
-    """Grounding hits and their controls.
+def _cases(places: Sequence[Mapping[str, Any]], kind: str, rows: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The places for :func:`specificity`: those whose mask lies in the one half that the sentence names."""
+    cases = []
+    for place in places:
+        half, sentence = place["swapped"].get(kind, (None, None))
+        if half is not None and half == place["half"][kind]:
+            own, swapped = rows[place["sentence"]], rows[sentence]
+            cases.append({**place, "half": half, "own": own, "swapped": swapped})
+    return cases
 
-    Args:
-        places: per sentence i, ``volume`` it belongs to, ``finding``, and ``patches [N]`` bool that the mask overlaps.
-        most_similar: ``[S, V]`` int64, the patch most similar to sentence i in volume v.
 
-    Returns:
-        ``hit``, ``hit_shuffled`` (mean over all other volumes), ``chance`` and ``no_image_prior`` (leave-one-out),
-        over all sentences, and the same per finding under ``per_finding``.
+def predict_blanked(network: SimCroP, volume: Tensor, masked: Tensor, fill: Tensor) -> Tensor:
+    """Voxels ``[B, m, voxels]`` predicted at ``masked [B, m]`` by a network that sees ``fill [N, voxels]`` there.
+
+    The encoder is never given masked patches, but a scale space, computed of the whole volume, reaches into them.
     """
-    rows: dict[str, list[dict[str, float]]] = defaultdict(list)
-    for place, patches in zip(places, most_similar, strict=True):
-        overlap, own = place["patches"], place["volume"]
-        hits = overlap[patches].float()  # v
-        peers = [p["patches"] for p in places if p["finding"] == place["finding"] and p["volume"] != own]
-        prior = torch.stack(peers).float().mean(0).argmax() if peers else 0
-        rows[place["finding"]].append(
-            {
-                "hit": hits[own].item(),
-                "hit_shuffled": ((hits.sum() - hits[own]) / (len(hits) - 1)).item() if len(hits) > 1 else float("nan"),
-                "chance": overlap.float().mean().item(),
-                "no_image_prior": overlap[prior].float().item(),
-            }
-        )
-
-    def mean(entries: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-        return {k: float(np.mean([e[k] for e in entries])) for k in entries[0]} | {"sentences": len(entries)}
-
-    everything = [entry for entries in rows.values() for entry in entries]
-    return mean(everything) | {"per_finding": {finding: mean(entries) for finding, entries in rows.items()}}
+    encoder = network.encoder
+    hidden = torch.zeros(len(volume), encoder.num_patches, dtype=torch.bool, device=volume.device)
+    hidden.scatter_(1, masked, True)
+    patches = torch.where(hidden[..., None], fill, patchify(volume, encoder.patch_size))
+    keep = (~hidden).nonzero()[:, 1].view(len(volume), -1)
+    tokens, _ = encoder(unpatchify(patches, encoder.grid, encoder.patch_size), keep)
+    return network.volume_decoder(tokens, keep, masked)
 
 
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -320,16 +388,27 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     for name in ("masked_voxel_mse", "masked_token_accuracy"):
         if name in metrics:
             entry = metrics[name]
-            rows.append((name, "all", f"{entry['simcrop']:.4f}", f"baseline {entry['baseline']:.4f}"))
+            controls = ", ".join(f"{k} {v:.4f}" for k, v in entry.items() if k != "simcrop")
+            rows.append((name, "all", f"{entry['simcrop']:.4f}", controls))
     presence = dict(metrics.get("presence_auc", {}))
     if presence:
         presence["mean"] = {
             key: float(np.mean([entry[key] for entry in presence.values() if entry[key] is not None] or [np.nan]))
-            for key in ("simcrop", "random_encoder", "hu_histogram")
+            for key in ("simcrop", "random_encoder", "hu_histogram", "raw_statistics")
         }
     for finding, entry in presence.items():
         rows.append(("presence_auc", finding, f"{entry['simcrop']:.3f}", beside(entry, "simcrop")))
-    if "grounding" in metrics:
-        for finding, entry in (metrics["grounding"]["per_finding"] | {"all": metrics["grounding"]}).items():
-            rows.append(("grounding_hit", finding, f"{entry['hit']:.3f}", beside(entry, "hit")))
+    for metric, key in (("grounding", "hit"), ("side_specificity", "simcrop"), ("level_specificity", "simcrop")):
+        if metric in metrics:
+            name = "grounding_hit" if metric == "grounding" else metric
+            for finding, entry in (metrics[metric]["per_finding"] | {"all": metrics[metric]}).items():
+                rows.append((name, finding, f"{entry[key]:.3f}", beside(entry, key)))
+    if "retrieval" in metrics:
+        found = metrics["retrieval"]
+        for name, value in found["simcrop"].items():
+            controls = {control: found[control][name] for control in ("random_encoder", "chance")}
+            rows.append(("retrieval", f"{name} of {found['volumes']}", f"{value:.3f}", beside(controls, "")))
+    for name in ("patch_patch_cosine", "sentence_sentence_cosine", "patch_effective_rank"):
+        if name in metrics:
+            rows.append((name, "all", f"{metrics[name]:.3f}", ""))
     return rows

@@ -138,14 +138,16 @@ class OnlineFeatures:
         self.inferer = AutocastInferer(self.amp)
 
     def encoder_key(self) -> str:
-        """SHA-256 of the encoder's weights, and of the plain attributes (patch size, heads, eps) of all its modules."""
+        """SHA-256 of the encoder's weights, buffers and plain attributes (patch size, heads, eps) of its modules."""
         digest = hashlib.sha256()
         for name, module in self.network.encoder.named_modules():
             plain = [
                 (k, v) for k, v in vars(module).items() if k != "training" and isinstance(v, (int, float, str, tuple))
             ]
             digest.update(f"{name} {type(module).__qualname__} {sorted(plain)}\n".encode())
-        for name, tensor in self.network.encoder.state_dict().items():
+        # a scale space keeps its widths in buffers that no checkpoint holds
+        tensors = self.network.encoder.state_dict() | dict(self.network.encoder.named_buffers())
+        for name, tensor in tensors.items():
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return digest.hexdigest()

@@ -35,9 +35,12 @@ TINY = {
     "num_resamples": 20,
     "fractions": [0.5, 1.0],
 }
-ENCODER = {"img_size": [64, 64, 32], "patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3}
+DEMO = json.loads((BUNDLE / "configs" / "demo.json").read_text())
+ENCODER = {k: DEMO[k] for k in ("img_size", "patch_size", "hidden_size", "mlp_dim", "num_layers", "num_heads")}
+ENCODER |= {"hu_bins": DEMO["hu_bins"], "scale_space": DEMO["scale_space"], "pixdim": DEMO["pixdim"]}
+ENCODER["statistics_mlp_dim"] = 2 * ENCODER["hidden_size"]
 CT_RATE_CLASSES = classes_of("ct_rate")
-DEMO_CLASSES = json.loads((BUNDLE / "configs" / "demo.json").read_text())["classes"]
+DEMO_CLASSES = DEMO["classes"]
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +51,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder = folder.parent / "pretrain" / "models" / "encoder.pt"
     encoder.parent.mkdir(parents=True)
     torch.manual_seed(0)
-    torch.save(SimCroPEncoder(**ENCODER, num_heads=3).state_dict(), encoder)
+    torch.save(SimCroPEncoder(**ENCODER).state_dict(), encoder)
     result = run(folder, TRAIN, **COHORT, **TINY)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder / "stdout.txt").write_text(result.stdout)
@@ -86,7 +89,7 @@ def test_demo_compares_encoders_at_both_fractions(bundle: Path) -> None:
     metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
     assert set(metrics["auroc"]) == {"0.5", "1.0"}
     for contenders in metrics["auroc"].values():
-        assert set(contenders) == {"simcrop", "random_encoder", "hu_histogram"}
+        assert set(contenders) == {"simcrop", "random_encoder", "hu_histogram", "raw_statistics"}
         for entry in contenders.values():
             assert {"mean", "low", "high", "per_class"} <= set(entry)
             assert entry["low"] <= entry["mean"] <= entry["high"]
@@ -104,9 +107,10 @@ def test_overrides_reach_every_run_of_the_demo(bundle: Path) -> None:
         checkpoint = torch.load(bundle / "models" / name / "checkpoint.pt", weights_only=True)
         assert checkpoint["trainer"]["iteration"] == TINY["max_steps"]
         assert checkpoint["recipe"]["num_views"] == TINY["num_views"]
-    assert not (bundle / "models" / "hu_histogram_1").exists()  # it has no weights, and no training of the bundle's
+    for name in ("hu_histogram_1", "raw_statistics_1"):  # they have no weights, and no training of the bundle's
+        assert not (bundle / "models" / name).exists()
     table = pd.read_csv(bundle / "eval" / "auroc.csv")
-    assert list(table) == ["labels", "class", "simcrop", "random_encoder", "hu_histogram"]
+    assert list(table) == ["labels", "class", "simcrop", "random_encoder", "hu_histogram", "raw_statistics"]
 
 
 def test_a_second_run_encodes_nothing(bundle: Path, run_here: Callable) -> None:
@@ -215,13 +219,13 @@ def luna16(published: Callable) -> Path:
     return published("luna16", "images", rows, train_list=slice(12), test_list=slice(12, 18))
 
 
-NETWORK = ENCODER | {"num_heads": 3, "pixdim": [5.0, 5.0, 10.0], "amp": False, "num_workers": 0, "num_views": 1}
+NETWORK = ENCODER | {"amp": False, "num_workers": 0, "num_views": 1}
 
 
 def test_external_test_with_and_without_the_peek(run_here: Callable, radchestct: Path, tmp_path: Path) -> None:
     """A probe of CT-RATE's classes on RadChestCT's, whose one Calcification stands for two."""
     torch.manual_seed(0)
-    probe = LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 18)
+    probe = LinearProbe(SimCroPEncoder(**ENCODER), 18)
     torch.nn.init.normal_(probe.head.weight)
     torch.save(probe.state_dict(), tmp_path / "model.pt")
     keys = NETWORK | {"dataset_dir": radchestct, "checkpoint": tmp_path / "model.pt", "num_resamples": 20}
@@ -422,7 +426,7 @@ def test_workflow_properties_of_data_sets(
     keys = NETWORK | {"dataset_dir": request.getfixturevalue(data_set), "models_dir": tmp_path, "pretrained": None}
     has_properties(["train.json", f"{data_set}.json"], **keys)
     if data_set == "radchestct":
-        torch.save(LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 18).state_dict(), tmp_path / "model.pt")
+        torch.save(LinearProbe(SimCroPEncoder(**ENCODER), 18).state_dict(), tmp_path / "model.pt")
         has_properties(["train.json", "radchestct.json", "evaluate.json", "external_radchestct.json"], **keys)
 
 
@@ -466,9 +470,9 @@ def test_exports_to_torchscript(bundle: Path, monkeypatch: pytest.MonkeyPatch, t
     files = [f"configs/{name}" for name in ("inference.json", "demo.json")]
     ckpt_export("network_def", str(tmp_path / "model.ts"), "models/model.pt", "configs/metadata.json", files)
     exported = torch.jit.load(tmp_path / "model.ts")
-    probe = LinearProbe(SimCroPEncoder(**ENCODER, num_heads=3), 6)
+    probe = LinearProbe(SimCroPEncoder(**ENCODER), 6)
     probe.load_state_dict(torch.load("models/model.pt", weights_only=True))
-    volume = torch.rand(1, 1, 64, 64, 32)
+    volume = torch.rand(1, 1, *ENCODER["img_size"])
     torch.testing.assert_close(exported(volume), probe.eval()(volume))
 
 

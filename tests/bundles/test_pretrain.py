@@ -65,14 +65,22 @@ def test_demo_table(bundle: Path) -> None:
         assert set(metrics[name]) == {"simcrop", "baseline"}
     assert metrics["presence_auc"]
     for entry in metrics["presence_auc"].values():
-        assert {"simcrop", "random_encoder", "hu_histogram"} <= set(entry)
+        assert {"simcrop", "random_encoder", "hu_histogram", "raw_statistics"} <= set(entry)
         assert 0 <= entry["simcrop"] <= 1
     assert {"hit", "hit_shuffled", "chance", "no_image_prior", "per_finding"} <= set(metrics["grounding"])
     table = pd.read_csv(bundle / "eval" / "metrics.csv")
     assert list(table) == ["metric", "of", "value", "beside"]
     assert "masked_token_accuracy" in (bundle / "stdout.txt").read_text()
-    # phantoms have labels of six findings, and train.json asks for CT-RATE's 18
-    assert "no presence AUC of Medical material, " in (bundle / "stdout.txt").read_text()
+    assert set(metrics["retrieval"]) == {"simcrop", "random_encoder", "chance", "volumes", "pools", "reports"}
+    assert 0 < metrics["patch_effective_rank"] <= 128 and -1 <= metrics["sentence_sentence_cosine"] <= 1
+
+
+def test_trains_and_evaluates_on_real_anatomy(run_here: Callable, tmp_path: Path) -> None:
+    scans = {"dataset_dir#dataset_dir": tmp_path / "anatomy", "dataset_dir#scans": ["slicerio"]}
+    run_here([*TRAIN, "anatomy.json"], **TINY | {"max_epochs": 1}, **scans)
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["presence_auc"] and metrics["grounding"]["sentences"] > 0
+    assert (tmp_path / "models" / "encoder.pt").is_file() and (tmp_path / "anatomy" / "anatomy.json").is_file()
 
 
 def test_same_seed_same_losses(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
@@ -104,6 +112,41 @@ def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, tmp_path: 
     for finding, entry in again["presence_auc"].items():
         assert entry["simcrop"] == pytest.approx(first["presence_auc"][finding]["simcrop"])
     assert again["masked_voxel_mse"]["simcrop"] == pytest.approx(first["masked_voxel_mse"]["simcrop"], rel=0.1)
+
+
+SMALL = {"img_size": [64, 64, 32], "pixdim": [5.0, 5.0, 10.0], "num_layers": 1, "num_heads": 1, "text_cache_size": 0}
+
+
+def test_the_recommended_recipe_is_told_beside_all_its_controls(run_here: Callable, tmp_path: Path) -> None:
+    """Prompts, halves of the chest, retrieval, and what the scale space lets through, from one short training."""
+    cohort = {"dataset_dir#dataset_dir": tmp_path / "phantom", "dataset_dir#num_train": 12, "dataset_dir#num_valid": 12}
+    run_here(["train.json", "recommended.json", "demo.json"], **TINY | cohort | SMALL | {"max_epochs": 1})
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert set(metrics["masked_voxel_mse"]) == {"simcrop", "baseline", "simcrop_blanked"}
+    assert metrics["masked_voxel_mse"]["simcrop"] != metrics["masked_voxel_mse"]["simcrop_blanked"]
+    learned = [entry["raw_statistics"] for entry in metrics["presence_auc"].values() if entry["raw_statistics"]]
+    assert learned and all(0 <= auc <= 1 for auc in learned)
+    for name in ("side_specificity", "level_specificity"):
+        found = metrics[name]
+        assert found["low"] <= found["simcrop"] <= found["high"]
+        assert found["sentences"] == sum(entry["sentences"] for entry in found["per_finding"].values()) > 1
+        assert "Cardiomegaly" not in found["per_finding"]  # it has no side
+    assert metrics["retrieval"]["chance"]["recall@1"] == pytest.approx(1 / metrics["retrieval"]["volumes"])
+    table = pd.read_csv(tmp_path / "eval" / "metrics.csv").fillna("")
+    told = {name: " ".join(rows["beside"]) for name, rows in table.groupby("metric")}
+    assert "simcrop_blanked" in told["masked_voxel_mse"] and "raw_statistics" in told["presence_auc"]
+    assert "random_encoder" in told["side_specificity"] and "chance" in told["retrieval"]
+    assert {"patch_patch_cosine", "sentence_sentence_cosine", "patch_effective_rank"} <= set(told)
+
+
+def test_a_class_that_the_labels_lack_is_named(
+    bundle: Path, run_here: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {"dataset_dir": bundle / "data" / "phantom", "models_dir": bundle / "models", "output_dir": tmp_path}
+    keys["sentences"] = {"Hiatal hernia": "There is a hiatal hernia.", "Cardiomegaly": "The heart is enlarged."}
+    run_here([*TRAIN, "evaluate.json"], **keys)
+    assert set(json.loads((tmp_path / "metrics.json").read_text())["presence_auc"]) <= {"Cardiomegaly"}
+    assert "no presence AUC of Hiatal hernia: the labels have no such column" in caplog.text
 
 
 def test_evaluate_without_labels_and_masks(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
@@ -369,9 +412,18 @@ def test_published_recipe() -> None:
         "report_decoder_hidden_size": 768, "report_decoder_layers": 6, "report_decoder_heads": 6,
         "report_decoder_mlp_dim": 1536, "max_length": 512, "mask_ratio": 0.75, "text_mask_ratio": 0.75,
         "top_k": 32, "temperature": 0.07, "negatives": "report", "align_pool": "topk_mean", "align_layer": None,
-        "hu_bins": 0, "sentence_context": "report", "loss_weights": {"volume": 1.0, "alignment": 1.0, "report": 1.0},
+        "hu_bins": 0, "scale_space": [], "patch_projection": "mlp", "align_ratio": None, "report_ratio": 1.0,
+        "max_norm": None, "sentence_context": "report",
+        "loss_weights": {"volume": 1.0, "alignment": 1.0, "report": 1.0, "instance": 0.0},
         "learning_rate": 1.5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_epochs": 20, "max_epochs": 200,
         "effective_batch_size": 448, "seed": 42, "text_encoder": "microsoft/BiomedVLP-CXR-BERT-specialized",
     }  # fmt: skip
     assert {key: train[key] for key in published} == published
     assert list(train["sentences"]) == classes_of("ct_rate")
+
+
+def test_demo_trains_by_the_recommended_recipe() -> None:
+    demo, recommended = (
+        json.loads((BUNDLE / "configs" / f"{name}.json").read_text()) for name in ("demo", "recommended")
+    )
+    assert {key: demo[key] for key in recommended} == recommended

@@ -26,6 +26,7 @@ from custom_components.text import (
     encode_sentences,
     load_text_encoder,
     load_tokenizer,
+    prompts,
     queries,
     sentence_hash,
     split_sentences,
@@ -109,9 +110,17 @@ def test_sentence_hash_is_that_of_the_words():
     assert sentence_hash("No effusion.") == 885827686028336322  # in every process
 
 
+def test_a_class_has_one_prompt_or_several():
+    found = prompts({"nodule": "A nodule.", "effusion": ["Fluid.", "An effusion."]})
+    assert found == {"nodule": ["A nodule."], "effusion": ["Fluid.", "An effusion."]}
+    with pytest.raises(InputError, match="none for 'nodule'"):
+        prompts({"effusion": "Fluid.", "nodule": []})
+
+
 def test_queries_take_any_form_and_must_hold_a_sentence():
     assert queries("A nodule.") == ["A nodule."]
     assert queries({"nodule": "A nodule."}) == ["A nodule."]
+    assert queries({"nodule": ["A nodule.", "Two nodules."], "effusion": "Fluid."}) == ["A nodule.", "Fluid."]
     assert queries(["A nodule.", "No effusion."]) == ["A nodule.", "No effusion."]
     assert queries("unused", report="A nodule. No effusion.") == ["A nodule.", "No effusion."]
     for nothing in ({"sentences": []}, {"sentences": "unused", "report": " - "}):
