@@ -36,73 +36,69 @@ from custom_components.files import replacing
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLES = REPOSITORY / "bundles"
-PUBLISHED = ("train.json", "demo.json")
-RECOMMENDED = ("train.json", "recommended.json", "demo.json")
+OVERLAYS = ("train.json", "recommended.json", "demo.json")
 
 
-def weights(**parts: float) -> dict[str, float]:
-    """`loss_weights` of these parts alone."""
-    return {name: float(parts.get(name, 0)) for name in ("volume", "alignment", "report", "instance")}
+def published(*names: str) -> dict[str, Any]:
+    """These keys as train.json has them."""
+    config = json.loads((BUNDLES / "pretrain" / "configs" / "train.json").read_text())
+    return {name: config[name] for name in names}
+
+
+def without(*losses: str) -> dict[str, float]:
+    return {f"loss_weights#{name}": 0.0 for name in losses}
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to pre-train: the overlays of its bundle, and the keys that it changes of them."""
+    """One way to pre-train: the keys that it changes of the recommended recipe, at the size of the demo."""
 
     title: str
     keys: Mapping[str, Any] = field(default_factory=dict)
-    overlays: Sequence[str] = RECOMMENDED
     shuffled: bool = False  # whether the training volumes' reports are dealt out anew
     supervised: bool = False  # whether labels teach the encoder, by classify's finetune.json
 
 
 # a learning rate of 0 leaves the weights as they were drawn
 UNTRAINED = {"learning_rate": 0.0, "max_epochs": 1, "warmup_epochs": 0}
-PUBLISHED_ALIGNMENT = {
-    "sentence_context": "report",
-    "negatives": "report",
-    "align_pool": "topk_mean",
-    "align_layer": None,
-    "align_ratio": None,
-    "patch_projection": "mlp",
-    "loss_weights": weights(volume=1, alignment=1, report=1),
-}
+PUBLISHED_INPUT = published("hu_bins", "scale_space", "statistics_mlp_dim")
+PUBLISHED_ALIGNMENT = published(
+    "sentence_context", "negatives", "align_pool", "align_layer", "align_ratio", "patch_projection", "loss_weights"
+)
+PUBLISHED = {**PUBLISHED_INPUT, **PUBLISHED_ALIGNMENT, **published("mask_ratio", "max_norm")}
+ALIGNED = without("report", "instance")
 REFERENCE = "recommended"
 VARIANTS = {
     REFERENCE: Variant("recommended"),
     "random": Variant("random encoder", UNTRAINED),
-    "random_voxels": Variant("random encoder, published network", UNTRAINED, PUBLISHED),
-    "mim": Variant("masked modelling (MIM) alone", {"loss_weights": weights(volume=1)}),
-    "mim_report": Variant("MIM + report", {"loss_weights": weights(volume=1, report=1)}),
-    "mim_align_report": Variant(
-        "MIM + alignment, negatives: report", {"loss_weights": weights(volume=1, alignment=1), "negatives": "report"}
-    ),
-    "mim_align_volume": Variant("MIM + alignment, negatives: volume", {"loss_weights": weights(volume=1, alignment=1)}),
-    "mim_align_both": Variant(
-        "MIM + alignment, negatives: both", {"loss_weights": weights(volume=1, alignment=1), "negatives": "both"}
-    ),
-    "align_alone": Variant("alignment alone", {"loss_weights": weights(alignment=1)}),
+    "random_voxels": Variant("random encoder, published network", {**PUBLISHED, **UNTRAINED}),
+    "mim": Variant("masked modelling (MIM) alone", without("alignment", "report", "instance")),
+    "mim_report": Variant("MIM + report", without("alignment", "instance")),
+    "mim_align_report": Variant("MIM + alignment, negatives: report", {**ALIGNED, "negatives": "report"}),
+    "mim_align_volume": Variant("MIM + alignment, negatives: volume", ALIGNED),
+    "mim_align_both": Variant("MIM + alignment, negatives: both", {**ALIGNED, "negatives": "both"}),
+    "align_alone": Variant("alignment alone", without("volume", "report", "instance")),
     "topk_mean": Variant("pooling: top-K mean, K = 32", {"align_pool": "topk_mean"}),
     "topk_mean_4": Variant("pooling: top-K mean, K = 4", {"align_pool": "topk_mean", "top_k": 4}),
-    "raw_voxels": Variant("raw voxels as input", {"hu_bins": 0, "scale_space": []}),
-    "no_scale_space": Variant("without scale space", {"scale_space": []}),
-    "no_statistics_mlp": Variant("without the statistics' MLP", {"statistics_mlp_dim": 0}),
-    "mlp_projection": Variant("projection: mlp", {"patch_projection": "mlp"}),
-    "no_align_ratio": Variant("visible patches aligned", {"align_ratio": None}),
-    "no_align_layer": Variant("final tokens aligned", {"align_layer": None, "align_ratio": None}),
-    "no_instance": Variant("without the instance level", {"loss_weights#instance": 0.0}),
-    "report_context": Variant("sentences read in their report", {"sentence_context": "report"}),
-    "no_report": Variant("without the report loss", {"loss_weights#report": 0.0}),
-    "no_clipping": Variant("without gradient clipping", {"max_norm": None}),
-    "published": Variant("published recipe", {}, PUBLISHED),
-    "published_slow": Variant("published recipe, learning rate 0.001", {"learning_rate": 0.001}, PUBLISHED),
-    "published_alignment": Variant("published losses on our input", PUBLISHED_ALIGNMENT),
-    "epochs_5": Variant("recommended, 5 epochs", {"max_epochs": 5}),
-    "epochs_10": Variant("recommended, 10 epochs", {"max_epochs": 10}),
+    "raw_voxels": Variant("raw voxels as input", published("hu_bins", "scale_space")),
+    "no_scale_space": Variant("without scale space", published("scale_space")),
+    "no_statistics_mlp": Variant("without the statistics' MLP", published("statistics_mlp_dim")),
+    "mlp_projection": Variant("projection: mlp", published("patch_projection")),
+    "no_align_ratio": Variant("visible patches aligned", published("align_ratio")),
+    "no_align_layer": Variant("final tokens aligned", published("align_layer", "align_ratio")),
+    "no_instance": Variant("without the instance level", without("instance")),
+    "report_context": Variant("sentences read in their report", published("sentence_context")),
+    "no_report": Variant("without the report loss", without("report")),
+    "no_clipping": Variant("without gradient clipping", published("max_norm")),
+    "published": Variant("published recipe", PUBLISHED),
+    "published_slow": Variant("published recipe, learning rate 0.001", {**PUBLISHED, "learning_rate": 0.001}),
+    "published_losses": Variant("published losses on our input", PUBLISHED_ALIGNMENT),
+    "epochs_4": Variant("recommended, 4 epochs", {"max_epochs": 4}),
+    "epochs_8": Variant("recommended, 8 epochs", {"max_epochs": 8}),
     "supervised": Variant("supervised ceiling, all labels", supervised=True),
     "no_signal": Variant("recommended, reports shuffled", shuffled=True),
 }
-CURVE = ("epochs_5", "epochs_10", REFERENCE)  # variants whose budget makes the learning curves
+CURVE = ("epochs_4", "epochs_8", REFERENCE)  # variants whose budget makes the learning curves
 
 STAGES = ("pretrain", "probe", "segment")
 FRACTIONS = (0.01, 0.1, 1.0)
@@ -216,7 +212,7 @@ class Plan:
         sizes = {"num_train": self.num_train, "num_valid": self.num_valid}
         source = {f"dataset_dir#{name}": size for name, size in sizes.items() if size is not None}
         source["dataset_dir#seed"] = self.cohort_seed
-        parser = configured("pretrain", RECOMMENDED, source)
+        parser = configured("pretrain", OVERLAYS, source)
         self.num_train, self.num_valid = (parser[f"dataset_dir#{name}"] for name in sizes)
         self.cohort = self.out / f"cohort_{self.cohort_seed}_{self.num_train}_{self.num_valid}"
         parser["dataset_dir#dataset_dir"] = str(self.cohort)
@@ -262,11 +258,11 @@ class Plan:
         return keys
 
     def _pretrain(self, variant: str, seed: int) -> tuple[str, Sequence[str], dict[str, Any]]:
-        return "pretrain", VARIANTS[variant].overlays, self._pretrain_keys(variant, seed)
+        return "pretrain", OVERLAYS, self._pretrain_keys(variant, seed)
 
     def _encoder_keys(self, variant: str, seed: int, bundle: str) -> dict[str, Any]:
         """The keys that make the other bundle's encoder the variant's."""
-        parser = configured("pretrain", VARIANTS[variant].overlays, self._pretrain_keys(variant, seed))
+        parser = configured("pretrain", OVERLAYS, self._pretrain_keys(variant, seed))
         definition = configured(bundle, ("train.json",), {})["encoder_def"].values()
         names = [value[1:] for value in definition if isinstance(value, str) and value.startswith("@")]
         return {name: parser.get_parsed_content(name) for name in names}
@@ -287,7 +283,7 @@ class Plan:
 
     def _supervised(self, variant: str, seed: int) -> tuple[str, Sequence[str], dict[str, Any]]:
         """From scratch, with the steps, batches and learning rate of pre-training."""
-        parser = configured("pretrain", VARIANTS[variant].overlays, self._pretrain_keys(variant, seed))
+        parser = configured("pretrain", OVERLAYS, self._pretrain_keys(variant, seed))
         batch, epochs, warmup, rate = (
             parser.get_parsed_content(key) for key in ("batch_size", "max_epochs", "warmup_epochs", "learning_rate")
         )
