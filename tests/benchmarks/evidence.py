@@ -432,7 +432,7 @@ def measures(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         for who, suffix in (("simcrop", ""), ("random_encoder", ", random_encoder"), ("chance", ", chance")):
             found[f"retrieval {key}{suffix}"] = number(own, "retrieval", who, key)
     for key in own:
-        if key.endswith("_cosine"):  # near 1: all patches, or all sentences, are alike
+        if key.endswith(("_cosine", "_effective_rank")):  # near 1: all patches, or all sentences, are alike
             found[key.replace("_", " ")] = number(own, key)
     found["masked-voxel MSE"] = number(own, "masked_voxel_mse", "simcrop")
     found["masked-voxel MSE, positional mean"] = number(own, "masked_voxel_mse", "baseline")
@@ -527,7 +527,10 @@ def by_variant(results: Results, columns: Mapping[str, str], cells: Callable[[st
     return table(["", *columns], [row for row in rows if any(row[1:])])
 
 
-LANGUAGE = {name: name for name in (PRESENCE, HITS, "side", "level", "retrieval recall@10", "patch patch cosine")}
+LANGUAGE = {
+    name: name
+    for name in (PRESENCE, HITS, "side", "level", "retrieval recall@10", "patch patch cosine", "patch effective rank")
+}
 FEATURES = {f"probe {percent(fraction)}": f"probe {percent(fraction)}" for fraction in FRACTIONS}
 FEATURES |= {name: name for name in (LESIONS, "organ Dice", "masked-voxel MSE", "masked-token accuracy")}
 PAIRED = {name: name for name in (PRESENCE, HITS, "side", "level", "probe 10 %", LESIONS)}
