@@ -63,7 +63,14 @@ class Variant:
 UNTRAINED = {"learning_rate": 0.0, "max_epochs": 1, "warmup_epochs": 0}
 PUBLISHED_INPUT = published("hu_bins", "scale_space", "statistics_mlp_dim")
 PUBLISHED_ALIGNMENT = published(
-    "sentence_context", "negatives", "align_pool", "align_layer", "align_ratio", "patch_projection", "loss_weights"
+    "sentence_context",
+    "negatives",
+    "align_pool",
+    "align_layer",
+    "align_ratio",
+    "encode_ratio",
+    "patch_projection",
+    "loss_weights",
 )
 PUBLISHED = {**PUBLISHED_INPUT, **PUBLISHED_ALIGNMENT, **published("mask_ratio", "max_norm")}
 ALIGNED = without("report", "instance")
@@ -84,8 +91,9 @@ VARIANTS = {
     "no_scale_space": Variant("without scale space", published("scale_space")),
     "no_statistics_mlp": Variant("without the statistics' MLP", published("statistics_mlp_dim")),
     "mlp_projection": Variant("projection: mlp", published("patch_projection")),
-    "no_align_ratio": Variant("visible patches aligned", published("align_ratio")),
-    "no_align_layer": Variant("final tokens aligned", published("align_layer", "align_ratio")),
+    "no_align_ratio": Variant("visible patches aligned", published("align_ratio", "encode_ratio")),
+    "no_align_layer": Variant("final tokens aligned", published("align_layer", "align_ratio", "encode_ratio")),
+    "no_encode_ratio": Variant("all volumes encoded", published("encode_ratio")),
     "no_instance": Variant("without the instance level", without("instance")),
     "report_context": Variant("sentences read in their report", published("sentence_context")),
     "no_report": Variant("without the report loss", without("report")),

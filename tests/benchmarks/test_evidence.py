@@ -70,7 +70,7 @@ def test_published_is_all_that_recommended_changes() -> None:
     assert read["demo"]["flip_prob"] == [0.0, 0.0, 0.0]
     assert {key: read["train"][key] for key in evidence.PUBLISHED} == evidence.PUBLISHED
     # whatever else of the recipe the demo sets is its size or its budget
-    size = {"pixdim", "img_size", "scale_crop", "flip_prob", "max_length", "report_ratio", "lse_beta"}
+    size = {"pixdim", "img_size", "scale_crop", "flip_prob", "shift_prob", "max_length", "lse_beta"}
     budget = {"warmup_epochs", "effective_batch_size", "learning_rate"}
     changed = {
         key for key in read["train"]["recipe"] if read["demo"].get(key, read["train"][key]) != read["train"][key]
