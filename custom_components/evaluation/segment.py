@@ -175,7 +175,7 @@ class SegmentationEvaluation:
 
     def _entry(self, values: np.ndarray) -> dict[str, Any]:
         """Mean with its interval, and ``per_scan``, in the dataset's order, by which two evaluations are compared."""
-        per_scan = [None if math.isnan(value) else round(value, 5) for value in values.tolist()]
+        per_scan = [None if math.isnan(value) else value for value in values.tolist()]
         return {**mean_interval(values, self.seed), "per_scan": per_scan}
 
     def _rows(self, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> list[Sequence[Any]]:
