@@ -1,4 +1,4 @@
-"""The three losses of SimCroP and their weighted sum. All are computed in float32, outside autocast.
+"""The three losses of SimCroP, a fourth of ours, and their weighted sum. All are float32, outside autocast.
 
 Under torchrun each is the mean over the batches of all processes, whatever each of them has.
 """
@@ -173,11 +173,15 @@ READS = {  # of SimCroP's output, by each loss
     "volume": ("volume_pred", "volume_target"),
     "alignment": ("patch_features", "sentence_features", "sentence_hash"),
     "report": ("report_logits", "report_target"),
+    "instance": ("instance_features", "sentence_features", "sentence_hash"),
 }
 
 
 class SimCroPLoss(nn.Module):
-    """Sum of the three losses under ``weights`` of the same names; a weight of 0 skips that loss."""
+    """Sum of the losses under ``weights`` of the same names; a weight of 0, or none, skips that loss.
+
+    ``instance`` is ours: a :class:`SimilarityAlignmentLoss` across volumes, each one patch, its mean token.
+    """
 
     def __init__(
         self,
@@ -185,16 +189,18 @@ class SimCroPLoss(nn.Module):
         volume: MaskedVolumeLoss,
         alignment: SimilarityAlignmentLoss,
         report: MaskedReportLoss,
+        instance: SimilarityAlignmentLoss | None = None,
     ) -> None:
         super().__init__()
-        if set(weights) != set(READS):
-            raise InputError(f"loss weights name {sorted(weights)}: exactly volume, alignment and report are needed")
+        if unknown := set(weights) - set(READS):
+            raise InputError(f"loss_weights names {min(unknown)!r}, which is no loss: name some of {', '.join(READS)}")
         if not any(weights.values()):
-            raise InputError("all three loss weights are 0: give at least one branch a weight")
-        self.weights = dict(weights)
+            raise InputError("all loss_weights are 0: give at least one branch a weight")
+        self.weights = dict.fromkeys(READS, 0.0) | dict(weights)
         self.volume = volume
         self.alignment = alignment
         self.report = report
+        self.instance = instance
 
     def parts(self, pred: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each loss that has a weight, unweighted."""

@@ -1,5 +1,6 @@
 """SimCroP's pre-training network: masked volume modelling, similarity-driven alignment, cross-granularity fusion."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,16 @@ class ProjectionHead(nn.Sequential):
 
     def __init__(self, in_size: int, out_size: int) -> None:
         super().__init__(nn.Linear(in_size, out_size), nn.GELU(), nn.LayerNorm(out_size), nn.Linear(out_size, out_size))
+
+
+class LinearProjection(nn.Sequential):
+    """LayerNorm, Linear: so little that what tells a finding must be in the tokens themselves."""
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        super().__init__(nn.LayerNorm(in_size), nn.Linear(in_size, out_size))
+
+
+PROJECTIONS = {"mlp": ProjectionHead, "linear": LinearProjection}
 
 
 class VolumeDecoder(nn.Module):
@@ -79,17 +90,29 @@ class Aligner(nn.Module):
     Args:
         visual_size, text_size, projection_size: channels of patch tokens, of text tokens, and of the common space.
         align_layer: which tokens are aligned: the encoder's final ones (None, published), or the output of that block;
-            0 is the patch embedding. Early layers keep a patch's feature about that patch.
+            0 is what :meth:`custom_components.vit.SimCroPEncoder.describe` gives. Early layers keep a patch's feature
+            about that patch.
+        patch_projection: ``mlp`` (published), a :class:`ProjectionHead`, or ``linear``, a :class:`LinearProjection`.
+        instance: project the mean patch token of the last block too, for an alignment of whole volumes.
     """
 
     def __init__(
-        self, visual_size: int, text_size: int, projection_size: int = 768, align_layer: int | None = None
+        self,
+        visual_size: int,
+        text_size: int,
+        projection_size: int = 768,
+        align_layer: int | None = None,
+        patch_projection: str = "mlp",
+        instance: bool = False,
     ) -> None:
         super().__init__()
         if align_layer is not None and align_layer < 0:
             raise InputError(f"align_layer {align_layer} is negative: name a block, 0, or null for the final tokens")
+        if patch_projection not in PROJECTIONS:
+            raise InputError(f"patch_projection {patch_projection!r} is unknown: choose mlp or linear")
         self.align_layer = -1 if align_layer is None else align_layer
-        self.patch_projection = ProjectionHead(visual_size, projection_size)
+        self.patch_projection = PROJECTIONS[patch_projection](visual_size, projection_size)
+        self.instance_projection = LinearProjection(visual_size, projection_size) if instance else None
         self.sentence_projection = ProjectionHead(text_size, projection_size)
         self.apply(init_weights)
 
@@ -101,10 +124,12 @@ class Aligner(nn.Module):
                 "lower it, or set it to null for the final tokens"
             )
 
-    def patches(self, embedded: Tensor, tokens: Tensor, hidden_states: list[Tensor], num_prefix_tokens: int) -> Tensor:
-        """What the encoder's ``embed`` and ``transform`` gave -> ``[B, n, projection_size]``."""
-        aligned = [embedded, *hidden_states, tokens][self.align_layer]
-        return self.patch_projection(aligned[:, num_prefix_tokens:])
+    def patches(self, described: Tensor, tokens: Tensor, hidden_states: list[Tensor]) -> Tensor:
+        """What the encoder's ``describe`` and ``transform`` gave -> ``[B, n, projection_size]``."""
+        if self.align_layer == 0:
+            return self.patch_projection(described)
+        aligned = [*hidden_states, tokens][self.align_layer - (self.align_layer > 0)]
+        return self.patch_projection(aligned[:, aligned.shape[1] - described.shape[1] :])  # without the class token
 
     def sentences(self, token_features: Tensor, token_sentence: Tensor, num_sentences: int) -> Tensor:
         """Mean of each sentence's projected tokens: ``[B, S, projection_size]``, zeros where a report has fewer than S.
@@ -193,6 +218,9 @@ def similarity(patch_features: Tensor, sentence_features: Tensor) -> Tensor:
     return F.normalize(sentence_features.float(), dim=-1) @ F.normalize(patch_features.float(), dim=-1).T
 
 
+AIR = -0.97  # mean of a patch scaled to [-1, 1] that holds nothing else
+
+
 class SimCroP(nn.Module):
     """One pre-training step of SimCroP (MICCAI 2025), up to the losses.
 
@@ -200,6 +228,10 @@ class SimCroP(nn.Module):
         text_encoder: frozen; see :func:`custom_components.text.load_text_encoder`.
         volume_decoder, aligner, report_decoder: the three branches; one that is None is not computed.
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
+        align_ratio: share of patches that are aligned, drawn apart from the mask, patches of nothing but air last; None,
+            as published, for the visible ones. For an aligner whose ``align_layer`` is 0.
+        report_ratio: share of a batch's reports that the report branch restores, the first ones; 1, as published, for
+            all. The text encoder reads each newly masked report, which at small size takes most of a step.
     """
 
     def __init__(
@@ -210,6 +242,8 @@ class SimCroP(nn.Module):
         aligner: Aligner | None = None,
         report_decoder: ReportDecoder | None = None,
         mask_ratio: float = 0.75,
+        align_ratio: float | None = None,
+        report_ratio: float = 1.0,
     ) -> None:
         super().__init__()
         num_masked = round(encoder.num_patches * mask_ratio)
@@ -221,6 +255,15 @@ class SimCroP(nn.Module):
             )
         if aligner is not None:
             aligner.check(encoder)
+            if align_ratio is not None and (aligner.align_layer or not 0 < align_ratio <= 1):
+                raise InputError(
+                    f"align_ratio {align_ratio} is to be above 0, at most 1, and beside align_layer 0: change it, or set "
+                    "it to null to align the visible patches"
+                )
+        self.num_aligned = None if align_ratio is None else max(1, round(encoder.num_patches * align_ratio))
+        if not 0 < report_ratio <= 1:
+            raise InputError(f"report_ratio {report_ratio} is to be above 0 and at most 1: change it")
+        self.report_ratio = report_ratio
         self.encoder = encoder
         self.text_encoder = text_encoder
         self.volume_decoder = volume_decoder
@@ -235,6 +278,12 @@ class SimCroP(nn.Module):
         """
         order = torch.rand(len(volume), self.encoder.num_patches, device=volume.device).argsort(dim=1)
         return order[:, self.num_masked :], order[:, : self.num_masked]
+
+    def draw_aligned(self, volume: Tensor, number: int) -> Tensor:
+        """``[B, number]`` int64: a random choice of each volume's patches, those of nothing but air last."""
+        patches = patchify(volume, self.encoder.patch_size)
+        air = patches.mean(2) < AIR
+        return (torch.rand_like(air, dtype=torch.float32) + air).argsort(dim=1)[:, :number]
 
     def forward(
         self,
@@ -253,12 +302,17 @@ class SimCroP(nn.Module):
         Returns:
             Each if its branch is there: ``volume_pred`` and ``volume_target`` ``[B, m, voxels]`` with the patches'
             indices ``masked [B, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
-            ``sentence_hash [B, S]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
+            ``sentence_hash [B, S]``, and with an instance level ``instance_features [B, 1, D]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
         """
         keep, masked = self.draw_masks(volume)
-        prefix = self.encoder.num_prefix_tokens
-        embedded = self.encoder.embed(volume, keep)
-        tokens, hidden_states = self.encoder.transform(embedded)
+        if self.num_aligned is None:
+            described = aligned = self.encoder.describe(volume, keep)
+        else:
+            everything = self.encoder.describe(volume)
+            described = gather_tokens(everything, keep)
+            aligned = gather_tokens(everything, self.draw_aligned(volume, self.num_aligned))
+        tokens, hidden_states = self.encoder.transform(self.encoder.embed(volume, keep, described))
+        patches = slice(self.encoder.num_prefix_tokens, None)
         output: dict[str, Tensor] = {}
         if self.volume_decoder is not None:
             output["volume_pred"] = self.volume_decoder(tokens, keep, masked)
@@ -267,15 +321,20 @@ class SimCroP(nn.Module):
         if self.aligner is not None:
             row, column = token_place.unbind(-1)
             token_features = self.text_encoder.cached(findings_ids)[row, column]
-            output["patch_features"] = self.aligner.patches(embedded, tokens, hidden_states, prefix)
+            output["patch_features"] = self.aligner.patches(aligned, tokens, hidden_states)
             output["sentence_features"] = self.aligner.sentences(token_features, token_sentence, sentence_hash.shape[1])
             output["sentence_hash"] = sentence_hash
+            if self.aligner.instance_projection is not None:
+                instance = hidden_states[-1][:, patches].mean(1, keepdim=True)
+                output["instance_features"] = self.aligner.instance_projection(instance)
         if self.report_decoder is not None:
-            hidden = report_labels != -100
-            padding = report_ids == self.text_encoder.pad_token_id
-            features = self.text_encoder(report_ids)
-            output["report_logits"] = self.report_decoder(features, tokens[:, prefix:], padding, hidden)
-            output["report_target"] = report_labels[hidden]
+            some = slice(math.ceil(len(volume) * self.report_ratio))
+            ids, labels = report_ids[some], report_labels[some]
+            hidden = labels != -100
+            padding = ids == self.text_encoder.pad_token_id
+            features = self.text_encoder(ids)
+            output["report_logits"] = self.report_decoder(features, tokens[some, patches], padding, hidden)
+            output["report_target"] = labels[hidden]
         return output
 
 
@@ -296,10 +355,10 @@ class VolumeEmbedder(nn.Module):
     @torch.jit.ignore
     def patches_and_embedding(self, volume: Tensor) -> tuple[Tensor, Tensor]:
         """``[B, 1, X, Y, Z]`` -> projected features ``[B, N, D]`` of all patches, and the embedding ``[B, C]``."""
-        embedded = self.encoder.embed(volume)
-        tokens, hidden_states = self.encoder.transform(embedded)
-        prefix = self.encoder.num_prefix_tokens
-        return self.aligner.patches(embedded, tokens, hidden_states, prefix), hidden_states[-1][:, prefix:].mean(1)
+        described = self.encoder.describe(volume)
+        tokens, hidden_states = self.encoder.transform(self.encoder.embed(volume, None, described))
+        embedding = hidden_states[-1][:, self.encoder.num_prefix_tokens :].mean(1)
+        return self.aligner.patches(described, tokens, hidden_states), embedding
 
 
 @dataclass

@@ -106,27 +106,118 @@ def hu_statistics(patches: Tensor, num_bins: int) -> Tensor:
     return torch.cat([histogram, torch.stack(moments, dim=-1)], dim=-1)
 
 
+class ScaleSpace(nn.Module):
+    """How strongly each patch holds something brighter or darker than what surrounds it, of several sizes.
+
+    Differences of Gaussians (Lindeberg, IJCV 1998), sampled about every two of the smallest widths; of each, the patch's
+    maximum and minimum. A Gaussian reaches into neighbouring patches, masked ones included.
+
+    Args:
+        sigmas: widths in mm, ascending; each of them minus the next one's, the last one's minus 1.6 times itself.
+        pixdim: mm per voxel along each axis.
+        ceiling: brighter voxels count as this (bone would hide what lies beside it).
+    """
+
+    def __init__(
+        self,
+        sigmas: Sequence[float],
+        pixdim: Sequence[float],
+        grid: tuple[int, int, int],
+        patch_size: Sequence[int],
+        ceiling: float = 0.15,
+    ) -> None:
+        super().__init__()
+        if list(sigmas) != sorted(sigmas) or min(sigmas) <= 0:
+            raise InputError(f"scale_space {list(sigmas)}: give widths of Gaussians in mm, ascending, above 0")
+        self.ceiling = ceiling
+        self.num_features = 2 * len(sigmas)
+        self.samples = [max(1, round(p * mm / (2 * sigmas[0]))) for p, mm in zip(patch_size, pixdim, strict=True)]
+        widths = [*sigmas, 1.6 * sigmas[-1]]
+        for axis, name in enumerate("xyz"):
+            size, number = grid[axis] * patch_size[axis], grid[axis] * self.samples[axis]
+            voxel = torch.arange(size, dtype=torch.float64)
+            centre = (torch.arange(number, dtype=torch.float64) + 0.5) * (size / number) - 0.5
+            distance = (centre[:, None] - voxel) * pixdim[axis]
+            weight = torch.stack([torch.exp(-0.5 * (distance / width) ** 2) for width in widths])
+            weight = weight / weight.sum(-1, keepdim=True)  # at the border, of what is there
+            self.register_buffer(name, weight.float(), persistent=False)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """``[B, 1, X, Y, Z]`` in [-1, 1] -> ``[B, N, 2 * len(sigmas)]``."""
+        v = volume[:, 0].clamp(max=self.ceiling)
+        scales, gx = self.x.shape[0], self.x.shape[1]
+        smooth = (self.x.flatten(0, 1) @ v.flatten(2)).view(v.shape[0], scales, gx, v.shape[2], v.shape[3])
+        # one matrix product a scale: broadcast ones are many small ones
+        narrow = [(smooth[:, s] @ self.z[s].T).transpose(2, 3) @ self.y[s].T for s in range(scales)]
+        smooth = torch.stack(narrow, dim=1).transpose(3, 4)
+        difference = smooth[:, :-1] - smooth[:, 1:]
+        extremes = [F.max_pool3d(difference, self.samples), -F.max_pool3d(-difference, self.samples)]
+        return torch.cat(extremes, dim=1).flatten(2).transpose(1, 2)
+
+
+# about the standard deviation over patches of chest CT of what tells a lesion; the shares of common HU vary more
+SPREAD = {"histogram": 0.05, "moments": 0.33, "scale_space": 0.05}
+
+
+class PatchStatistics(nn.Module):
+    """What no small network learns in minutes to see in raw voxels: HU statistics of each patch, and its scale space.
+
+    Each divided by its ``SPREAD``, so that a network's first steps see them.
+
+    Args:
+        hu_bins: bins of the HU histogram, see :func:`hu_statistics`; 0 for no HU statistics.
+        scale_space: widths in mm, see :class:`ScaleSpace`; empty for none.
+    """
+
+    def __init__(
+        self,
+        hu_bins: int,
+        scale_space: Sequence[float],
+        pixdim: Sequence[float],
+        grid: tuple[int, int, int],
+        patch_size: tuple[int, int, int],
+    ) -> None:
+        super().__init__()
+        self.hu_bins = hu_bins
+        self.spread = list(SPREAD.values())
+        self.patch_size = patch_size
+        self.scale_space = ScaleSpace(scale_space, pixdim, grid, patch_size) if scale_space else None
+        self.num_features = (hu_bins + 4 if hu_bins else 0) + 2 * len(scale_space)
+
+    def forward(self, volume: Tensor) -> Tensor:
+        """``[B, 1, X, Y, Z]`` in [-1, 1] -> ``[B, N, num_features]`` float32."""
+        if not torch.jit.is_scripting():
+            with torch.no_grad(), torch.autocast(volume.device.type, enabled=False):
+                return self.compute(volume.float())
+        return self.compute(volume.float())
+
+    def compute(self, volume: Tensor) -> Tensor:
+        statistics: list[Tensor] = []
+        if self.hu_bins:
+            hu = hu_statistics(patchify(volume, self.patch_size), self.hu_bins)
+            statistics.append(hu[..., : self.hu_bins] / self.spread[0])
+            statistics.append(hu[..., self.hu_bins :] / self.spread[1])
+        if self.scale_space is not None:
+            statistics.append(self.scale_space(volume) / self.spread[2])
+        return torch.cat(statistics, dim=-1)
+
+
 class PatchEmbed(nn.Module):
-    """One linear layer on flattened patches, and a second one on their intensity statistics if ``hu_bins`` is not 0.
+    """One linear layer on flattened patches.
 
     The weight has the shape of a 3D convolution's, since published checkpoints store it so; it is applied as a matrix
     product, because only kept patches are embedded and a convolution's bf16 backward is slow on CPUs.
     """
 
-    def __init__(self, in_channels: int, patch_size: Sequence[int], hidden_size: int, hu_bins: int = 0) -> None:
+    def __init__(self, in_channels: int, patch_size: Sequence[int], hidden_size: int) -> None:
         super().__init__()
-        self.hu_bins = hu_bins
         self.proj = nn.Conv3d(in_channels, hidden_size, tuple(patch_size), tuple(patch_size))
         nn.init.xavier_uniform_(self.proj.weight.view(hidden_size, -1))
         nn.init.zeros_(self.proj.bias)
-        self.statistics = nn.Linear(hu_bins + 4, hidden_size, bias=False) if hu_bins else None
 
     def forward(self, patches: Tensor) -> Tensor:
         """``[B, n, C * px * py * pz]`` -> ``[B, n, hidden_size]``."""
-        tokens = F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
-        if self.statistics is not None:
-            tokens = tokens + self.statistics(hu_statistics(patches, self.hu_bins))
-        return tokens
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
 
 
 class Attention(nn.Module):
@@ -166,6 +257,29 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(F.gelu(self.fc1(x)))
+
+
+class StatisticsEmbed(nn.Module):
+    """Statistics of each patch, and its place, as tokens: a linear layer, positions, and a residual MLP.
+
+    Voxels are kept out on purpose: they join after the alignment has read these tokens (``align_layer`` 0).
+    """
+
+    def __init__(self, statistics: PatchStatistics, hidden_size: int, mlp_dim: int) -> None:
+        super().__init__()
+        self.statistics = statistics
+        self.proj = nn.Linear(statistics.num_features, hidden_size)
+        self.norm = nn.LayerNorm(hidden_size, eps=1e-6) if mlp_dim else None
+        self.mlp = MLP(hidden_size, mlp_dim) if mlp_dim else None
+        self.apply(init_weights)
+
+    def forward(self, volume: Tensor, positions: Tensor, keep: Tensor | None = None) -> Tensor:
+        """``[B, 1, X, Y, Z]`` in [-1, 1], positions ``[B, n, C]`` of the patches ``keep`` -> ``[B, n, C]``."""
+        statistics = self.statistics(volume)
+        tokens = self.proj(statistics if keep is None else gather_tokens(statistics, keep)) + positions
+        if self.norm is not None and self.mlp is not None:
+            tokens = tokens + self.mlp(self.norm(tokens))
+        return tokens
 
 
 class Block(nn.Module):
@@ -209,8 +323,11 @@ class SimCroPEncoder(nn.Module):
         class_token: prepend a trainable class token.
         pos_embed: fixed positions, ``sincos3d`` or ``simcrop`` (the authors', blind to depth); stored with the weights,
             since an imported checkpoint brings its own.
-        hu_bins: bins of a histogram per patch that is embedded beside its voxels; 0, as published, for none. A small
-            network then need not learn what a nodule's or a calcification's HU are. For one channel.
+        hu_bins, scale_space: the :class:`PatchStatistics` that are embedded beside the voxels; 0 and empty, as
+            published, for none. For one channel.
+        pixdim: mm per voxel, which a scale space needs.
+        statistics_mlp_dim: channels of a residual MLP between the statistics' linear layer and the first block; 0 for
+            none. It sees one patch and its place, and combines them before the blocks mix patches.
         use_checkpoint: compute every block again in the backward pass instead of keeping its activations: less memory,
             more time, the same numbers.
 
@@ -230,6 +347,9 @@ class SimCroPEncoder(nn.Module):
         class_token: bool = True,
         pos_embed: str = "sincos3d",
         hu_bins: int = 0,
+        scale_space: Sequence[float] = (),
+        pixdim: Sequence[float] = (1.5, 1.5, 3.0),
+        statistics_mlp_dim: int = 0,
         use_checkpoint: bool = False,
     ) -> None:
         super().__init__()
@@ -241,7 +361,16 @@ class SimCroPEncoder(nn.Module):
         self.hidden_size = hidden_size
         self.num_prefix_tokens = int(class_token)
 
-        self.patch_embed = PatchEmbed(in_channels, patch_size, hidden_size, hu_bins)
+        self.patch_embed = PatchEmbed(in_channels, patch_size, hidden_size)
+        self.statistics = (
+            StatisticsEmbed(
+                PatchStatistics(hu_bins, scale_space, pixdim, self.grid, self.patch_size),
+                hidden_size,
+                statistics_mlp_dim,
+            )
+            if hu_bins or scale_space
+            else None
+        )
         self.cls_token = (
             nn.Parameter(nn.init.normal_(torch.empty(1, 1, hidden_size), std=0.02)) if class_token else None
         )
@@ -251,14 +380,30 @@ class SimCroPEncoder(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.blocks.apply(init_weights)
 
-    def embed(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
-        """Tokens before the first block, positions added: ``[B, 1 + n, C]``, class token first."""
-        patches = patchify(volume, self.patch_size)
-        positions = self.pos_embed[:, self.num_prefix_tokens :]
+    def describe(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
+        """What is known of each patch alone, and its place: ``[B, n, C]``, of the patches ``keep [B, n]`` or of all.
+
+        Embedded statistics where there are some, else embedded voxels.
+        """
+        positions = self.pos_embed[:, self.num_prefix_tokens :].expand(volume.shape[0], -1, -1)
         if keep is not None:
-            patches = gather_tokens(patches, keep)
-            positions = gather_tokens(positions.expand(volume.shape[0], -1, -1), keep)
-        tokens = self.patch_embed(patches) + positions
+            positions = gather_tokens(positions, keep)
+        if self.statistics is not None:
+            return self.statistics(volume, positions, keep)
+        return self.embed_voxels(volume, keep) + positions
+
+    def embed_voxels(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
+        patches = patchify(volume, self.patch_size)
+        return self.patch_embed(patches if keep is None else gather_tokens(patches, keep))
+
+    def embed(self, volume: Tensor, keep: Tensor | None = None, described: Tensor | None = None) -> Tensor:
+        """Tokens before the first block, positions added: ``[B, 1 + n, C]``, class token first.
+
+        ``described`` is what :meth:`describe` gives for the same patches, if that is known already.
+        """
+        tokens = self.describe(volume, keep) if described is None else described
+        if self.statistics is not None:
+            tokens = tokens + self.embed_voxels(volume, keep)
         if self.cls_token is not None:
             prefix = (self.cls_token + self.pos_embed[:, :1]).expand(volume.shape[0], -1, -1)
             tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)

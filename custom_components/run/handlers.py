@@ -145,5 +145,6 @@ class ClipGradients:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self.clip)
 
-    def clip(self) -> None:
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)
+    def clip(self, engine: SupervisedTrainer) -> None:
+        if completes_step(engine):
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.max_norm)

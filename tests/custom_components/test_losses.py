@@ -364,12 +364,26 @@ def test_weight_zero_skips_a_loss_and_needs_nothing_for_it(name):
     assert set(loss.parts(pred)) == {*needed} - {name}
 
 
-@pytest.mark.parametrize("weights", [{"volume": 1}, {"volume": 1, "alignment": 1, "report": 1, "text": 1}])
-def test_weights_must_name_exactly_the_three_losses(weights):
-    with pytest.raises(InputError, match="exactly volume, alignment and report"):
+def test_a_weight_of_no_loss_is_refused():
+    weights = {"volume": 1, "alignment": 1, "report": 1, "text": 1}
+    with pytest.raises(InputError, match="loss_weights names 'text', which is no loss: name some of volume, alignment"):
         SimCroPLoss(weights, MaskedVolumeLoss(), alignment_loss("both"), MaskedReportLoss())
 
 
+def test_a_loss_without_a_weight_is_skipped():
+    loss = SimCroPLoss({"volume": 1}, MaskedVolumeLoss(), alignment_loss("both"), MaskedReportLoss())
+    assert set(loss.parts(prediction())) == {"volume"}
+
+
+def test_instance_is_the_alignment_of_volumes_of_one_patch_each():
+    pred = prediction()
+    pred["instance_features"] = pred["patch_features"].mean(1, keepdim=True)
+    instance = SimilarityAlignmentLoss(top_k=1, negatives="volume")
+    loss = SimCroPLoss({"instance": 0.5}, MaskedVolumeLoss(), alignment_loss("both"), MaskedReportLoss(), instance)
+    expected = instance(pred["instance_features"], pred["sentence_features"], pred["sentence_hash"])
+    torch.testing.assert_close(loss(pred), 0.5 * expected)
+
+
 def test_all_weights_zero_is_an_error():
-    with pytest.raises(InputError, match="all three loss weights are 0"):
+    with pytest.raises(InputError, match="all loss_weights are 0"):
         total_loss(volume=0, alignment=0, report=0)

@@ -311,8 +311,8 @@ def test_volume_decoder_sees_the_volume_only_through_the_kept_patches(network, b
     volume = patchify(inputs["volume"], (4, 4, 2))
     for b, masked in enumerate(expected["masked"]):
         volume[b, masked] = 9.0
-    embedded = model.encoder.embed
-    model.encoder.embed = lambda _, keep: embedded(unpatchify(volume, (4, 2, 4), (4, 4, 2)), keep)
+    embed_voxels = model.encoder.embed_voxels
+    model.encoder.embed_voxels = lambda _, keep: embed_voxels(unpatchify(volume, (4, 2, 4), (4, 4, 2)), keep)
     torch.manual_seed(0)
     output = model(**inputs)
     for name in ("volume_pred", "patch_features", "report_logits"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from custom_components.cpu import attention
 from custom_components.errors import InputError
@@ -17,8 +19,10 @@ from custom_components.simcrop import Aligner, VolumeEmbedder
 from custom_components.vit import (
     Attention,
     Block,
+    ScaleSpace,
     SimCroPEncoder,
     compile_blocks,
+    gather_tokens,
     hu_statistics,
     patch_grid,
     patchify,
@@ -111,18 +115,76 @@ def test_hu_statistics_are_roots_of_histogram_shares_and_moments():
             torch.testing.assert_close(statistics[b, n], torch.tensor(naive_statistics(patches[b, n].tolist(), 5)))
 
 
-def test_hu_bins_add_a_linear_map_of_the_statistics_to_the_embedding():
-    encoder = small_encoder(hu_bins=5)
+def test_statistics_make_tokens_that_the_voxels_join_later():
+    encoder = small_encoder(hu_bins=5, statistics_mlp_dim=7)
     volume, keep = small_volume(), torch.tensor([[5, 0, 23], [7, 8, 2]])
-    patches = patchify(volume, PATCH_SIZE)
-    with_statistics = encoder.embed(volume, keep)[:, 1:]
-    weight = encoder.patch_embed.statistics.weight
-    encoder.patch_embed.statistics = None
-    added = with_statistics - encoder.embed(volume, keep)[:, 1:]
+    described = encoder.describe(volume, keep)
+    statistics = encoder.statistics.statistics(volume)
+    embed = encoder.statistics
     for b in range(2):
         for place, n in enumerate(keep[b].tolist()):
-            expected = weight @ torch.tensor(naive_statistics(patches[b, n].tolist(), 5))
-            torch.testing.assert_close(added[b, place], expected, atol=1e-5, rtol=1e-5)
+            token = embed.proj(statistics[b, n]) + encoder.pos_embed[0, 1 + n]
+            torch.testing.assert_close(described[b, place], token + embed.mlp(embed.norm(token)), atol=1e-5, rtol=1e-5)
+    voxels = F.linear(patchify(volume, PATCH_SIZE), encoder.patch_embed.proj.weight.flatten(1))
+    expected = described + gather_tokens(voxels + encoder.patch_embed.proj.bias, keep)
+    torch.testing.assert_close(encoder.embed(volume, keep)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(encoder.embed(volume, keep, described)[:, 1:], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_without_statistics_a_patch_is_described_by_its_voxels():
+    encoder, volume = small_encoder(), small_volume()
+    torch.testing.assert_close(encoder.describe(volume), encoder.embed(volume)[:, 1:])
+
+
+def ball(diameter: float, pixdim: Sequence[float], size: Sequence[int], hu: float = 40.0) -> torch.Tensor:
+    """A ball of soft tissue in the middle of lung, ``[1, 1, X, Y, Z]`` scaled to [-1, 1]."""
+    axes = [(torch.arange(n) - (n - 1) / 2) * mm for n, mm in zip(size, pixdim, strict=True)]
+    x, y, z = torch.meshgrid(*axes, indexing="ij")
+    inside = (x**2 + y**2 + z**2).sqrt() < diameter / 2
+    return torch.where(inside, hu / 1000, -0.85)[None, None]
+
+
+def test_scale_space_is_strongest_where_the_blob_is_and_at_its_size():
+    size, patch, pixdim = (48, 48, 48), (16, 16, 16), (2.0, 2.0, 2.0)
+    scale_space = ScaleSpace([4, 8, 14], pixdim, patch_grid(size, patch), patch)
+    strongest = []
+    for diameter in (10, 40):
+        features = scale_space(ball(diameter, pixdim, size))[0]
+        brightest = features[:, :3]
+        assert brightest.shape == (27, 3)
+        assert brightest.amax(1).argmax() == 13  # the patch in the middle
+        strongest.append(brightest[13].argmax().item())
+    assert strongest[0] < strongest[1]
+
+
+def test_scale_space_is_the_difference_of_smoothed_volumes():
+    from scipy.ndimage import gaussian_filter
+
+    size, patch, pixdim = (24, 24, 24), (8, 8, 8), (4.0, 4.0, 4.0)
+    torch.manual_seed(0)
+    volume = torch.rand(1, 1, *size) * 2 - 1
+    # a width of half a voxel: sampled at every voxel
+    features = ScaleSpace([2, 4], pixdim, patch_grid(size, patch), patch)(volume)[0]
+    clipped = volume[0, 0].clamp(max=0.15).double().numpy()
+    smooth = [gaussian_filter(clipped, sigma / 4, mode="reflect", truncate=8) for sigma in (2, 4, 6.4)]
+    for i in range(2):
+        difference = torch.from_numpy(smooth[i] - smooth[i + 1]).float()
+        inner = difference[8:16, 8:16, 8:16]  # away from the border, where scipy reflects
+        torch.testing.assert_close(features[13, i], inner.max(), atol=1e-3, rtol=0)
+        torch.testing.assert_close(features[13, 2 + i], inner.min(), atol=1e-3, rtol=0)
+
+
+def test_scale_space_says_nothing_of_an_even_volume_up_to_its_border():
+    scale_space = ScaleSpace([4, 8], (4.0, 4.0, 8.0), (2, 2, 2), (8, 8, 4))
+    torch.testing.assert_close(
+        scale_space(torch.full((1, 1, 16, 16, 8), -0.4)), torch.zeros(1, 8, 4), atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("sigmas", [[8, 4], [0, 4], [-1]])
+def test_scale_space_refuses_widths_that_do_not_rise(sigmas):
+    with pytest.raises(InputError, match="scale_space .*: give widths of Gaussians in mm, ascending"):
+        small_encoder(hu_bins=4, scale_space=sigmas)
 
 
 # positions
@@ -381,7 +443,9 @@ def test_keys_that_do_not_fit_are_named(changes, message):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-@pytest.mark.parametrize("changes", [{}, {"class_token": False}, {"hu_bins": 5}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"class_token": False}, {"hu_bins": 5, "scale_space": [4, 8], "statistics_mlp_dim": 8}]
+)
 def test_scripted_encoder_gives_the_same(changes):
     encoder = small_encoder(**changes).eval()
     volume, keep = small_volume(), torch.tensor([[5, 0, 23], [7, 8, 2]])
