@@ -218,7 +218,7 @@ def load_for_region(
 ) -> nn.Module:
     """Start a segmentation encoder from the pretrain bundle's ``models/encoder.pt``, whose grid may be another.
 
-    Patch embedding and blocks are taken. The class token has no counterpart, and the final norm starts fresh, as the
+    Patch embedding, statistics and blocks are taken. The class token has no counterpart, and the final norm starts fresh, as the
     authors fine-tune it. With None the encoder stays random, with a warning.
 
     Args:
@@ -239,7 +239,7 @@ def load_for_region(
         logger.warning("pretrained is null: NOTHING is loaded, the encoder starts from random weights")
         return encoder
     content = _load("pretrained", checkpoint, ENCODER_SOURCE)
-    _fill(encoder, checkpoint, content, lambda name: name.startswith(("patch_embed.", "blocks.")))
+    _fill(encoder, checkpoint, content, lambda name: name.startswith(("patch_embed.", "statistics.", "blocks.")))
     found = state_dict_of(content)
     if "pos_embed" not in found:
         raise InputError(f"pretrained {checkpoint}: has no pos_embed; give a whole encoder.pt")
