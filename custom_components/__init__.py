@@ -18,6 +18,7 @@ data/ how scans and reports come in, and how results go out:
     sources.py      public data sets as their publishers ship them
     prepare.py      raw data set -> analysis-ready volumes
     phantom.py      the demo's cohort
+    anatomy.py      the same on two real scans, deformed
 
 run/ what a training or an inference needs beyond MONAI's engines:
     start.py        the first call of every config

@@ -179,7 +179,7 @@ class Patient:
 
 
 @dataclass
-class _Grid:
+class Grid:
     """Voxel centres in mm from the middle of the chest, along the scanner's axes: u [X], v [Y], w [Z].
 
     The patient is turned about z by `angle` (radians), so the patient's frame is x, y [X, Y, 1] and z [1, 1, Z].
@@ -200,7 +200,7 @@ class _Grid:
         c, s = math.cos(self.angle), math.sin(self.angle)
         return c * x - s * y, s * x + c * y
 
-    def around(self, centre: Sequence[float], reach: Sequence[float] | float) -> "_Grid":
+    def around(self, centre: Sequence[float], reach: Sequence[float] | float) -> "Grid":
         """The part within `reach` mm of `centre`, and a voxel more, so that differences exist at its border."""
         rx, ry, rz = np.broadcast_to(reach, 3)
         c, s = abs(math.cos(self.angle)), abs(math.sin(self.angle))
@@ -211,7 +211,7 @@ class _Grid:
             first = min(int(first), axis.size - 2)
             window.append(slice(first, max(int(last), first + 2)))
         axes = [axis[own] for axis, own in zip(self.axes, window, strict=True)]
-        return _Grid(axes, self.angle, self.spacing, tuple(window))
+        return Grid(axes, self.angle, self.spacing, tuple(window))
 
     def layers(self, f: Implicit, *depths: float) -> list[Array]:
         """Share of each voxel inside f < depth, for objects larger than a voxel: the box filter of the linearised f."""
@@ -234,7 +234,7 @@ class _Grid:
             (a[:, None] + (((np.arange(n) + 0.5) / n - 0.5) * s).astype(np.float32)).ravel()
             for a, n, s in zip(self.axes, counts, self.spacing, strict=True)
         ]
-        fine = _Grid(axes, self.angle, self.spacing)
+        fine = Grid(axes, self.angle, self.spacing)
         blocks = [n for axis, count in zip(self.axes, counts, strict=True) for n in (axis.size, count)]
         return (f(fine.x, fine.y, fine.z) < 0).reshape(blocks).mean((1, 3, 5), dtype=np.float32)
 
@@ -283,13 +283,14 @@ def _capsule(start: Sequence[float], end: Sequence[float], radius: float) -> Imp
     return f
 
 
-class _Chest:
+class Chest:
     """The random proportions of one patient's chest, and its large surfaces as implicit functions."""
 
     def __init__(self, rng: np.random.Generator, enlarged_heart: bool) -> None:
         self.a = rng.uniform(106, 122)  # half width inside the ribs
         self.b = self.a * rng.uniform(0.68, 0.76)  # half depth
         self.apex = rng.uniform(105, 120)
+        self.upper = 0.3 * self.apex  # where the upper zones begin
         self.domes = {"right": rng.uniform(-68, -45)}
         self.domes["left"] = self.domes["right"] - rng.uniform(3, 10)
         self.wall, self.fat = rng.uniform(11, 15), rng.uniform(4, 22)
@@ -337,6 +338,13 @@ class _Chest:
         q = self.heart(*(centre + away).T) / self.heart_radii[1] + 1
         return centre + away * (0.96 / q)[:, None]
 
+    def dry(self, side: str, thickness: float, floor: float, height: float, x: Array, y: Array, z: Array) -> Array:
+        """Below 0 in the part of the lung that floats on fluid of `thickness` mm at `floor`, `height` mm high."""
+        # the lung floats up on the fluid: its surface moved forward, less so higher up, and up behind the dome
+        t = thickness * np.sqrt(np.clip(1 - (z - floor) / height, 0, 1))
+        lift = 0.4 * np.clip((20 - y) / 50, 0, 1)
+        return np.maximum(self.cage(x, y - t, z), self.diaphragm(side, x, y) + lift * t - z)
+
     def span(self, side: str) -> tuple[float, float]:
         """Lowest and highest z that count for the lung's zones."""
         return self.domes[side] - 30, self.apex - 5
@@ -366,7 +374,7 @@ class _Chest:
         return max(tries, key=itemgetter(0))[1:]
 
 
-def _vessels(rng: np.random.Generator, chest: _Chest, volume: float) -> Array:
+def _vessels(rng: np.random.Generator, chest: Chest, volume: float) -> Array:
     """Points [N, 3], each standing for `volume` mm3, that fill both lungs' branching vessel trees."""
     clouds = []
     for sign in SIDES.values():
@@ -400,21 +408,17 @@ def _length(rng: np.random.Generator, *mm: float) -> str:
     return " x ".join(f"{m / 10:.1f}" for m in mm) + " cm"
 
 
-class _Painter:
+class Painter:
     """Draws one patient: the healthy chest first, then each finding, with its mask and the words for its sentence."""
 
-    def __init__(self, rng: np.random.Generator, grid: _Grid, present: Mapping[str, int]) -> None:
+    lobe = "lobe"  # what an upper or lower zone may be called as well
+
+    def __init__(self, rng: np.random.Generator, grid: Grid, present: Mapping[str, int]) -> None:
         self.rng, self.grid = rng, grid
-        self.chest = _Chest(rng, present["Cardiomegaly"])
         self.covers: dict[str, Array] = {}  # finding -> membership in [0, 1]
         self.words: dict[str, dict[str, str]] = {}
         self.taken: list[Implicit] = []  # lesions in the lung that others must not hide in
-        self._chest_wall()
-        self._lungs()
-        if present["Emphysema"]:
-            self._emphysema()
-        self._mediastinum(present["Cardiomegaly"])
-        self._bones()
+        self._draw(present)
         for name, paint in (
             ("Pleural effusion", self._effusion),
             ("Consolidation", self._consolidation),
@@ -424,6 +428,17 @@ class _Painter:
             if present[name]:
                 paint()
         self._granulomas()
+
+    def _draw(self, present: Mapping[str, int]) -> None:
+        """The chest, and the findings that are part of it rather than put into it."""
+        self.chest = Chest(self.rng, present["Cardiomegaly"])
+        self._chest_wall()
+        self.texture = np.zeros_like(self.volume)  # HU that lesions add to their mean
+        self._lungs()
+        if present["Emphysema"]:
+            self._emphysema()
+        self._mediastinum(present["Cardiomegaly"])
+        self._bones()
 
     def _chest_wall(self) -> None:
         rng, grid, chest = self.rng, self.grid, self.chest
@@ -554,12 +569,12 @@ class _Painter:
         # holes are where a random field, which is about Gaussian, exceeds its (1 - share) quantile
         holes = np.clip(0.5 + (grid.waves(rng, 28, 60) - NormalDist().inv_cdf(1 - share)) / 0.25, 0, 1)
         if not diffuse:
-            holes = holes * np.clip(0.5 + (grid.z - 0.3 * chest.apex) / 40, 0, 1)
+            holes = holes * np.clip(0.5 + (grid.z - chest.upper) / 40, 0, 1)
         cover = holes * np.maximum.reduce([self.sides[side] for side in sides])
         _blend(self.volume, cover * (1 - self.vessels), rng.uniform(-1000, -960))
         self.covers["Emphysema"] = cover
         both = len(sides) == 2
-        region = "lung" if diffuse else "upper lobe"
+        region = "lung" if diffuse else f"upper {self.lobe}"
         self.words["Emphysema"] = {
             "severity": severity,
             "pattern": "diffuse" if diffuse else "centrilobular",
@@ -575,19 +590,13 @@ class _Painter:
         for side in sides:
             thickness, height = rng.uniform(15, 50), rng.uniform(80, 150)
             floor = chest.domes[side] - 45
-
-            def dry(x: Array, y: Array, z: Array, side=side, thickness=thickness, height=height, floor=floor) -> Array:
-                # the lung floats up on the fluid: its surface moved forward, less so higher up, and up behind the dome
-                t = thickness * np.sqrt(np.clip(1 - (z - floor) / height, 0, 1))
-                lift = 0.4 * np.clip((20 - y) / 50, 0, 1)
-                return np.maximum(chest.cage(x, y - t, z), chest.diaphragm(side, x, y) + lift * t - z)
-
+            dry = partial(chest.dry, side, thickness, floor, height)
             part = grid.around((SIDES[side] * chest.a / 2, 0, floor + height / 2), (chest.a / 2, chest.b, height))
             fluid = self.sides[side][part.window] * (1 - part.cover(dry))
             np.maximum(cover[part.window], fluid, out=cover[part.window])
             self.taken.append(lambda x, y, z, dry=dry, side=side: np.where(x * SIDES[side] > 0, -dry(x, y, z), 99.0))
             largest = max(largest, thickness)
-        _blend(self.volume, cover, rng.uniform(0, 20))
+        _blend(self.volume, cover, rng.uniform(0, 20) + self.texture)
         self.covers["Pleural effusion"] = cover
         both = len(sides) == 2
         self.words["Pleural effusion"] = {
@@ -621,11 +630,11 @@ class _Painter:
         f = np.maximum(across - 0.36 * size - 0.3 * along, np.abs(along) - 0.5 * size) + dents
         cover = np.clip(0.5 - f / 10, 0, 1) * self.sides[side] * (1 - self.covers.get("Pleural effusion", 0))
         bronchograms = np.clip(grid.waves(rng, 14, 24) - 1.2, 0, 1)
-        _blend(self.volume, cover, rng.uniform(-50, 50) - 450 * bronchograms)
+        _blend(self.volume, cover, rng.uniform(-50, 50) + self.texture - 450 * bronchograms)
         self.taken.append(_capsule(centre, centre, 0.55 * size))
         self.covers["Consolidation"] = cover
         level = chest.level(side, centre[2])
-        zone = f"{level} lobe" if level != "mid" and rng.random() < 0.6 else f"{level} zone"
+        zone = f"{level} {self.lobe}" if level != "mid" and rng.random() < 0.6 else f"{level} zone"
         self.words["Consolidation"] = {"where": f"{side} {zone}", "size": _length(rng, size)}
 
     def _nodules(self) -> None:
@@ -640,7 +649,7 @@ class _Painter:
             nodule = _ellipsoid(centre, radii)
             part = grid.around(centre, radii)
             share = part.cover_small(nodule) * self.lungs[part.window]
-            _blend(self.volume[part.window], share, hu)
+            _blend(self.volume[part.window], share, hu + self.texture[part.window])
             np.maximum(cover[part.window], share, out=cover[part.window])
             self.taken.append(_capsule(centre, centre, radii[0]))
             found.append((diameter, 2 * radii[1], f"{side} {chest.level(side, centre[2])}"))
@@ -702,7 +711,7 @@ def _sentence(template: str, words: Mapping[str, str]) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _report(
+def write_report(
     rng: np.random.Generator, labels: Mapping[str, int], words: Mapping[str, Mapping[str, str]]
 ) -> tuple[str, str, dict[str, str]]:
     """Findings, impression, and the sentence of each finding that is present."""
@@ -730,6 +739,42 @@ def _report(
     return findings, impression, sentences
 
 
+def check_field_of_view(cohort: str, shape: Sequence[int], spacing: Sequence[float]) -> None:
+    if any(n * s < MIN_FIELD_OF_VIEW for n, s in zip(shape, spacing, strict=True)):
+        raise InputError(
+            f"{cohort}: shape {tuple(shape)} x spacing {tuple(spacing)} must span {MIN_FIELD_OF_VIEW:.0f} mm or more "
+            "along each axis: raise shape or spacing"
+        )
+
+
+def draw_labels(rng: np.random.Generator, prevalence: Mapping[str, float]) -> dict[str, int]:
+    return {name: int(rng.random() < prevalence.get(name, 0.0)) for name in FINDINGS}
+
+
+def scanner_grid(rng: np.random.Generator, shape: Sequence[int], spacing: Sequence[float]) -> tuple[Grid, Array]:
+    """A grid about which the patient lies a little off centre and turned, and its affine [4, 4]."""
+    placing = zip(shape, spacing, rng.uniform(-6, 6, 3), strict=True)
+    axes = [(np.arange(n) * step - (n - 1) * step / 2 - shift).astype(np.float32) for n, step, shift in placing]
+    grid = Grid(axes, math.radians(rng.uniform(-5, 5)), spacing)
+    affine = np.diag([*spacing, 1.0])
+    centre = rng.uniform([-15, -30, -400], [15, 30, -150]).round(1)  # where the scanner has its origin
+    affine[:3, 3] = centre - (np.asarray(shape) - 1) * spacing / 2
+    return grid, affine
+
+
+def finding_masks(covers: Mapping[str, Array]) -> dict[str, Array]:
+    """Masks (bool, never empty) of what fills a voxel by half, or of the fullest voxel where none is half full."""
+    return {name: covers[name] > min(0.5, 0.999 * covers[name].max()) for name in FINDINGS if name in covers}
+
+
+def scanned(rng: np.random.Generator, grid: Grid, volume: Array) -> Array:
+    """HU as int16 with a scanner's calibration offset and noise; the volume itself changes."""
+    volume += rng.uniform(-15, 15) + rng.uniform(3, 8) * grid.waves(rng, 50, 150)
+    # last: its draws depend on the shape
+    volume += rng.uniform(22, 32) * rng.standard_normal(volume.shape, dtype=np.float32)
+    return np.rint(volume).clip(-1024, 3071).astype(np.int16)
+
+
 def patient(
     rng: np.random.Generator,
     shape: Sequence[int] = (64, 64, 32),
@@ -744,39 +789,22 @@ def patient(
         spacing: mm [X, Y, Z]; shape times spacing must be 300 mm or more along each axis.
         prevalence: finding -> probability; a finding that is not named is absent.
     """
-    if any(n * s < MIN_FIELD_OF_VIEW for n, s in zip(shape, spacing, strict=True)):
-        raise InputError(
-            f"phantom: shape {tuple(shape)} x spacing {tuple(spacing)} must span {MIN_FIELD_OF_VIEW:.0f} mm or more "
-            "along each axis: raise shape or spacing"
-        )
-    labels = {name: int(rng.random() < prevalence.get(name, 0.0)) for name in FINDINGS}
-    placing = zip(shape, spacing, rng.uniform(-6, 6, 3), strict=True)
-    axes = [(np.arange(n) * step - (n - 1) * step / 2 - shift).astype(np.float32) for n, step, shift in placing]
-    grid = _Grid(axes, math.radians(rng.uniform(-5, 5)), spacing)
-    affine = np.diag([*spacing, 1.0])
-    centre = rng.uniform([-15, -30, -400], [15, 30, -150]).round(1)  # where the scanner has its origin
-    affine[:3, 3] = centre - (np.asarray(shape) - 1) * spacing / 2
-
-    painter = _Painter(rng, grid, labels)
-    findings, impression, sentences = _report(rng, labels, painter.words)
-
-    covers = {name: painter.covers[name] for name in FINDINGS if labels[name]}
-    # the fullest voxel where none is half full
-    masks = {name: cover > min(0.5, 0.999 * cover.max()) for name, cover in covers.items()}
+    check_field_of_view("phantom", shape, spacing)
+    labels = draw_labels(rng, prevalence)
+    grid, affine = scanner_grid(rng, shape, spacing)
+    painter = Painter(rng, grid, labels)
+    findings, impression, sentences = write_report(rng, labels, painter.words)
     organ_covers = {f"{side} lung": cover for side, cover in painter.sides.items()}
     organ_covers |= {"heart": painter.heart, "spine": painter.spine, "ribs": painter.ribs, "trachea": painter.trachea}
     organs = np.zeros(tuple(shape), np.uint8)
     for name, cover in organ_covers.items():
         organs[cover > 0.5] = ORGANS[name]
 
-    volume = painter.volume
-    volume += rng.uniform(-15, 15) + rng.uniform(3, 8) * grid.waves(rng, 50, 150)
-    # last: its draws depend on the shape
-    volume += rng.uniform(22, 32) * rng.standard_normal(volume.shape, dtype=np.float32)
-    volume = np.rint(volume).clip(-1024, 3071).astype(np.int16)
-    return Patient(volume, affine, organs, masks, labels, findings, impression, sentences)
+    volume = scanned(rng, grid, painter.volume)
+    return Patient(volume, affine, organs, finding_masks(painter.covers), labels, findings, impression, sentences)
 
 
+Draw = Callable[[np.random.Generator, Sequence[int], Sequence[float]], Patient]
 SPLITS = {"train": "train", "valid": "validation"}  # as CT-RATE names volumes, and tables of reports and metadata
 # folder of a table -> its columns
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -800,15 +828,15 @@ def _write_nifti(path: Path, array: Array, affine: Array) -> None:
 
 def _write_patient(
     root: Path,
+    draw: Draw,
     shape: Sequence[int],
     spacing: Sequence[float],
-    prevalence: Mapping[str, float],
     seed: int,
     item: tuple[str, int],
 ) -> dict[str, list[list[str]]]:
     """Write the volume and masks of one patient; return its rows, table -> rows."""
     split, i = item
-    p = patient(np.random.default_rng([seed, list(SPLITS).index(split), i]), shape, spacing, prevalence)
+    p = draw(np.random.default_rng([seed, list(SPLITS).index(split), i]), shape, spacing)
     name = f"{split}_{i + 1}_a_1"
     place = Path(f"{split}_fixed", f"{split}_{i + 1}", f"{split}_{i + 1}_a")
     volumes, masks = root / place, root / "masks" / place / name
@@ -851,28 +879,44 @@ def cohort(
     Raises:
         InputError: `dataset_dir` holds something else, or `prevalence` names no finding.
     """
-    from custom_components.distributed import rank_zero_first  # torch takes seconds, and the workers want none of it
-
     shape, spacing = [int(n) for n in shape], [float(s) for s in spacing]
     if unknown := sorted(set(prevalence) - set(FINDINGS)):
         raise InputError(f"phantom.cohort: prevalence names {', '.join(unknown)}: choose of {', '.join(FINDINGS)}")
     manifest = dict(GENERATOR, num_train=num_train, num_valid=num_valid, shape=shape, spacing=spacing, seed=seed)
     manifest["prevalence"] = dict(prevalence)
+    return write_cohort(dataset_dir, manifest, partial(patient, prevalence=dict(prevalence)), num_workers)
+
+
+def write_cohort(dataset_dir: str | os.PathLike[str], manifest: Mapping[str, Any], draw: Draw, num_workers: int) -> str:
+    """Do as :func:`cohort` says, for patients of any kind.
+
+    Args:
+        dataset_dir: folder to write, returned.
+        manifest: `generator` (whose last word names the file that says what the cohort is), `num_train`, `num_valid`,
+            `shape`, `spacing`, `seed`, and whatever else the bytes depend on.
+        draw: function (generator of chance, shape, spacing) -> Patient that other processes can import.
+        num_workers: processes that draw.
+    """
+    from custom_components.distributed import rank_zero_first  # torch takes seconds, and the workers want none of it
+
+    kind = manifest["generator"].rpartition(".")[2]
     target = Path(dataset_dir).resolve()
+    stamp = target / f"{kind}.json"
     with rank_zero_first():
-        if (target / "phantom.json").is_file():
-            if json.loads((target / "phantom.json").read_text()) == manifest:
+        if stamp.is_file():
+            if json.loads(stamp.read_text()) == manifest:
                 return str(dataset_dir)
         elif target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InputError(
-                f"phantom.cohort: {target} holds something that is not a phantom cohort (it has no phantom.json): "
+                f"{kind}.cohort: {target} holds something that is not its cohort (it has no {stamp.name}): "
                 "set dataset_dir to a new or empty folder"
             )
-        _write_cohort(target, manifest, num_workers)
+        _write_cohort(stamp, manifest, draw, num_workers)
     return str(dataset_dir)
 
 
-def _write_cohort(target: Path, manifest: Mapping[str, Any], num_workers: int) -> None:
+def _write_cohort(stamp: Path, manifest: Mapping[str, Any], draw: Draw, num_workers: int) -> None:
+    target = stamp.parent
     items = [(split, i) for split in SPLITS for i in range(manifest[f"num_{split}"])]
     context = multiprocessing.get_context("spawn")  # forking a process in which torch's threads run can hang
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -881,16 +925,16 @@ def _write_cohort(target: Path, manifest: Mapping[str, Any], num_workers: int) -
         data = Path(stage, "cohort", "dataset")
         for folder in COLUMNS:
             (data / folder).mkdir(parents=True)
-        (data.parent / "phantom.json").write_text(json.dumps(manifest, indent=2) + "\n")
-        write = partial(_write_patient, data, *map(manifest.get, ("shape", "spacing", "prevalence", "seed")))
+        (data.parent / stamp.name).write_text(json.dumps(manifest, indent=2) + "\n")
+        write = partial(_write_patient, data, draw, *map(manifest.get, ("shape", "spacing", "seed")))
         with ProcessPoolExecutor(num_workers, context) if num_workers > 1 else nullcontext() as pool:
             written = pool.map(write, items, chunksize=8) if pool else map(write, items)
-            for tables in tqdm(written, total=len(items), desc="phantom cohort", unit="patient"):
+            for tables in tqdm(written, total=len(items), desc=f"{stamp.stem} cohort", unit="patient"):
                 for table, lines in tables.items():
                     with open(data / table, "a", newline="", encoding="utf-8") as file:
                         header = [] if file.tell() else [COLUMNS[table.split("/")[0]]]
                         csv.writer(file, lineterminator="\n").writerows(header + lines)
-        if (target / "phantom.json").is_file():  # nothing else is ever deleted
+        if stamp.is_file():  # nothing else is ever deleted
             shutil.rmtree(target)
         data.parent.rename(target)
 

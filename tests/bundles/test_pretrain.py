@@ -75,6 +75,14 @@ def test_demo_table(bundle: Path) -> None:
     assert "no presence AUC of Medical material, " in (bundle / "stdout.txt").read_text()
 
 
+def test_trains_and_evaluates_on_real_anatomy(run_here: Callable, tmp_path: Path) -> None:
+    scans = {"dataset_dir#dataset_dir": tmp_path / "anatomy", "dataset_dir#scans": ["slicerio"]}
+    run_here([*TRAIN, "anatomy.json"], **TINY | {"max_epochs": 1}, **scans)
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["presence_auc"] and metrics["grounding"]["sentences"] > 0
+    assert (tmp_path / "models" / "encoder.pt").is_file() and (tmp_path / "anatomy" / "anatomy.json").is_file()
+
+
 def test_same_seed_same_losses(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     keys = TINY | {"dataset_dir": bundle / "data" / "phantom", "evaluate_after_training": False}
     keys = {k: v for k, v in keys.items() if not k.startswith("dataset_dir#")}
@@ -369,9 +377,16 @@ def test_published_recipe() -> None:
         "report_decoder_hidden_size": 768, "report_decoder_layers": 6, "report_decoder_heads": 6,
         "report_decoder_mlp_dim": 1536, "max_length": 512, "mask_ratio": 0.75, "text_mask_ratio": 0.75,
         "top_k": 32, "temperature": 0.07, "negatives": "report", "align_pool": "topk_mean", "align_layer": None,
-        "hu_bins": 0, "sentence_context": "report", "loss_weights": {"volume": 1.0, "alignment": 1.0, "report": 1.0},
+        "hu_bins": 0, "scale_space": [], "patch_projection": "mlp", "align_ratio": None, "report_ratio": 1.0,
+        "max_norm": None, "sentence_context": "report",
+        "loss_weights": {"volume": 1.0, "alignment": 1.0, "report": 1.0, "instance": 0.0},
         "learning_rate": 1.5e-4, "betas": [0.9, 0.95], "weight_decay": 0.05, "warmup_epochs": 20, "max_epochs": 200,
         "effective_batch_size": 448, "seed": 42, "text_encoder": "microsoft/BiomedVLP-CXR-BERT-specialized",
     }  # fmt: skip
     assert {key: train[key] for key in published} == published
     assert list(train["sentences"]) == classes_of("ct_rate")
+
+
+def test_demo_trains_by_the_recommended_recipe() -> None:
+    demo, recommended = (json.loads((BUNDLE / "configs" / f"{name}.json").read_text()) for name in ("demo", "recommended"))
+    assert {key: demo[key] for key in recommended} == recommended

@@ -217,7 +217,7 @@ def test_a_failed_build_leaves_the_old_cohort(tmp_path: Path, monkeypatch: pytes
     folder = tmp_path / "cohort"
     cohort(folder, num_train=1, num_valid=0, num_workers=1)
     before = hashes(folder)
-    monkeypatch.setattr(phantom, "patient", lambda *_: 1 / 0)
+    monkeypatch.setattr(phantom, "patient", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cohort(folder, num_train=2, num_valid=0, num_workers=1)
     assert hashes(folder) == before and [p.name for p in tmp_path.iterdir()] == ["cohort"]
