@@ -79,7 +79,8 @@ TASK = {
         "shape": SEGMENT["img_size"],
         "channels": 1 + len(SEGMENT["classes"]),
         "network": {"feature_size": 4},
-        "load": {f"encoder#{k}": SEGMENT[k] for k in (*SIZES, "img_size")} | {"feature_size": 4},
+        "load": {f"encoder#{k}": SEGMENT[k] for k in (*SIZES, "img_size", "hu_bins", "scale_space", "pixdim")}
+        | {"encoder#statistics_mlp_dim": 2 * SEGMENT["hidden_size"], "feature_size": 4},
         "inference": {"feature_size": 4, "checkpoint": "models/random.pt"},
         "deploy": {k: SEGMENT[k] for k in ("pixdim", "img_size")},
         "overlays": overlays(
@@ -192,7 +193,7 @@ def test_demo_runs_from_a_foreign_and_from_its_own_folder(exported: dict, name: 
 
 def test_demos_say_which_encoder_they_start_from(exported: dict) -> None:
     assert "the encoder starts from RANDOM weights" in exported["classify"]["foreign"].stdout
-    assert "filled 38 of 41 tensors of SimCroPEncoder" in exported["segment"]["foreign"].stdout
+    assert "filled 46 of 49 tensors of SimCroPEncoder" in exported["segment"]["foreign"].stdout
 
 
 @pytest.mark.parametrize("name", BUNDLES)

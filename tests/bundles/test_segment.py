@@ -38,8 +38,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bundles") / "segment"
     shutil.copytree(BUNDLE, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
     torch.manual_seed(0)  # some starts find no organ in so few steps
-    sizes = {"img_size": (80, 80, 40), "patch_size": (8, 8, 4), "hidden_size": 96, "mlp_dim": 384}
-    encoder = SimCroPEncoder(num_layers=3, num_heads=3, **sizes)
+    sizes = {k: DEMO[k] for k in ("patch_size", "hidden_size", "mlp_dim", "num_layers", "num_heads")}
+    extra = {k: DEMO[k] for k in ("hu_bins", "scale_space", "pixdim")} | {"statistics_mlp_dim": 2 * DEMO["hidden_size"]}
+    encoder = SimCroPEncoder(img_size=DEMO["pretrained_img_size"], **sizes, **extra)
     (folder.parent / "pretrain" / "models").mkdir(parents=True)
     torch.save(encoder.state_dict(), folder.parent / "pretrain" / "models" / "encoder.pt")
     result = run(
@@ -110,7 +111,7 @@ def test_demo_tunes_each_start_on_validation_and_tests_the_chosen_alone(bundle: 
 
 def test_demo_says_what_was_loaded(bundle: Path) -> None:
     log = (bundle / "log.txt").read_text()
-    assert log.count("filled 38 of 41 tensors of SimCroPEncoder") == 4
+    assert log.count("filled 46 of 49 tensors of SimCroPEncoder") == 4
     assert log.count("pretrained is null: NOTHING is loaded") == 4
 
 
@@ -349,9 +350,10 @@ def write_list(folder: Path, image: Path, labels: np.ndarray, affine: np.ndarray
 
 LUNG = ["left lung", "right lung", "trachea"]
 OVERFIT = {
-    "datalist": "dataset.json", "classes": LUNG, "label_values": {}, "class_groups": {}, "pretrained": None, "img_size": [48, 48, 16],
-    "patch_size": [8, 8, 4], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96, "num_samples": 4, "warmup_epochs": 0,
-    "learning_rate": 0.003,
+    "datalist": "dataset.json", "classes": LUNG, "label_values": {}, "class_groups": {}, "pretrained": None,
+    "img_size": [48, 48, 16], "patch_size": [8, 8, 4], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96,
+    "num_samples": 4, "warmup_epochs": 0, "learning_rate": 0.003,
+    "train#random_transforms#2#ratios": None, "loss#weight": None, "loss#lambda_dice": 1.0,
 }  # fmt: skip
 
 
