@@ -353,7 +353,7 @@ OVERFIT = {
     "datalist": "dataset.json", "classes": LUNG, "label_values": {}, "class_groups": {}, "pretrained": None,
     "img_size": [48, 48, 16], "patch_size": [8, 8, 4], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96,
     "num_samples": 4, "warmup_epochs": 0, "learning_rate": 0.003,
-    "crop#ratios": None,
+    "crop#ratios": None, "loss#weight": None, "loss#lambda_dice": 1.0,
 }  # fmt: skip
 
 
