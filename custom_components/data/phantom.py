@@ -64,6 +64,13 @@ from custom_components.files import replacing
 GENERATOR = {"generator": "custom_components.phantom", "version": 2}
 
 ORGANS: dict[str, int] = {"left lung": 1, "right lung": 2, "trachea": 3, "heart": 4, "spine": 5, "ribs": 6}
+# of a label map beside ORGANS; cardiomegaly is the heart's size, and emphysema has no border to draw
+LESIONS: dict[str, int] = {
+    "Pleural effusion": 7,
+    "Consolidation": 8,
+    "Lung nodule": 9,
+    "Coronary artery wall calcification": 10,
+}
 MIN_FIELD_OF_VIEW = 300.0  # mm along each axis: a smaller one would cut findings off
 SIDES = {"left": -1.0, "right": 1.0}  # sign of x
 
@@ -855,6 +862,7 @@ def cohort(
     num_valid: int = 256,
     shape: Sequence[int] = (64, 64, 32),
     spacing: Sequence[float] = (5.0, 5.0, 10.0),
+    prevalence: Mapping[str, float] = PREVALENCE,
     seed: int = 42,
     num_workers: int = 2,
 ) -> str:
@@ -864,10 +872,19 @@ def cohort(
     present, and per split the sentence that speaks of each. The bytes depend on the arguments but not on
     `num_workers`. A cohort of other parameters is replaced; any other folder that is not empty is left alone. Where
     several processes train together, rank 0 writes it, and the others go on when it is there.
+
+    Args:
+        shape, spacing, prevalence: as in :func:`patient`.
+
+    Raises:
+        InputError: `dataset_dir` holds something else, or `prevalence` names no finding.
     """
     shape, spacing = [int(n) for n in shape], [float(s) for s in spacing]
+    if unknown := sorted(set(prevalence) - set(FINDINGS)):
+        raise InputError(f"phantom.cohort: prevalence names {', '.join(unknown)}: choose of {', '.join(FINDINGS)}")
     manifest = dict(GENERATOR, num_train=num_train, num_valid=num_valid, shape=shape, spacing=spacing, seed=seed)
-    return write_cohort(dataset_dir, manifest, patient, num_workers)
+    manifest["prevalence"] = dict(prevalence)
+    return write_cohort(dataset_dir, manifest, partial(patient, prevalence=dict(prevalence)), num_workers)
 
 
 def write_cohort(dataset_dir: str | os.PathLike[str], manifest: Mapping[str, Any], draw: Draw, num_workers: int) -> str:
@@ -922,21 +939,39 @@ def _write_cohort(stamp: Path, manifest: Mapping[str, Any], draw: Draw, num_work
         data.parent.rename(target)
 
 
-def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> str:
-    """Write ``organs.json`` beside a cohort's volumes, a list as LUNA16's, and return its path.
+def _write_label_map(dataset: Path, volume: str) -> str:
+    """Write organs and lesions of one volume as one map, and return its path in the data set.
+
+    A lesion replaces the organ that it lies in, and a later one of LESIONS an earlier one.
+    """
+    masks = dataset / "masks" / volume
+    organs = nib.load(masks / "organs.nii.gz")
+    labels = np.asarray(organs.dataobj).copy()
+    for finding, value in LESIONS.items():
+        if (file := masks / mask_file_name(finding)).is_file():
+            labels[np.asarray(nib.load(file).dataobj) > 0] = value
+    with replacing(masks / "labels.nii.gz") as temporary:  # several processes may write and read it at once
+        image = nib.Nifti1Image(labels, organs.affine, organs.header)
+        temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
+    return f"dataset/masks/{volume}/labels.nii.gz"
+
+
+def segmentation_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> str:
+    """Write ``segmentation.json`` beside a cohort's volumes, a list as LUNA16's, and return its path.
 
     `training` are the cohort's training patients, `validation` the first `num_validation` of its others, and `testing`
-    the rest; labels are the organ masks.
+    the rest. Labels are maps of ORGANS and LESIONS, which are written too: ``dataset/masks/<volume>/labels.nii.gz``.
 
     Raises:
         InputError: no patient is left for one of the lists.
     """
+    dataset = Path(dataset_dir, "dataset")
 
     def items(split: str) -> list[dict[str, str]]:
-        volumes = Path(dataset_dir, "dataset").glob(f"{split}_fixed/*/*/*.nii.gz")
+        volumes = dataset.glob(f"{split}_fixed/*/*/*.nii.gz")
         volumes = sorted(volumes, key=lambda file: int(file.name.split("_")[1]))
         names = ["/".join(file.parts[-4:]).removesuffix(".nii.gz") for file in volumes]
-        return [{"image": f"dataset/{n}.nii.gz", "label": f"dataset/masks/{n}/organs.nii.gz"} for n in names]
+        return [{"image": f"dataset/{n}.nii.gz", "label": _write_label_map(dataset, n)} for n in names]
 
     train, other = map(items, SPLITS)
     content = {"training": train, "validation": other[:num_validation], "testing": other[num_validation:]}
@@ -945,7 +980,7 @@ def organ_datalist(dataset_dir: str | os.PathLike[str], num_validation: int) -> 
             f"{dataset_dir}: num_validation {num_validation} of {len(other)} held-out patients leaves none to "
             "validate or to test on: change num_valid or num_validation"
         )
-    path = Path(dataset_dir).resolve() / "organs.json"
-    with replacing(path) as temporary:  # several processes may write and read it at once
+    path = Path(dataset_dir).resolve() / "segmentation.json"
+    with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n")
     return str(path)

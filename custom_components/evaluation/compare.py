@@ -3,6 +3,7 @@
 import copy
 import gc
 import logging
+import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,17 +38,24 @@ class Comparison:
     ``<models_dir>/pretrained_0.1`` and ``<output_dir>/pretrained_0.1``. The config's key ``contenders`` is name -> keys
     that make it, such as ``{"pretrained": null}``, taken as written, so that their references are the run's own.
 
+    With ``learning_rates`` every contender trains once at each, in folders such as ``pretrained_0.1_lr_0.01``, and only
+    the run whose ``train#selection`` has the best validation is evaluated: each start is shown at a rate of its own.
+
     Args:
-        report: makes tables of what the runs leave: called with fraction -> contender -> folder, and ``output_dir``.
+        report: makes tables of what the runs leave: called with fraction -> contender -> folder, and ``output_dir``;
+            and with ``learning_rates`` also with ``tuning``, fraction -> contender -> ``learning_rate`` that was chosen
+            and ``validation``, rate -> best validation.
         fractions: of the training items.
         checkpoint: what the weights of the first contender at the largest fraction are copied to; None for nothing.
+        learning_rates: values of the config's key ``learning_rate`` to choose from; none leaves it as it is.
     """
 
-    report: Callable[[Mapping[float, Mapping[str, Path]], Path], dict[str, Any]]
+    report: Callable[..., dict[str, Any]]
     fractions: Sequence[float]
     models_dir: str | Path
     output_dir: str | Path
     checkpoint: str | None = None
+    learning_rates: Sequence[float] = ()
 
     def __call__(self) -> dict[str, Any]:
         """Run all and report; returns what ``metrics.json`` holds.
@@ -59,33 +67,54 @@ class Comparison:
         contenders = {name: keys for name, keys in config["contenders"].items() if self._starts(name, config | keys)}
         if not contenders:
             raise InputError("contenders has none whose pretrained file exists: give one, or one with pretrained null")
-        models, outputs = Path(self.models_dir), Path(self.output_dir)
+        outputs = Path(self.output_dir)
         runs: dict[float, dict[str, Path]] = {fraction: {} for fraction in sorted(self.fractions)}
+        tuning: dict[float, dict[str, dict[str, Any]]] = {fraction: {} for fraction in runs}
         for fraction, folders in runs.items():
             for name, keys in contenders.items():
                 label = f"{name}_{fraction:g}"
                 print(f"--- {name} at {fraction:.0%} of the labels")
+                own = config | keys | {"data_fraction": fraction}
+                if self.learning_rates:
+                    label, tuning[fraction][name] = self._tune(own, label)
+                else:
+                    self._run(own, label)
                 folders[name] = outputs / label
-                own = {
-                    "data_fraction": fraction,
-                    "models_dir": str(models / label),
-                    "output_dir": str(outputs / label),
-                    "checkpoint": str(models / label / "model.pt"),
-                    "evaluate_after_training": True,
-                }
-                self._run(config | keys | own)
-                gc.collect()
         if self.checkpoint is not None:
-            shutil.copy(models / f"{next(iter(contenders))}_{max(runs):g}" / "model.pt", self.checkpoint)
-        return self.report(runs, outputs)
+            shutil.copy(self._checkpoint(runs[max(runs)][next(iter(contenders))].name), self.checkpoint)
+        return self.report(runs, outputs, **({"tuning": tuning} if self.learning_rates else {}))
 
-    @staticmethod
-    def _run(config: Mapping[str, Any]) -> None:
-        """``monai.bundle.run`` of a config that is no file, and that may hold what JSON cannot."""
-        workflow = ConfigWorkflow(None, {}, logging_file=False, run_id="training", **copy.deepcopy(config))
+    def _tune(self, config: Mapping[str, Any], label: str) -> tuple[str, dict[str, Any]]:
+        """Train at every rate, and evaluate the run of the best validation: its folder's name, and what was found."""
+        found: dict[float, float] = {}
+        for rate in self.learning_rates:
+            print(f"--- learning rate {rate:g}")
+            workflow = self._run(config | {"learning_rate": rate}, f"{label}_lr_{rate:g}", evaluate=False)
+            value = workflow.parser.get_parsed_content("train#selection").best
+            if value > max(found.values(), default=-math.inf):
+                chosen, best = rate, workflow  # the others are let go: each holds its own network and volumes
+            found[rate] = value
+        best.parser.get_parsed_content("evaluation")()
+        validation = {f"{rate:g}": value for rate, value in found.items()}
+        return f"{label}_lr_{chosen:g}", {"learning_rate": chosen, "validation": validation}
+
+    def _checkpoint(self, label: str) -> Path:
+        return Path(self.models_dir) / label / "model.pt"
+
+    def _run(self, config: Mapping[str, Any], label: str, evaluate: bool = True) -> ConfigWorkflow:
+        """``monai.bundle.run`` of a config that is no file, and that may hold what JSON cannot, in its own folders."""
+        own = {
+            "models_dir": str(self._checkpoint(label).parent),
+            "output_dir": str(Path(self.output_dir) / label),
+            "checkpoint": str(self._checkpoint(label)),
+            "evaluate_after_training": evaluate,
+        }
+        gc.collect()  # of the run before, whose parts refer to each other
+        workflow = ConfigWorkflow(None, {}, logging_file=False, run_id="training", **copy.deepcopy({**config, **own}))
         workflow.initialize()
         workflow.run()
         workflow.finalize()
+        return workflow
 
     @staticmethod
     def _starts(name: str, config: Mapping[str, Any]) -> bool:

@@ -91,6 +91,25 @@ def mean_interval(values: np.ndarray, seed: int, num_resamples: int = 2000) -> d
     return {"mean": float(values.mean()), **interval(means), "scans": len(values)}
 
 
+def difference_interval(first: np.ndarray, other: np.ndarray, seed: int, num_resamples: int = 2000) -> dict[str, Any]:
+    """:func:`mean_interval` of ``first`` minus that of ``other``, values ``[N]`` of the same scans, drawn together.
+
+    Each mean is over its own values that are not NaN, as in a table of both: two networks may differ in where a
+    class is defined, since it is where one of them invents it. ``scans`` have a value of either.
+    """
+    weights = resample(range(len(first)), num_resamples, seed)
+    sides = [(np.isfinite(values), np.nan_to_num(values)) for values in (first, other)]
+
+    def difference(weights: np.ndarray) -> np.ndarray:
+        with np.errstate(invalid="ignore"):
+            first, other = (weights @ values / (weights @ defined) for defined, values in sides)
+        return first - other
+
+    mean = difference(np.ones((1, len(first))))[0]
+    scans = int((sides[0][0] | sides[1][0]).sum())
+    return {"mean": float(mean) if np.isfinite(mean) else None, **interval(difference(weights)), "scans": scans}
+
+
 def weighted_auroc(truth: np.ndarray, score: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """AUROC of ``score [N]`` for ``truth [N]`` by each row of ``weights [R, N]``; NaN where a label has no weight."""
     positive, negative = _by_score(truth, score, weights)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from custom_components.data.save import argmax_labels, labels_in_scan
+from custom_components.errors import InputError
 from custom_components.evaluation import figures
 from custom_components.evaluation.figures import spacing_of
-from custom_components.evaluation.metrics import mean_interval, mean_of_defined
+from custom_components.evaluation.metrics import difference_interval, mean_interval, mean_of_defined
 from custom_components.evaluation.report import read_metrics, write_report
 
 METRICS = {"dice": "Dice", "hd95": "HD95 (mm)", "surface_dice": "surface Dice at {:g} mm"}
@@ -95,8 +96,12 @@ class SegmentationEvaluation:
         network, inferer: give logits ``[1, C, x, y, z]`` of an image ``[1, 1, x, y, z]``.
         dataset: items with ``image``, preprocessed, and ``label`` as it was read, on the scan's own grid.
         classes: names of classes 1, 2, ...
+        groups: name -> classes whose mean over a scan is reported too.
         tolerance: of surface Dice, mm.
         num_figures: scans that are drawn, the first ones.
+
+    Raises:
+        InputError: ``groups`` names a class that is not in ``classes``.
     """
 
     network: nn.Module
@@ -104,9 +109,14 @@ class SegmentationEvaluation:
     dataset: Dataset
     classes: Sequence[str]
     output_dir: str | Path
+    groups: Mapping[str, Sequence[str]] = field(default_factory=dict)
     tolerance: float = 2.0
     seed: int = 42
     num_figures: int = 3
+
+    def __post_init__(self) -> None:
+        if unknown := sorted({name for group in self.groups.values() for name in group} - set(self.classes)):
+            raise InputError(f"class_groups names {', '.join(unknown)}: choose of classes, {', '.join(self.classes)}")
 
     @torch.inference_mode()
     def __call__(self) -> dict[str, Any]:
@@ -150,15 +160,23 @@ class SegmentationEvaluation:
     def _metrics(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
         metrics: dict[str, Any] = {"seed": self.seed, "scans": len(self.dataset)}
         for name, values in scores.items():
-            foreground = mean_of_defined(values[:, 1:])
-            per_class = {c: mean_interval(values[:, k], self.seed) for k, c in enumerate(self.classes, 1)}
-            metrics[name] = {**mean_interval(foreground, self.seed), "per_class": per_class}
+            of_class = dict(zip(self.classes, values.T[1:], strict=True))
+            of_group = {
+                group: mean_of_defined(np.stack([of_class[c] for c in classes], 1))
+                for group, classes in self.groups.items()
+            }
+            metrics[name] = self._entry(mean_of_defined(values[:, 1:]))
+            metrics[name]["groups"] = {group: self._entry(found) for group, found in of_group.items()}
+            metrics[name]["per_class"] = {c: self._entry(found) for c, found in of_class.items()}
             if name == "dice":
                 metrics[name]["with_background"] = mean_interval(mean_of_defined(values), self.seed)
-                # in the datasets' order, so that two evaluations can be compared scan by scan
-                metrics[name]["per_scan"] = [None if math.isnan(value) else value for value in foreground.tolist()]
         metrics["surface_dice"]["tolerance_mm"] = self.tolerance
         return metrics
+
+    def _entry(self, values: np.ndarray) -> dict[str, Any]:
+        """Mean with its interval, and ``per_scan``, in the dataset's order, by which two evaluations are compared."""
+        per_scan = [None if math.isnan(value) else value for value in values.tolist()]
+        return {**mean_interval(values, self.seed), "per_scan": per_scan}
 
     def _rows(self, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> list[Sequence[Any]]:
         """What ``metrics.csv`` holds."""
@@ -169,11 +187,17 @@ class SegmentationEvaluation:
         return rows
 
 
+def _entries(metric: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a metric is given of: the whole foreground, groups of classes, single classes."""
+    groups = {f"{name} mean": entry for name, entry in metric["groups"].items()}
+    return {"foreground mean": metric, **groups, **metric["per_class"]}
+
+
 def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """The metrics as rows of text: metric, class, mean, and its interval with the number of scans."""
     rows = []
     for name in METRICS:
-        entries = {"foreground mean": metrics[name], **metrics[name]["per_class"]}
+        entries = _entries(metrics[name])
         if "with_background" in metrics[name]:
             entries["with background"] = metrics[name]["with_background"]
         for of, e in entries.items():
@@ -185,33 +209,61 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def compare_dice(runs: Mapping[float, Mapping[str, Path]], output_dir: str | Path) -> dict[str, Any]:
+def compare_dice(
+    runs: Mapping[float, Mapping[str, Path]],
+    output_dir: str | Path,
+    tuning: Mapping[float, Mapping[str, Mapping[str, Any]]] | None = None,
+) -> dict[str, Any]:
     """Dice of networks side by side, for :class:`custom_components.evaluation.compare.Comparison`.
 
     Writes ``metrics.json``, whose content it returns: ``dice`` by fraction and contender (``mean``, ``low``, ``high``,
-    ``per_class``), and ``difference`` of the first contender to each other, paired over scans; ``metrics.csv`` and
-    ``comparison.png``.
+    ``groups``, ``per_class``); ``difference`` of the first contender to each other by fraction, of the foreground, each
+    group and each class, paired over scans; ``tuning``; also ``metrics.csv`` and ``comparison.png``.
 
     Args:
         runs: fraction -> contender -> folder with its ``metrics.json``, all of the same scans.
+        tuning: fraction -> contender -> ``learning_rate`` that was chosen, and ``validation``, rate -> what it was
+            chosen by.
     """
-    metrics: dict[str, Any] = {"seed": None, "dice": {}, "difference": {}}
+    metrics: dict[str, Any] = {"seed": None, "dice": {}, "difference": {}, "tuning": {}}
     rows = [("fraction", "contender", "of", "dice", "interval")]
+    notes = []
     for fraction, folders in runs.items():
         found = {name: read_metrics(folder) for name, folder in folders.items()}
         dice = {name: run["dice"] for name, run in found.items()}
-        scans = {name: np.array(entry["per_scan"], dtype=float) for name, entry in dice.items()}
         first, *others = dice
         seed = metrics["seed"] = found[first]["seed"]
-        differences = {f"{first} - {other}": mean_interval(scans[first] - scans[other], seed) for other in others}
+        entries = {name: _entries(entry) for name, entry in dice.items()}
+        differences = {
+            f"{first} - {other}": {
+                of: difference_interval(*(_per_scan(entries[name][of]) for name in (first, other)), seed)
+                for of in entries[first]
+            }
+            for other in others
+        }
         metrics["dice"][f"{fraction:g}"], metrics["difference"][f"{fraction:g}"] = dice, differences
-        for name, entry in dice.items():
-            for of, e in {"foreground mean": entry, **entry["per_class"]}.items():
-                rows.append((f"{fraction:g}", name, of, f"{e['mean']:.3f}", f"{e['low']:.3f} to {e['high']:.3f}"))
-        for name, e in differences.items():
-            values = f"{e['mean']:+.3f}", f"{e['low']:+.3f} to {e['high']:+.3f}"
-            rows.append((f"{fraction:g}", name, "paired", *values))
-    write_report(output_dir, metrics, rows, rows[1:])
-    groups = {f"{float(fraction):.0%} of the labels": dice for fraction, dice in metrics["dice"].items()}
-    figures.bars(groups, "foreground Dice", Path(output_dir) / "comparison.png")
+        for name, of_entry in (entries | differences).items():
+            sign = "+" if name in differences else ""
+            for of, e in of_entry.items():
+                if e["mean"] is None:
+                    rows.append((f"{fraction:g}", name, of, "-", "not defined in any scan"))
+                else:
+                    values = (f"{e[part]:{sign}.3f}" for part in ("mean", "low", "high"))
+                    rows.append((f"{fraction:g}", name, of, next(values), " to ".join(values)))
+        for name, choice in (tuning or {}).get(fraction, {}).items():
+            metrics["tuning"].setdefault(f"{fraction:g}", {})[name] = choice
+            values = ", ".join(f"{rate} {value:.3f}" for rate, value in choice["validation"].items())
+            notes.append(f"{name} at {fraction:g}: learning rate {choice['learning_rate']:g}, of validation {values}")
+    write_report(output_dir, metrics, rows, rows[1:], notes)
+    groups = {
+        f"{of} at {float(fraction):.0%} of the labels": {name: _entries(entry)[of] for name, entry in dice.items()}
+        for fraction, dice in metrics["dice"].items()
+        for of in _entries(next(iter(dice.values())))
+        if of.endswith(" mean")
+    }
+    figures.bars(groups, "Dice", Path(output_dir) / "comparison.png")
     return metrics
+
+
+def _per_scan(entry: Mapping[str, Any]) -> np.ndarray:
+    return np.array(entry["per_scan"], dtype=float)

@@ -29,10 +29,11 @@ SCHEMA = REPOSITORY / "tests" / "data" / "meta_schema_20240725.json"
 DEMO = {
     "pretrain": PRETRAIN_TINY,
     "classify": CLASSIFY_COHORT | CLASSIFY_TINY | {"fractions": [1.0]},
-    "segment": SEGMENT_TINY | {"max_epochs": 1, "fractions": [1.0]},
+    "segment": SEGMENT_TINY | {"max_epochs": 1, "learning_rates": [0.001]},
 }
 PHANTOM = {"dataset_dir": "data/phantom"}
-ORGANS = PHANTOM | {"datalist": "organs.json", "feature_size": 4}
+ORGANS = PHANTOM | {"datalist": "segmentation.json", "feature_size": 4}
+SEGMENT = json.loads((REPOSITORY / "bundles" / "segment" / "configs" / "demo.json").read_text())
 LABELS = json.loads((REPOSITORY / "bundles" / "classify" / "configs" / "demo.json").read_text())
 LABELS = {key: LABELS[key] for key in ("labels", "id_column", "name_pattern", "images", "classes")}
 AS_ANY = PHANTOM | LABELS | {"lists_dir": None, "columns": {}}  # the phantoms stand in for any data set
@@ -75,15 +76,19 @@ TASK = {
         ),
     },
     "segment": {
-        "shape": [48, 48, 32],
-        "channels": 4,
+        "shape": SEGMENT["img_size"],
+        "channels": 1 + len(SEGMENT["classes"]),
         "network": {"feature_size": 4},
-        "load": {f"encoder#{k}": v for k, v in SIZES.items()} | {"encoder#img_size": [48, 48, 32], "feature_size": 4},
+        "load": {f"encoder#{k}": SEGMENT[k] for k in (*SIZES, "img_size", "hu_bins", "scale_space", "pixdim")}
+        | {"encoder#statistics_mlp_dim": 2 * SEGMENT["hidden_size"], "feature_size": 4},
         "inference": {"feature_size": 4, "checkpoint": "models/random.pt"},
-        "deploy": {"pixdim": [5.0, 5.0, 10.0], "img_size": [48, 48, 32]},
+        "deploy": {k: SEGMENT[k] for k in ("pixdim", "img_size")},
         "overlays": overlays(
             {name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}
-            | {name: {"label_values": {}, "cache_rate": 0.0, "test_split": "testing"} for name in ("luna16", "btcv")},
+            | {
+                name: {"label_values": {}, "class_groups": {}, "cache_rate": 0.0, "test_split": "testing"}
+                for name in ("luna16", "btcv")
+            },
             ORGANS,
             {"feature_size": 4},
         )
@@ -188,7 +193,7 @@ def test_demo_runs_from_a_foreign_and_from_its_own_folder(exported: dict, name: 
 
 def test_demos_say_which_encoder_they_start_from(exported: dict) -> None:
     assert "the encoder starts from RANDOM weights" in exported["classify"]["foreign"].stdout
-    assert "filled 38 of 41 tensors of SimCroPEncoder" in exported["segment"]["foreign"].stdout
+    assert "filled 46 of 49 tensors of SimCroPEncoder" in exported["segment"]["foreign"].stdout
 
 
 @pytest.mark.parametrize("name", BUNDLES)

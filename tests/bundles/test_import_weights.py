@@ -88,8 +88,10 @@ def test_classify_probes_an_imported_encoder(
 def test_segment_fine_tunes_an_imported_encoder(
     encoder: Path, dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    datalist = {"_target_": "custom_components.data.phantom.organ_datalist", "dataset_dir": str(dataset_dir)}
+    datalist = {"_target_": "custom_components.data.phantom.segmentation_datalist", "dataset_dir": str(dataset_dir)}
     keys = {"datalist": datalist | {"num_validation": 1}, "max_epochs": 1, "val_interval": 1, "feature_size": 4}
+    keys |= {"img_size": [48, 48, 32], "patch_size": SIZES["patch_size"], "pretrained_img_size": SIZES["img_size"]}
+    keys |= {"hu_bins": 0, "scale_space": [], "statistics_mlp_dim": 0}  # which no published encoder has
     keys |= {"learning_rate": 0.0, "weight_decay": 0.0, "evaluate_after_training": False, "data_fraction": 0.3}
     train("segment", "training", tmp_path, monkeypatch, pretrained=encoder, dataset_dir=dataset_dir, **keys)
     model = torch.load(tmp_path / "segment" / "models" / "model.pt", weights_only=True)

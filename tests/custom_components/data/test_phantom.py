@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from custom_components.data import phantom
-from custom_components.data.phantom import FINDINGS, ORGANS, Patient, cohort, patient
+from custom_components.data.lists import mask_file_name
+from custom_components.data.phantom import FINDINGS, LESIONS, ORGANS, Patient, cohort, patient, segmentation_datalist
 from custom_components.errors import InputError
 from tests.conftest import classes_of
 
@@ -216,7 +217,7 @@ def test_a_failed_build_leaves_the_old_cohort(tmp_path: Path, monkeypatch: pytes
     folder = tmp_path / "cohort"
     cohort(folder, num_train=1, num_valid=0, num_workers=1)
     before = hashes(folder)
-    monkeypatch.setattr(phantom, "patient", lambda *_: 1 / 0)
+    monkeypatch.setattr(phantom, "patient", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cohort(folder, num_train=2, num_valid=0, num_workers=1)
     assert hashes(folder) == before and [p.name for p in tmp_path.iterdir()] == ["cohort"]
@@ -228,3 +229,40 @@ def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:
         cohort(tmp_path, num_train=1, num_valid=0)
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
     assert (tmp_path / "thesis.txt").exists()
+
+
+def test_prevalence_of_a_cohort(tmp_path: Path) -> None:
+    prevalence = {"Lung nodule": 1.0, "Emphysema": 0.0}
+    folder = cohort(tmp_path / "cohort", num_train=3, num_valid=0, num_workers=1, prevalence=prevalence)
+    rows = table(Path(folder) / "dataset" / "multi_abnormality_labels" / "train_predicted_labels.csv")
+    assert all(row[name] == str(int(name == "Lung nodule")) for row in rows for name in FINDINGS)
+    with pytest.raises(InputError, match="prevalence names nodule"):
+        cohort(tmp_path / "other", prevalence={"nodule": 1.0})
+
+
+def test_label_maps_hold_organs_and_lesions(tmp_path: Path) -> None:
+    everything = dict.fromkeys(FINDINGS, 1.0)
+    folder = Path(cohort(tmp_path / "cohort", num_train=1, num_valid=3, num_workers=1, prevalence=everything))
+    lists = json.loads(Path(segmentation_datalist(folder, num_validation=1)).read_text())
+    assert {split: len(items) for split, items in lists.items()} == {"training": 1, "validation": 1, "testing": 2}
+    assert lists["validation"][0]["image"].endswith("valid_1_a_1.nii.gz")
+    for item in (item for items in lists.values() for item in items):
+        volume, labels = (nib.load(folder / item[key]) for key in ("image", "label"))
+        np.testing.assert_array_equal(labels.affine, volume.affine)
+        masks = (folder / item["label"]).parent
+        values = np.asarray(labels.dataobj)
+        organs = np.asarray(nib.load(masks / "organs.nii.gz").dataobj)
+        lesion = np.zeros(values.shape, bool)
+        for finding, value in reversed(LESIONS.items()):  # what a later one has not replaced
+            mask = np.asarray(nib.load(masks / mask_file_name(finding)).dataobj) > 0
+            np.testing.assert_array_equal(values == value, mask & ~lesion)
+            assert (values == value).any()
+            lesion |= mask
+        np.testing.assert_array_equal(values[~lesion], organs[~lesion])
+        assert set(ORGANS.values()) <= set(np.unique(values))
+
+
+def test_a_list_without_patients_is_refused(tmp_path: Path) -> None:
+    folder = cohort(tmp_path / "cohort", num_train=1, num_valid=2, num_workers=1)
+    with pytest.raises(InputError, match="num_validation 2 of 2"):
+        segmentation_datalist(folder, num_validation=2)

@@ -52,7 +52,7 @@ CONFIG = {
 def compare(tmp_path: Path) -> Callable[..., dict[float, dict[str, dict]]]:
     """Runs a comparison; gives fraction -> contender -> the keys that its training found."""
 
-    def run(*overlays: dict, **keys: object) -> dict[float, dict[str, dict]]:
+    def run(*overlays: dict, tuning: dict | None = None, **keys: object) -> dict[float, dict[str, dict]]:
         files = []
         for i, content in enumerate((CONFIG, *overlays)):
             files.append(str(tmp_path / f"{i}.json"))
@@ -60,7 +60,7 @@ def compare(tmp_path: Path) -> Callable[..., dict[float, dict[str, dict]]]:
         runs: dict[float, dict[str, Path]] = {}
         folders = {"models_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")}
         (tmp_path / "models").mkdir()
-        monai.bundle.run(config_file=files, logging_file=False, runs=Runs(runs), **folders, **keys)
+        monai.bundle.run(config_file=files, logging_file=False, runs=Runs(runs, tuning), **folders, **keys)
         return {fraction: {name: read_metrics(f) for name, f in found.items()} for fraction, found in runs.items()}
 
     return run
@@ -69,8 +69,8 @@ def compare(tmp_path: Path) -> Callable[..., dict[float, dict[str, dict]]]:
 class Runs:
     """An override that JSON cannot hold, nor a copy replace."""
 
-    def __init__(self, runs: dict) -> None:
-        self.update = runs.update
+    def __init__(self, runs: dict, tuning: dict | None) -> None:
+        self.update, self.tuned = runs.update, ({} if tuning is None else tuning).update
 
     def __deepcopy__(self, memo: dict) -> Runs:
         return self
@@ -97,6 +97,40 @@ def test_every_override_and_overlay_reaches_every_run(compare: Callable) -> None
         assert (first["epochs"], first["interval"], first["device"]) == (3, 7, "meta")
         # a contender's own key counts for more
         assert (second["epochs"], second["interval"], second["optimizer"]["lr"]) == (40, 7, 0.7)
+
+
+TUNED = {
+    "learning_rate": 1.0,
+    # what is best differs: 0.1 for the first, 0.3 for the second
+    "middle": 0.1,
+    "contenders": {"first": {}, "second": {"middle": 0.3}},
+    "train": {"selection": {"_target_": "types.SimpleNamespace", "best": "$-abs(@learning_rate - @middle)"}},
+    "found": {"rate": "@learning_rate", "fraction": "@data_fraction", "evaluated": "@evaluate_after_training"},
+    "training": [
+        "$os.makedirs(@models_dir)",
+        "$os.makedirs(@output_dir)",
+        "$open(@checkpoint, 'w').write(@output_dir)",
+        "$@evaluate() if @evaluate_after_training else None",
+    ],
+    "evaluate": "$lambda: json.dump(@found, open(@output_dir + '/metrics.json', 'w'))",
+    "evaluation": "$@evaluate",
+    "comparison#report": "$lambda runs, folder, tuning: @runs.update(runs) or @runs.tuned(tuning)",
+    "comparison#learning_rates": [0.03, 0.1, 0.3],
+}
+
+
+def test_each_contender_is_shown_at_the_rate_of_its_best_validation(compare: Callable, tmp_path: Path) -> None:
+    tuning: dict = {}
+    found = compare(TUNED, tuning=tuning)
+    for fraction, runs in found.items():
+        assert {name: run["rate"] for name, run in runs.items()} == {"first": 0.1, "second": 0.3}
+        assert all(run["fraction"] == fraction for run in runs.values())
+        assert tuning[fraction]["first"]["learning_rate"] == 0.1
+        assert tuning[fraction]["second"]["validation"] == pytest.approx({"0.03": -0.27, "0.1": -0.2, "0.3": 0.0})
+    evaluated = {path.parent.name for path in (tmp_path / "eval").glob("*/metrics.json")}
+    assert evaluated == {"first_0.1_lr_0.1", "second_0.1_lr_0.3", "first_1_lr_0.1", "second_1_lr_0.3"}
+    assert len(list((tmp_path / "models").glob("*_lr_*"))) == 12  # all were trained, each in its own folder
+    assert (tmp_path / "models" / "model.pt").read_text().endswith("first_1_lr_0.1")
 
 
 def test_a_contender_without_its_file_is_left_out(compare: Callable, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,6 +16,7 @@ from custom_components.evaluation.metrics import (
     auroc_table,
     best_f1_thresholds,
     classification_metrics,
+    difference_interval,
     interval,
     mean_auroc,
     mean_interval,
@@ -169,3 +170,19 @@ def test_interval_covers_the_mean() -> None:
     assert found["low"] == pytest.approx(values.mean() - 1.96 * error, abs=0.3 * error)
     assert found["high"] == pytest.approx(values.mean() + 1.96 * error, abs=0.3 * error)
     assert mean_interval(values, seed=1) == mean_interval(values, seed=1)
+
+
+def test_a_difference_is_paired_and_between_the_means_of_what_is_defined() -> None:
+    random = np.random.default_rng(0)
+    scans = random.normal(0.5, 0.2, 40)  # scans differ far more than the two networks
+    first, other = scans + 0.05 + random.normal(0, 0.01, 40), scans.copy()
+    found = difference_interval(first, other, seed=1)
+    assert found == pytest.approx(mean_interval(first - other, seed=1))
+    assert 0.04 < found["low"] < found["high"] < 0.06
+    first[:10] = np.nan  # where the other invented a class, and the first did not
+    other[:10] = 0.0
+    found = difference_interval(first, other, seed=1)
+    assert found["mean"] == pytest.approx(np.nanmean(first) - other.mean()) and found["scans"] == 40
+    assert found["low"] > 0.1
+    nothing = np.full(3, np.nan)
+    assert difference_interval(nothing, np.ones(3), seed=1) == {"mean": None, "low": None, "high": None, "scans": 3}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 
 from custom_components.evaluation.metrics import mean_interval, mean_of_defined
-from custom_components.evaluation.segment import PresentDice, scan_scores
+from custom_components.evaluation.report import write_report
+from custom_components.evaluation.segment import PresentDice, compare_dice, scan_scores
 
 
 def boxes(*corners: tuple[int, int, int, int]) -> Tensor:
@@ -58,3 +60,29 @@ def test_an_empty_scan_has_no_dice() -> None:
     scores = scan_scores(empty, empty, (1, 1, 1), num_classes=3)
     assert math.isnan(mean_of_defined(np.array([scores["dice"][1:]]))[0])
     assert mean_interval(np.array([math.nan]), seed=0) == {"mean": None, "low": None, "high": None, "scans": 0}
+
+
+def entry(*values: float) -> dict:
+    scans = np.array(values)
+    return {**mean_interval(scans, 0), "per_scan": [None if math.isnan(value) else value for value in values]}
+
+
+def test_a_comparison_pairs_groups_and_classes(tmp_path: Path) -> None:
+    """What one network invents counts against it in the difference as in the table."""
+    dice = {
+        "first": {"a": entry(0.5, 0.9, 0.7, math.nan), "b": entry(0.9, 0.9, 0.8, 0.8)},
+        "other": {"a": entry(0.4, 0.8, 0.6, 0.0), "b": entry(0.9, 0.9, 0.8, 0.8)},
+    }
+    for name, per_class in dice.items():
+        metrics = {**per_class["a"], "groups": {"lesions": per_class["a"]}, "per_class": per_class}
+        write_report(tmp_path / name, {"seed": 0, "dice": metrics}, [()], [("",)])
+    tuning = {1.0: {"first": {"learning_rate": 0.1, "validation": {"0.1": 0.5, "1": 0.4}}}}
+    found = compare_dice({1.0: {name: tmp_path / name for name in dice}}, tmp_path / "out", tuning)
+    paired = found["difference"]["1"]["first - other"]
+    assert set(paired) == {"foreground mean", "lesions mean", "a", "b"}
+    assert paired["a"]["mean"] == paired["lesions mean"]["mean"] == pytest.approx(0.7 - 0.45)
+    assert paired["a"]["scans"] == 4 and paired["a"]["low"] < 0.25 < paired["a"]["high"]
+    assert (paired["b"]["mean"], paired["b"]["low"], paired["b"]["high"]) == (0, 0, 0)
+    assert found["tuning"] == {"1": tuning[1.0]}
+    table = (tmp_path / "out" / "metrics.csv").read_text()
+    assert "1,first - other,a,+0.250," in table and "1,other,lesions mean,0.450," in table
