@@ -312,9 +312,10 @@ class SimCroP(nn.Module):
         if self.num_aligned is None:
             described = aligned = self.encoder.describe(encoded, keep)
         else:
-            everything = self.encoder.describe(volume)
-            described = gather_tokens(everything[: len(encoded)], keep)
-            aligned = gather_tokens(everything, self.draw_aligned(volume, self.num_aligned))
+            embed = self.encoder.statistics
+            statistics = None if embed is None else embed.measure(volume)
+            described = self.encoder.describe(encoded, keep, None if embed is None else statistics[: len(encoded)])
+            aligned = self.encoder.describe(volume, self.draw_aligned(volume, self.num_aligned), statistics)
         tokens, hidden_states = self.encoder.transform(self.encoder.embed(encoded, keep, described))
         patches = slice(self.encoder.num_prefix_tokens, None)
         output: dict[str, Tensor] = {}

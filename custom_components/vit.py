@@ -300,10 +300,13 @@ class StatisticsEmbed(nn.Module):
         self.mlp = MLP(hidden_size, mlp_dim) if mlp_dim else None
         self.apply(init_weights)
 
-    def forward(self, volume: Tensor, positions: Tensor, keep: Tensor | None = None) -> Tensor:
-        """``[B, 1, X, Y, Z]`` in [-1, 1], positions ``[B, n, C]`` of the patches ``keep`` -> ``[B, n, C]``."""
-        statistics = self.standardize(self.statistics(volume))
-        tokens = self.proj(statistics if keep is None else gather_tokens(statistics, keep)) + positions
+    def measure(self, volume: Tensor) -> Tensor:
+        """``[B, 1, X, Y, Z]`` in [-1, 1] -> standardised statistics ``[B, N, F]`` of all patches."""
+        return self.standardize(self.statistics(volume))
+
+    def forward(self, statistics: Tensor, positions: Tensor) -> Tensor:
+        """Statistics ``[B, n, F]`` and positions ``[B, n, C]`` of some patches -> ``[B, n, C]``."""
+        tokens = self.proj(statistics) + positions
         if self.norm is not None and self.mlp is not None:
             tokens = tokens + self.mlp(self.norm(tokens))
         return tokens
@@ -407,16 +410,18 @@ class SimCroPEncoder(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.blocks.apply(init_weights)
 
-    def describe(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
+    def describe(self, volume: Tensor, keep: Tensor | None = None, statistics: Tensor | None = None) -> Tensor:
         """What is known of each patch alone, and its place: ``[B, n, C]``, of the patches ``keep [B, n]`` or of all.
 
-        Embedded statistics where there are some, else embedded voxels.
+        Embedded statistics where there are some, else embedded voxels. ``statistics [B, N, F]`` is what their
+        ``measure`` gives for the volume, if that is known already.
         """
         positions = self.pos_embed[:, self.num_prefix_tokens :].expand(volume.shape[0], -1, -1)
         if keep is not None:
             positions = gather_tokens(positions, keep)
         if self.statistics is not None:
-            return self.statistics(volume, positions, keep)
+            measured = self.statistics.measure(volume) if statistics is None else statistics
+            return self.statistics(measured if keep is None else gather_tokens(measured, keep), positions)
         return self.embed_voxels(volume, keep) + positions
 
     def embed_voxels(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
