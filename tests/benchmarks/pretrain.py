@@ -172,7 +172,8 @@ def breakdown(text_encoder: str, precision: str, batch_size: int, repeats: int, 
     features = timed("text encoder, report", lambda: network.text_encoder(reports), False)
     hidden, padding = labels != -100, reports == network.text_encoder.pad_token_id
     logits = timed("report decoder", lambda: network.report_decoder(features, tokens[:, 1:], padding, hidden))
-    patches = timed("alignment, patches", lambda: network.aligner.patches(tokens, tokens, [], 1))
+    described = encoder.describe(volume, keep)
+    patches = timed("alignment, patches", lambda: network.aligner.patches(described, tokens, []))
     count = batch["sentence_hash"].shape[1]
     sentences = timed(
         "alignment, sentences", lambda: network.aligner.sentences(findings, batch["token_sentence"], count)
@@ -186,6 +187,8 @@ def breakdown(text_encoder: str, precision: str, batch_size: int, repeats: int, 
         "report_logits": logits,
         "report_target": labels[hidden],
     }
+    if network.aligner.instance_projection is not None:
+        output["instance_features"] = network.aligner.instance_projection(tokens[:, 1:].mean(1, keepdim=True))
     timed("losses", lambda: loss(output))
     timed("optimiser", lambda: (optimizer.step(), torch.zeros(()))[1], False)
     return {"parts": parts}

@@ -33,11 +33,28 @@ DEMO = {
 }
 PHANTOM = {"dataset_dir": "data/phantom"}
 ORGANS = PHANTOM | {"datalist": "segmentation.json", "feature_size": 4}
-SEGMENT = json.loads((REPOSITORY / "bundles" / "segment" / "configs" / "demo.json").read_text())
-LABELS = json.loads((REPOSITORY / "bundles" / "classify" / "configs" / "demo.json").read_text())
-LABELS = {key: LABELS[key] for key in ("labels", "id_column", "name_pattern", "images", "classes")}
+PRETRAIN, CLASSIFY, SEGMENT = (
+    json.loads((REPOSITORY / "bundles" / bundle / "configs" / "demo.json").read_text()) for bundle in BUNDLES
+)
+LABELS = {key: CLASSIFY[key] for key in ("labels", "id_column", "name_pattern", "images", "classes")}
 AS_ANY = PHANTOM | LABELS | {"lists_dir": None, "columns": {}}  # the phantoms stand in for any data set
-SIZES = {"patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3, "num_heads": 3}
+SIZES = (
+    "img_size",
+    "patch_size",
+    "hidden_size",
+    "mlp_dim",
+    "num_layers",
+    "num_heads",
+    "hu_bins",
+    "scale_space",
+    "pixdim",
+)
+
+
+def encoder(demo: dict) -> dict[str, object]:
+    """What makes the encoder of ``network_def`` that of the demo."""
+    sizes = {f"encoder#{key}": demo[key] for key in SIZES}
+    return sizes | {"encoder#statistics_mlp_dim": 2 * demo["hidden_size"]}
 
 
 def overlays(train: dict[str, dict], keys: dict, network: dict) -> dict[str, tuple]:
@@ -51,20 +68,20 @@ def overlays(train: dict[str, dict], keys: dict, network: dict) -> dict[str, tup
 
 TASK = {
     "pretrain": {
-        "shape": [64, 64, 32],
+        "shape": PRETRAIN["img_size"],
         "channels": 96,
         "network": {},
-        "load": {f"encoder#{k}": v for k, v in SIZES.items()}
-        | {"encoder#img_size": [64, 64, 32], "aligner#visual_size": 96, "aligner#text_size": 384}
-        | {"aligner#projection_size": 128, "aligner#align_layer": 1},
+        "load": encoder(PRETRAIN)
+        | {"aligner#visual_size": 96, "aligner#text_size": 384, "aligner#projection_size": 128}
+        | {"aligner#align_layer": 0, "aligner#patch_projection": "linear"},
         "inference": {"sentences": ["There is a pleural effusion."]},
         "overlays": overlays({name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}, PHANTOM, {}),
     },
     "classify": {
-        "shape": [64, 64, 32],
+        "shape": CLASSIFY["img_size"],
         "channels": 6,
         "network": {},
-        "load": {f"encoder#{k}": v for k, v in SIZES.items()} | {"encoder#img_size": [64, 64, 32], "num_classes": 6},
+        "load": encoder(CLASSIFY) | {"num_classes": 6},
         "inference": {"saliency": "all"},
         "overlays": overlays(
             {name: {} for name in ("ct_rate", "radchestct", "luna16", "cached", "finetune", "evaluate")}
@@ -79,8 +96,7 @@ TASK = {
         "shape": SEGMENT["img_size"],
         "channels": 1 + len(SEGMENT["classes"]),
         "network": {"feature_size": 4},
-        "load": {f"encoder#{k}": SEGMENT[k] for k in (*SIZES, "img_size", "hu_bins", "scale_space", "pixdim")}
-        | {"encoder#statistics_mlp_dim": 2 * SEGMENT["hidden_size"], "feature_size": 4},
+        "load": encoder(SEGMENT) | {"feature_size": 4},
         "inference": {"feature_size": 4, "checkpoint": "models/random.pt"},
         "deploy": {k: SEGMENT[k] for k in ("pixdim", "img_size")},
         "overlays": overlays(

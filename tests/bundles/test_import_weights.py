@@ -18,7 +18,8 @@ from custom_components.vit import SimCroPEncoder, simcrop_positions
 from tests.bundles.conftest import run, told
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
-SIZES = {"img_size": [64, 64, 32], "patch_size": [8, 8, 8], "hidden_size": 96, "mlp_dim": 384, "num_layers": 3}
+SIZES = {"img_size": [80, 80, 40], "patch_size": [8, 8, 4], "hidden_size": 96, "mlp_dim": 192, "num_layers": 3}
+PLAIN = {"hu_bins": 0, "scale_space": [], "statistics_mlp_dim": 0}  # no published encoder has statistics
 IMPORT = ["import_weights.json"]
 
 
@@ -26,8 +27,8 @@ IMPORT = ["import_weights.json"]
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SimCroP's .pth, of the demos' sizes."""
     torch.manual_seed(0)
-    state = SimCroPEncoder(**SIZES, num_heads=3).state_dict()
-    state["pos_embed"][:, 1:] = simcrop_positions((8, 8, 4), 96)
+    state = SimCroPEncoder(**SIZES, num_heads=2).state_dict()
+    state["pos_embed"][:, 1:] = simcrop_positions((10, 10, 10), 96)
     state["decoder_pred.weight"] = torch.ones(8, 8)
     path = tmp_path_factory.mktemp("published") / "simcrop.pth"
     torch.save({"model": state, "args": argparse.Namespace(batch_size=14), "epoch": 199}, path)
@@ -38,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoder(checkpoint: Path) -> Path:
     """What the README's command makes of it, in the classify bundle's folder."""
     path = checkpoint.parent / "imported" / "encoder.pt"
-    keys = {"checkpoint": checkpoint, "encoder_file": path, "img_size": SIZES["img_size"], "num_heads": 3}
+    keys = {"checkpoint": checkpoint, "encoder_file": path, "img_size": SIZES["img_size"], "num_heads": 2}
     result = run(BUNDLES / "classify", IMPORT, **keys)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the table of pos_embed simcrop" in result.stdout and "1 tensors skipped" in result.stdout
@@ -77,7 +78,13 @@ def test_one_config_serves_all_bundles() -> None:
 def test_classify_probes_an_imported_encoder(
     encoder: Path, dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {"max_steps": 2, "warmup_steps": 1, "num_views": 1, "num_resamples": 5, "compare_after_training": False}
+    keys = PLAIN | {
+        "max_steps": 2,
+        "warmup_steps": 1,
+        "num_views": 1,
+        "num_resamples": 5,
+        "compare_after_training": False,
+    }
     train("classify", "run", tmp_path, monkeypatch, pretrained=encoder, dataset_dir=dataset_dir, **keys)
     model = torch.load(tmp_path / "classify" / "models" / "model.pt", weights_only=True)
     stored = torch.load(encoder, weights_only=True)
@@ -90,12 +97,12 @@ def test_segment_fine_tunes_an_imported_encoder(
 ) -> None:
     datalist = {"_target_": "custom_components.data.phantom.segmentation_datalist", "dataset_dir": str(dataset_dir)}
     keys = {"datalist": datalist | {"num_validation": 1}, "max_epochs": 1, "val_interval": 1, "feature_size": 4}
-    keys |= {"img_size": [48, 48, 32], "patch_size": SIZES["patch_size"], "pretrained_img_size": SIZES["img_size"]}
-    keys |= {"hu_bins": 0, "scale_space": [], "statistics_mlp_dim": 0}  # which no published encoder has
+    keys |= {"img_size": [48, 48, 24], "patch_size": SIZES["patch_size"], "pretrained_img_size": SIZES["img_size"]}
+    keys |= PLAIN
     keys |= {"learning_rate": 0.0, "weight_decay": 0.0, "evaluate_after_training": False, "data_fraction": 0.3}
     train("segment", "training", tmp_path, monkeypatch, pretrained=encoder, dataset_dir=dataset_dir, **keys)
     model = torch.load(tmp_path / "segment" / "models" / "model.pt", weights_only=True)
-    assert torch.equal(model["encoder.pos_embed"][0], simcrop_positions((6, 6, 4), 96))
+    assert torch.equal(model["encoder.pos_embed"][0], simcrop_positions((6, 6, 6), 96))
     stored = torch.load(encoder, weights_only=True)
     assert torch.equal(model["encoder.blocks.2.attn.qkv.weight"], stored["blocks.2.attn.qkv.weight"])
 
