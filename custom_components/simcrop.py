@@ -93,7 +93,6 @@ class Aligner(nn.Module):
             0 is what :meth:`custom_components.vit.SimCroPEncoder.describe` gives. Early layers keep a patch's feature
             about that patch.
         patch_projection: ``mlp`` (published), a :class:`ProjectionHead`, or ``linear``, a :class:`LinearProjection`.
-        instance: project the mean patch token of the last block too, for an alignment of whole volumes.
     """
 
     def __init__(
@@ -103,7 +102,6 @@ class Aligner(nn.Module):
         projection_size: int = 768,
         align_layer: int | None = None,
         patch_projection: str = "mlp",
-        instance: bool = False,
     ) -> None:
         super().__init__()
         if align_layer is not None and align_layer < 0:
@@ -112,7 +110,6 @@ class Aligner(nn.Module):
             raise InputError(f"patch_projection {patch_projection!r} is unknown: choose mlp or linear")
         self.align_layer = -1 if align_layer is None else align_layer
         self.patch_projection = PROJECTIONS[patch_projection](visual_size, projection_size)
-        self.instance_projection = LinearProjection(visual_size, projection_size) if instance else None
         self.sentence_projection = ProjectionHead(text_size, projection_size)
         self.apply(init_weights)
 
@@ -230,6 +227,8 @@ class SimCroP(nn.Module):
         mask_ratio: share of patches hidden from the encoder; 0.75 in the authors' follow-up (ToniChopp/ASAP).
         align_ratio: share of patches that are aligned, drawn apart from the mask, patches of nothing but air last;
             None, as published, for the visible ones. For an aligner whose ``align_layer`` is 0.
+        instance_projection: projects the mean patch token of the last block, to align whole volumes; None, as
+            published, for no such level.
         encode_ratio: share of a training batch's volumes, the first ones, that the blocks encode and whose voxels and
             report are restored; 1, as published, for all. An alignment at layer 0 wants many volumes, and costs little.
     """
@@ -244,6 +243,7 @@ class SimCroP(nn.Module):
         mask_ratio: float = 0.75,
         align_ratio: float | None = None,
         encode_ratio: float = 1.0,
+        instance_projection: nn.Module | None = None,
     ) -> None:
         super().__init__()
         num_masked = round(encoder.num_patches * mask_ratio)
@@ -266,6 +266,7 @@ class SimCroP(nn.Module):
                 f"encode_ratio {encode_ratio} is to be above 0, at most 1, and 1 where align_ratio is null: change it"
             )
         self.encode_ratio = encode_ratio
+        self.instance_projection = instance_projection
         self.encoder = encoder
         self.text_encoder = text_encoder
         self.volume_decoder = volume_decoder
@@ -303,9 +304,9 @@ class SimCroP(nn.Module):
 
         Returns:
             Each if its branch is there, b of the B volumes being encoded: ``volume_pred`` and ``volume_target``
-            ``[b, m, voxels]`` with the patches' indices ``masked [b, m]``; ``patch_features [B, n, D]``, ``sentence_features [B, S, D]``,
-            ``sentence_hash [B, S]``, and with an instance level ``instance_features [b, 1, D]``;
-            ``report_logits [M, vocabulary]`` and ``report_target [M]``.
+            ``[b, m, voxels]`` with the patches' indices ``masked [b, m]``; ``patch_features [B, n, D]``,
+            ``sentence_features [B, S, D]``, ``sentence_hash [B, S]``, and with an instance level
+            ``instance_features [b, 1, D]``; ``report_logits [M, vocabulary]`` and ``report_target [M]``.
         """
         encoded = volume[: math.ceil(len(volume) * (self.encode_ratio if self.training else 1.0))]
         keep, masked = self.draw_masks(encoded)
@@ -329,9 +330,9 @@ class SimCroP(nn.Module):
             output["patch_features"] = self.aligner.patches(aligned, tokens, hidden_states)
             output["sentence_features"] = self.aligner.sentences(token_features, token_sentence, sentence_hash.shape[1])
             output["sentence_hash"] = sentence_hash
-            if self.aligner.instance_projection is not None:
+            if self.instance_projection is not None:
                 instance = hidden_states[-1][:, patches].mean(1, keepdim=True)
-                output["instance_features"] = self.aligner.instance_projection(instance)
+                output["instance_features"] = self.instance_projection(instance)
         if self.report_decoder is not None:
             ids, labels = report_ids[: len(encoded)], report_labels[: len(encoded)]
             hidden = labels != -100

@@ -19,7 +19,7 @@ import custom_components
 import custom_components.data
 import custom_components.evaluation
 import custom_components.run
-from custom_components.simcrop import Aligner, ReportDecoder, SimCroP, VolumeDecoder
+from custom_components.simcrop import Aligner, LinearProjection, ReportDecoder, SimCroP, VolumeDecoder
 from custom_components.text import TextEncoder, load_tokenizer
 from custom_components.vit import SimCroPEncoder
 
@@ -90,11 +90,12 @@ def make_network(
         encoder,
         make_text_encoder(),
         VolumeDecoder(encoder, hidden_size=18, num_layers=1, num_heads=3) if volume else None,
-        Aligner(24, 24, projection_size=16, align_layer=align_layer, instance=instance) if alignment else None,
+        Aligner(24, 24, projection_size=16, align_layer=align_layer) if alignment else None,
         ReportDecoder(24, 24, VOCAB_SIZE, PAD, hidden_size=18, num_layers=1, num_heads=3, mlp_dim=32, max_length=64)
         if report
         else None,
         mask_ratio,
+        instance_projection=LinearProjection(24, 16) if instance else None,
         **keys,
     )
 

@@ -187,8 +187,8 @@ def breakdown(text_encoder: str, precision: str, batch_size: int, repeats: int, 
         "report_logits": logits,
         "report_target": labels[hidden],
     }
-    if network.aligner.instance_projection is not None:
-        output["instance_features"] = network.aligner.instance_projection(tokens[:, 1:].mean(1, keepdim=True))
+    if network.instance_projection is not None:
+        output["instance_features"] = network.instance_projection(tokens[:, 1:].mean(1, keepdim=True))
     timed("losses", lambda: loss(output))
     timed("optimiser", lambda: (optimizer.step(), torch.zeros(()))[1], False)
     return {"parts": parts}

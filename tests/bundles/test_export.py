@@ -98,7 +98,7 @@ TASK = {
         "network": {"feature_size": 4},
         "load": encoder(SEGMENT) | {"feature_size": 4},
         "inference": {"feature_size": 4, "checkpoint": "models/random.pt"},
-        "deploy": {k: SEGMENT[k] for k in ("pixdim", "img_size")},
+        "deploy": {k: SEGMENT[k] for k in ("pixdim", "img_size", "overlap")},
         "overlays": overlays(
             {name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}
             | {

@@ -308,7 +308,7 @@ def test_missing_folder_on_the_command_line(bundle: Path) -> None:
 BAD_KEYS = {
     "image size": ({"img_size": [60, 64, 32]}, ["img_size", "patch_size", "60"]),
     "mask ratio": ({"mask_ratio": 1.0}, ["mask_ratio"]),
-    "top_k": ({"align_pool": "topk_mean", "top_k": 400}, ["top_k", "400", "128"]),
+    "top_k": ({"align_pool": "topk_mean", "top_k": 600}, ["top_k", "600", "500"]),
     "heads": ({"num_heads": 5}, ["num_heads", "hidden_size"]),
     "no mae": ({"mae_checkpoint": "absent.pth"}, ["mae_checkpoint", "absent.pth", "null"]),
     "text encoder": ({"text_encoder": "configs"}, ["text_encoder", "configs"]),

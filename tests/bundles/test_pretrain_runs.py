@@ -160,7 +160,7 @@ def test_the_schedule_goes_by_steps_of_the_optimiser(unbroken: Path) -> None:
     """Five iterations per epoch, two of them a step, the last alone: warm-up in epoch 1, cosine in epoch 2."""
     rates = [0, 1 / 3, 2 / 3, 1, 0.75, 0.25]
     expected = [rates[step] for step in (0, 0, 1, 1, 2, 3, 3, 4, 4, 5)]
-    assert dict(curve(unbroken / "e", "lr")) == pytest.approx({i + 1: 1e-3 * rate for i, rate in enumerate(expected)})
+    assert dict(curve(unbroken / "e", "lr")) == pytest.approx({i + 1: 4e-3 * rate for i, rate in enumerate(expected)})
     assert torch.load(unbroken / "m" / "checkpoint.pt", weights_only=True)["lr_scheduler"]["last_epoch"] == 6
 
 
@@ -202,7 +202,7 @@ def test_a_finished_run_refuses_another_recipe_until_told(unbroken: Path, start:
     keys = {"evaluate_after_training": False, "models_dir": unbroken / "m", "negatives": "report"}
     job = start(**keys)
     assert job.wait() == 1
-    one_error(job.stderr, "negatives was both and is report", "--resume null")
+    one_error(job.stderr, "negatives was volume and is report", "--resume null")
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -260,6 +260,9 @@ OVERLAY = {
     # Adam makes whole steps of gradients that are zero but for rounding
     "optimizer": {"_target_": "torch.optim.SGD", "params": "$@network.parameters()", "lr": 0.02, "momentum": 0.9},
     "text_mask_ratio": 1.0,
+    # what a process draws for itself
+    "align_ratio": None,
+    "encode_ratio": 1.0,
 }
 
 

@@ -269,7 +269,7 @@ def test_instance_feature_is_the_projected_mean_of_the_last_blocks_visible_patch
     torch.manual_seed(0)
     features = model(**inputs)["instance_features"]
     _, hidden = model.encoder(inputs["volume"], keep)
-    expected = model.aligner.instance_projection(hidden[-1][:, 1:].mean(1, keepdim=True))
+    expected = model.instance_projection(hidden[-1][:, 1:].mean(1, keepdim=True))
     torch.testing.assert_close(features, expected)
 
 

@@ -34,7 +34,7 @@ def small_network(**keys):
     torch.manual_seed(0)
     sizes = {"img_size": (16, 8, 8), "patch_size": (4, 4, 2), "hidden_size": 24, "mlp_dim": 32}
     encoder = SimCroPEncoder(**sizes, num_layers=2, num_heads=3, **keys)
-    aligner = Aligner(24, 24, projection_size=16, align_layer=0, patch_projection="linear", instance=True)
+    aligner = Aligner(24, 24, projection_size=16, align_layer=0, patch_projection="linear")
     return SimCroP(encoder, None, VolumeDecoder(encoder, hidden_size=18, num_layers=1, num_heads=3), aligner)
 
 
@@ -46,7 +46,7 @@ def test_untrained_draws_every_matrix_anew():
     trained = VolumeEmbedder(model.encoder, model.aligner)
     before, after = dict(trained.named_parameters()), dict(untrained(trained).named_parameters())
     matrices = [name for name, value in before.items() if value.squeeze().ndim > 1]
-    assert {"encoder.statistics.mlp.fc1.weight", "aligner.instance_projection.1.weight"} < set(matrices)
+    assert {"encoder.statistics.mlp.fc1.weight", "aligner.patch_projection.1.weight"} < set(matrices)
     assert not [name for name in matrices if torch.equal(before[name], after[name])]
 
 
