@@ -302,6 +302,11 @@ def test_again_runs_nothing(tiny: Path) -> None:
     assert any(line.startswith("mim ") and "0 of 2 done" in line for line in listed)
 
 
+# of an interval of 99.9 %: these are several measures, of few sentences, which depend on each other where a network
+# prefers one word, such as "lower", whatever it sees
+Z = stats.norm.ppf(0.9995)
+
+
 def chance(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
     """Measure -> distance from chance, and the interval in which a network that knows nothing has it, over volumes.
 
@@ -312,7 +317,7 @@ def chance(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
     widths = []
     for name, entry in metrics["presence_auc"].items():
         positive = entry["positive"]
-        width = stats.norm.ppf(0.975) * ((volumes + 1) / (12 * positive * (volumes - positive))) ** 0.5
+        width = Z * ((volumes + 1) / (12 * positive * (volumes - positive))) ** 0.5
         widths.append(width)
         found[f"presence of {name}"] = entry["simcrop"] - 0.5, -width, width
     mean_width = sum(widths) / len(widths)
@@ -320,11 +325,11 @@ def chance(metrics: Mapping[str, Any]) -> dict[str, tuple[float, float, float]]:
     found["presence"] = mean - 0.5, -mean_width, mean_width
     grounded = metrics["grounding"]
     rate = max(grounded["hit"], grounded["hit_shuffled"], 1 / grounded["sentences"])
-    width = stats.norm.ppf(0.975) * (rate * (1 - rate) / grounded["sentences"]) ** 0.5
+    width = Z * (rate * (1 - rate) / grounded["sentences"]) ** 0.5
     found["hits"] = grounded["hit"] - grounded["hit_shuffled"], -width, width
     for key in ("side_specificity", "level_specificity"):
         if key in metrics:
-            width = stats.norm.ppf(0.975) * 0.5 / metrics[key]["sentences"] ** 0.5
+            width = Z * 0.5 / metrics[key]["sentences"] ** 0.5
             found[key] = metrics[key]["simcrop"] - 0.5, -width, width
     return found
 

@@ -75,7 +75,11 @@ TASK = {
         | {"aligner#visual_size": 96, "aligner#text_size": 384, "aligner#projection_size": 128}
         | {"aligner#align_layer": 0, "aligner#patch_projection": "linear"},
         "inference": {"sentences": ["There is a pleural effusion."]},
-        "overlays": overlays({name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}, PHANTOM, {}),
+        "overlays": overlays(
+            {name: {} for name in ("recommended", "anatomy", "evaluate", "multi_gpu_train", "multi_gpu_evaluate")},
+            PHANTOM,
+            {},
+        ),
     },
     "classify": {
         "shape": CLASSIFY["img_size"],
@@ -96,7 +100,7 @@ TASK = {
         "shape": SEGMENT["img_size"],
         "channels": 1 + len(SEGMENT["classes"]),
         "network": {"feature_size": 4},
-        "load": encoder(SEGMENT) | {"feature_size": 4},
+        "load": encoder(SEGMENT) | {"feature_size": 4, "out_channels": 1 + len(SEGMENT["classes"])},
         "inference": {"feature_size": 4, "checkpoint": "models/random.pt"},
         "deploy": {k: SEGMENT[k] for k in ("pixdim", "img_size", "overlap")},
         "overlays": overlays(
@@ -209,7 +213,7 @@ def test_demo_runs_from_a_foreign_and_from_its_own_folder(exported: dict, name: 
 
 def test_demos_say_which_encoder_they_start_from(exported: dict) -> None:
     assert "the encoder starts from RANDOM weights" in exported["classify"]["foreign"].stdout
-    assert "filled 46 of 49 tensors of SimCroPEncoder" in exported["segment"]["foreign"].stdout
+    assert "filled 49 of 52 tensors of SimCroPEncoder" in exported["segment"]["foreign"].stdout
 
 
 @pytest.mark.parametrize("name", BUNDLES)

@@ -111,7 +111,7 @@ def test_demo_tunes_each_start_on_validation_and_tests_the_chosen_alone(bundle: 
 
 def test_demo_says_what_was_loaded(bundle: Path) -> None:
     log = (bundle / "log.txt").read_text()
-    assert log.count("filled 46 of 49 tensors of SimCroPEncoder") == 4
+    assert log.count("filled 49 of 52 tensors of SimCroPEncoder") == 4
     assert log.count("pretrained is null: NOTHING is loaded") == 4
 
 
