@@ -123,10 +123,8 @@ class Aligner(nn.Module):
 
     def patches(self, described: Tensor, tokens: Tensor, hidden_states: list[Tensor]) -> Tensor:
         """What the encoder's ``describe`` and ``transform`` gave -> ``[B, n, projection_size]``."""
-        if self.align_layer == 0:
-            return self.patch_projection(described)
-        aligned = [*hidden_states, tokens][self.align_layer - (self.align_layer > 0)]
-        return self.patch_projection(aligned[:, aligned.shape[1] - described.shape[1] :])  # without the class token
+        aligned = [described, *hidden_states, tokens][self.align_layer]
+        return self.patch_projection(aligned[:, -described.shape[1] :])  # without the class token
 
     def sentences(self, token_features: Tensor, token_sentence: Tensor, num_sentences: int) -> Tensor:
         """Mean of each sentence's projected tokens: ``[B, S, projection_size]``, zeros where a report has fewer than S.
@@ -282,11 +280,10 @@ class SimCroP(nn.Module):
         order = torch.rand(len(volume), self.encoder.num_patches, device=volume.device).argsort(dim=1)
         return order[:, self.num_masked :], order[:, : self.num_masked]
 
-    def draw_aligned(self, volume: Tensor, number: int) -> Tensor:
-        """``[B, number]`` int64: a random choice of each volume's patches, those of nothing but air last."""
-        patches = patchify(volume, self.encoder.patch_size)
-        air = patches.mean(2) < AIR
-        return (torch.rand_like(air, dtype=torch.float32) + air).argsort(dim=1)[:, :number]
+    def draw_aligned(self, volume: Tensor) -> Tensor:
+        """``[B, n]`` int64: a random ``align_ratio`` of each volume's patches, those of nothing but air last."""
+        air = F.avg_pool3d(volume, self.encoder.patch_size).flatten(1) < AIR
+        return (torch.rand_like(air, dtype=torch.float32) + air).argsort(dim=1)[:, : self.num_aligned]
 
     def forward(
         self,
@@ -313,10 +310,9 @@ class SimCroP(nn.Module):
         if self.num_aligned is None:
             described = aligned = self.encoder.describe(encoded, keep)
         else:
-            embed = self.encoder.statistics
-            statistics = None if embed is None else embed.measure(volume)
-            described = self.encoder.describe(encoded, keep, None if embed is None else statistics[: len(encoded)])
-            aligned = self.encoder.describe(volume, self.draw_aligned(volume, self.num_aligned), statistics)
+            measured = self.encoder.measure(volume)
+            described = self.encoder.describe(encoded, keep, measured[: len(encoded)])
+            aligned = self.encoder.describe(volume, self.draw_aligned(volume), measured)
         tokens, hidden_states = self.encoder.transform(self.encoder.embed(encoded, keep, described))
         patches = slice(self.encoder.num_prefix_tokens, None)
         output: dict[str, Tensor] = {}

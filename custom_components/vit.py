@@ -114,12 +114,12 @@ class ScaleSpace(nn.Module):
     """How strongly each patch holds something brighter or darker than what surrounds it, of several sizes.
 
     Differences of Gaussians (Lindeberg, IJCV 1998), sampled about every two of the smallest widths; of each, the
-    patch's maximum and minimum. A Gaussian reaches into neighbouring patches, masked ones included.
+    patch's maximum and minimum. A Gaussian reaches into neighbouring patches, masked ones included. Voxels count as
+    ``ceiling`` at most.
 
     Args:
         sigmas: widths in mm, ascending; each of them minus the next one's, the last one's minus 1.6 times itself.
         pixdim: mm per voxel along each axis.
-        ceiling: brighter voxels count as this (bone would hide what lies beside it).
     """
 
     def __init__(
@@ -128,14 +128,12 @@ class ScaleSpace(nn.Module):
         pixdim: Sequence[float],
         grid: tuple[int, int, int],
         patch_size: Sequence[int],
-        ceiling: float = 0.15,
     ) -> None:
         super().__init__()
         if list(sigmas) != sorted(sigmas) or min(sigmas) <= 0:
             raise InputError(f"scale_space {list(sigmas)}: give widths of Gaussians in mm, ascending, above 0")
-        self.ceiling = ceiling
-        self.num_features = 2 * len(sigmas)
         self.samples = [max(1, round(p * mm / (2 * sigmas[0]))) for p, mm in zip(patch_size, pixdim, strict=True)]
+        self.ceiling = 0.15
         widths = [*sigmas, 1.6 * sigmas[-1]]
         for axis, name in enumerate("xyz"):
             size, number = grid[axis] * patch_size[axis], grid[axis] * self.samples[axis]
@@ -148,7 +146,7 @@ class ScaleSpace(nn.Module):
 
     def forward(self, volume: Tensor) -> Tensor:
         """``[B, 1, X, Y, Z]`` in [-1, 1] -> ``[B, N, 2 * len(sigmas)]``."""
-        v = volume[:, 0].clamp(max=self.ceiling)
+        v = volume[:, 0].clamp(max=self.ceiling)  # bone would hide what lies beside it
         scales, gx = self.x.shape[0], self.x.shape[1]
         smooth = (self.x.flatten(0, 1) @ v.flatten(2)).view(v.shape[0], scales, gx, v.shape[2], v.shape[3])
         # one matrix product a scale: broadcast ones are many small ones
@@ -172,12 +170,15 @@ class Standardize(nn.Module):
         self.register_buffer("mean", torch.zeros(num_features))
         self.register_buffer("std", torch.ones(num_features))
         self.register_buffer("fitted", torch.tensor(False))
+        self.asked = False  # reading a tensor waits for the device: once, not at every step
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, N, F]`` -> ``[B, N, F]``."""
         if not torch.jit.is_scripting():
-            if self.training and not self.fitted:
-                self.fit(x)
+            if self.training and not self.asked:
+                self.asked = True
+                if not self.fitted:
+                    self.fit(x)
         return (x - self.mean) / self.std
 
     @torch.jit.unused
@@ -410,23 +411,20 @@ class SimCroPEncoder(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, eps=1e-6)
         self.blocks.apply(init_weights)
 
-    def describe(self, volume: Tensor, keep: Tensor | None = None, statistics: Tensor | None = None) -> Tensor:
+    def measure(self, volume: Tensor) -> Tensor:
+        """What :meth:`describe` embeds of every patch, ``[B, N, F]``: statistics where there are some, else voxels."""
+        return patchify(volume, self.patch_size) if self.statistics is None else self.statistics.measure(volume)
+
+    def describe(self, volume: Tensor, keep: Tensor | None = None, measured: Tensor | None = None) -> Tensor:
         """What is known of each patch alone, and its place: ``[B, n, C]``, of the patches ``keep [B, n]`` or of all.
 
-        Embedded statistics where there are some, else embedded voxels. ``statistics [B, N, F]`` is what their
-        ``measure`` gives for the volume, if that is known already.
+        ``measured`` is what :meth:`measure` gives for the volume, if that is known already.
         """
+        found = self.measure(volume) if measured is None else measured
         positions = self.pos_embed[:, self.num_prefix_tokens :].expand(volume.shape[0], -1, -1)
         if keep is not None:
-            positions = gather_tokens(positions, keep)
-        if self.statistics is not None:
-            measured = self.statistics.measure(volume) if statistics is None else statistics
-            return self.statistics(measured if keep is None else gather_tokens(measured, keep), positions)
-        return self.embed_voxels(volume, keep) + positions
-
-    def embed_voxels(self, volume: Tensor, keep: Tensor | None = None) -> Tensor:
-        patches = patchify(volume, self.patch_size)
-        return self.patch_embed(patches if keep is None else gather_tokens(patches, keep))
+            found, positions = gather_tokens(found, keep), gather_tokens(positions, keep)
+        return self.patch_embed(found) + positions if self.statistics is None else self.statistics(found, positions)
 
     def embed(self, volume: Tensor, keep: Tensor | None = None, described: Tensor | None = None) -> Tensor:
         """Tokens before the first block, positions added: ``[B, 1 + n, C]``, class token first.
@@ -435,7 +433,8 @@ class SimCroPEncoder(nn.Module):
         """
         tokens = self.describe(volume, keep) if described is None else described
         if self.statistics is not None:
-            tokens = tokens + self.embed_voxels(volume, keep)
+            patches = patchify(volume, self.patch_size)
+            tokens = tokens + self.patch_embed(patches if keep is None else gather_tokens(patches, keep))
         if self.cls_token is not None:
             prefix = (self.cls_token + self.pos_embed[:, :1]).expand(volume.shape[0], -1, -1)
             tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)

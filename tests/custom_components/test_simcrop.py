@@ -225,7 +225,7 @@ def test_align_layer_says_which_tokens_are_aligned(network, batch, align_layer):
 def test_aligned_patches_are_drawn_apart_from_the_mask_and_air_last(network, batch):
     model, inputs = network(align_layer=0, align_ratio=0.75).eval(), batch()
     inputs["volume"][:, :, :8] = -1.0  # half of the patches
-    drawn = model.draw_aligned(inputs["volume"], 24)
+    drawn = model.draw_aligned(inputs["volume"])
     assert drawn.shape == (3, 24)
     for row in drawn.tolist():
         assert len(set(row)) == 24
@@ -234,7 +234,7 @@ def test_aligned_patches_are_drawn_apart_from_the_mask_and_air_last(network, bat
     features = model(**inputs)["patch_features"]
     torch.manual_seed(0)
     model.draw_masks(inputs["volume"])
-    described = gather_tokens(model.encoder.describe(inputs["volume"]), model.draw_aligned(inputs["volume"], 24))
+    described = gather_tokens(model.encoder.describe(inputs["volume"]), model.draw_aligned(inputs["volume"]))
     torch.testing.assert_close(features, model.aligner.patch_projection(described))
 
 
@@ -374,8 +374,7 @@ def test_volume_decoder_sees_the_volume_only_through_the_kept_patches(network, b
     volume = patchify(inputs["volume"], (4, 4, 2))
     for b, masked in enumerate(expected["masked"]):
         volume[b, masked] = 9.0
-    embed_voxels = model.encoder.embed_voxels
-    model.encoder.embed_voxels = lambda _, keep: embed_voxels(unpatchify(volume, (4, 2, 4), (4, 4, 2)), keep)
+    model.encoder.measure = lambda _: volume
     torch.manual_seed(0)
     output = model(**inputs)
     for name in ("volume_pred", "patch_features", "report_logits"):
