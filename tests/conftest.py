@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -54,6 +56,16 @@ def untrained(name: str, folder: Path) -> Path:
     """A copy of a bundle, made in this folder, without what runs in the repository have left in it."""
     ignore = shutil.ignore_patterns("models", "eval", "data")
     return Path(shutil.copytree(BUNDLES / name, folder / name, ignore=ignore))
+
+
+def hashes(root: Path) -> dict[str, str]:
+    files = sorted(p for p in root.rglob("*") if p.is_file())
+    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def make_text_encoder(cache_size: int = 0) -> TextEncoder:

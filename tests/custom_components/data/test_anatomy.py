@@ -1,7 +1,5 @@
 """The cohort on real anatomy: findings lie where, and are what, labels, sentences and the docstring say."""
 
-import csv
-import hashlib
 import json
 import subprocess
 import sys
@@ -19,7 +17,7 @@ from custom_components.data import anatomy, phantom
 from custom_components.data.anatomy import cohort, load_scan, patient
 from custom_components.data.phantom import FINDINGS, ORGANS, Patient
 from custom_components.errors import InputError
-from tests.conftest import BUNDLES
+from tests.conftest import BUNDLES, hashes, table
 
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)
 GRID = (4.0, 4.0, 8.0)
@@ -43,16 +41,6 @@ each_scan = pytest.mark.parametrize(
 
 def draw(scan: str, *seed: int, prevalence: dict[str, float] = ALL_PRESENT) -> Patient:
     return patient(np.random.default_rng(seed), prevalence=prevalence, scans=[scan])
-
-
-def hashes(root: Path) -> dict[str, str]:
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def places(p: Patient, mask: np.ndarray) -> np.ndarray:

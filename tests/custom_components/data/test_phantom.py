@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
 from pathlib import Path
 
@@ -15,19 +13,9 @@ from custom_components.data import phantom
 from custom_components.data.lists import mask_file_name
 from custom_components.data.phantom import FINDINGS, LESIONS, ORGANS, Patient, cohort, patient, segmentation_datalist
 from custom_components.errors import InputError
-from tests.conftest import classes_of
+from tests.conftest import classes_of, hashes, table
 
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)
-
-
-def hashes(root: Path) -> dict[str, str]:
-    files = sorted(p for p in root.rglob("*") if p.is_file())
-    return {str(p.relative_to(root)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def world_centroid(p: Patient, mask: np.ndarray) -> np.ndarray:
