@@ -117,7 +117,8 @@ class SimilarityAlignmentLoss(nn.Module):
     def forward(self, patch_features: Tensor, sentence_features: Tensor, sentence_hash: Tensor) -> Tensor:
         """Of projected visible patches ``[B, n, D]`` and projected sentences ``[B, S, D]``.
 
-        ``sentence_hash [B, S]`` is int64: equal numbers are identical sentences, 0 is padding.
+        ``sentence_hash [B, S]`` is int64: equal numbers are identical sentences, 0 is padding. Across volumes, patches
+        may be those of the first volumes alone: the sentences of the others are then negatives of these volumes.
         """
         with torch.autocast(patch_features.device.type, enabled=False):
             patches, sentences = patch_features.float(), sentence_features.float()
@@ -146,6 +147,7 @@ class SimilarityAlignmentLoss(nn.Module):
 
     def _across_volumes(self, patches: Tensor, sentences: Tensor, sentence_hash: Tensor) -> Tensor:
         real = sentence_hash != 0
+        row = real.nonzero()[:, 0]
         every_sentence = gather_rows(sentences[real])
         every_hash = torch.cat(gather_rows(sentence_hash[real]))
         # a process scores all sentences in its own volumes, so that scores travel and not patches
@@ -155,15 +157,17 @@ class SimilarityAlignmentLoss(nn.Module):
             return (patches.sum() + sentences.sum()) * 0.0
         logits = torch.cat(every_score).T / self.temperature  # s v
         first = sum(len(score) for score in every_score[: rank()])
-        own = torch.cat(gather_rows(first + real.nonzero()[:, 0]))  # the volume that each sentence belongs to
+        # the volume of each sentence, -1 for none
+        own = torch.cat(gather_rows(torch.where(row < len(patches), first + row, -1)))
+        placed = own >= 0
         is_own = own[:, None] == torch.arange(logits.shape[1], device=own.device)
         # no negative of a sentence: a volume whose report holds the very sentence, or holds none at all
         identical = (every_hash[:, None] == every_hash).float() @ is_own.float() > 0  # s v
         logits = logits.masked_fill((identical | ~is_own.any(0)) & ~is_own, MASKED)
-        to_volume = F.cross_entropy(logits, own)
+        to_volume = F.cross_entropy(logits[placed], own[placed])
         # volume to sentence: each own sentence against the sentences of other reports, never against its siblings
         positive = logits[is_own]
-        others = logits.masked_fill(is_own, MASKED).logsumexp(0)[own]
+        others = logits.masked_fill(is_own, MASKED).logsumexp(0)[own[placed]]
         to_sentence = F.softplus(others - positive).mean()
         return 0.5 * (to_volume + to_sentence)
 
@@ -216,9 +220,7 @@ class SimCroPLoss(nn.Module):
         values = {}
         for name, keys in READS.items():
             if self.weights[name]:
-                first, *others = (pred[key] for key in keys)
-                # the instance level knows the first volumes of a batch alone: those that the blocks have encoded
-                values[name] = getattr(self, name)(first, *(other[: len(first)] for other in others))
+                values[name] = getattr(self, name)(*(pred[key] for key in keys))
         return values
 
     def forward(self, pred: Mapping[str, Tensor], target: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ import custom_components
 import custom_components.data
 import custom_components.evaluation
 import custom_components.run
-from custom_components.simcrop import Aligner, LinearProjection, ReportDecoder, SimCroP, VolumeDecoder
+from custom_components.simcrop import Aligner, InstanceProjection, ReportDecoder, SimCroP, VolumeDecoder
 from custom_components.text import TextEncoder, load_tokenizer
 from custom_components.vit import SimCroPEncoder
 
@@ -107,7 +107,7 @@ def make_network(
         if report
         else None,
         mask_ratio,
-        instance_projection=LinearProjection(24, 16) if instance else None,
+        instance_projection=InstanceProjection(24, 16) if instance else None,
         **keys,
     )
 

@@ -37,6 +37,7 @@ from custom_components.errors import InputError
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 from custom_components.run.handlers import OptimizerSteps
 from custom_components.run.seeded import SeededDataLoader
+from custom_components.simcrop import InstanceProjection
 
 # sentences in the reports of four volumes; each process has two of them
 REPORTS = [(3, 2, 1, 4), (1, 1, 2, 3), (0, 0, 2, 1), (2, 0, 0, 0), (0, 0, 0, 0)]
@@ -49,6 +50,7 @@ class Toy(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.patch, self.sentence, self.token = nn.Linear(6, 5), nn.Linear(6, 5), nn.Linear(6, 9)
+        self.instance = InstanceProjection(6, 5)
 
     def forward(
         self, patches: Tensor, sentences: Tensor, sentence_hash: Tensor, tokens: Tensor, labels: Tensor
@@ -60,6 +62,7 @@ class Toy(nn.Module):
             "patch_features": self.patch(patches),
             "sentence_features": self.sentence(sentences),
             "sentence_hash": sentence_hash,
+            "instance_features": self.instance(patches.mean(1, keepdim=True)),
             "report_logits": self.token(tokens[hidden]),
             "report_target": labels[hidden],
         }
@@ -87,9 +90,9 @@ def batch_of(counts: tuple[int, ...], volumes: slice) -> list[Tensor]:
 
 def losses(negatives: str, pool: str) -> SimCroPLoss:
     alignment = SimilarityAlignmentLoss(3, 0.07, negatives, pool, 10.0)
-    return SimCroPLoss(
-        {"volume": 1.0, "alignment": 2.0, "report": 0.5}, MaskedVolumeLoss(), alignment, MaskedReportLoss()
-    )
+    instance = SimilarityAlignmentLoss(1, 0.07, "volume")
+    weights = {"volume": 1.0, "alignment": 2.0, "report": 0.5, "instance": 0.5}
+    return SimCroPLoss(weights, MaskedVolumeLoss(), alignment, MaskedReportLoss(), instance)
 
 
 def result(network: nn.Module, loss: SimCroPLoss, batch: list[Tensor]) -> dict[str, Tensor]:

@@ -92,7 +92,7 @@ def naive_volume(patches: np.ndarray, features: np.ndarray, ids: np.ndarray, poo
             ]
             other_sentences = [
                 naive_score(other, patches[v], pool) / TEMPERATURE
-                for u in range(len(patches))
+                for u in range(len(sentences))
                 if u != v
                 for other, its_number in zip(sentences[u], numbers[u], strict=True)
                 if its_number not in numbers[v]
@@ -151,6 +151,18 @@ def test_alignment_loss_is_what_loops_compute(negatives, pool, sentences, repeat
     inputs = alignment_batch(sentences, repeated=repeated)
     expected = naive_alignment(*inputs, negatives, pool)
     assert alignment_loss(negatives, pool)(*inputs).item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+@pytest.mark.parametrize("sentences", [(3, 2, 1), (3, 0, 2, 1)])
+def test_sentences_of_volumes_that_are_not_given_are_negatives_of_the_others(sentences, repeated):
+    """The instance level encodes the first volumes of a batch, and has the reports of all."""
+    patches, features, ids = alignment_batch(sentences, repeated=repeated)
+    found = alignment_loss("volume")(patches[:2], features, ids)
+    expected = naive_volume(*(tensor.double().numpy() for tensor in (patches[:2], features)), ids.numpy(), "topk_mean")
+    assert found.item() == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    if not repeated:  # else all others are the very sentences of these reports
+        assert found.item() != pytest.approx(alignment_loss("volume")(patches[:2], features[:2], ids[:2]).item())
 
 
 @pytest.mark.parametrize("pool", POOLS)

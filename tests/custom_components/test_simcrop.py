@@ -10,12 +10,14 @@ import torch
 from monai.bundle import ConfigParser
 from torch import Tensor, distributed, nn
 from torch.multiprocessing import start_processes
+from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from custom_components.errors import InputError
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 from custom_components.simcrop import (
     Aligner,
+    InstanceProjection,
     ReportDecoder,
     SentenceSimilarityInferer,
     SimCroP,
@@ -271,6 +273,16 @@ def test_instance_feature_is_the_projected_mean_of_the_last_blocks_visible_patch
     _, hidden = model.encoder(inputs["volume"], keep)
     expected = model.instance_projection(hidden[-1][:, 1:].mean(1, keepdim=True))
     torch.testing.assert_close(features, expected)
+
+
+def test_instance_features_tell_volumes_apart_that_share_all_but_a_little():
+    torch.manual_seed(0)
+    mean, own = torch.randn(1, 1, 24), torch.randn(6, 1, 24)
+    projection = InstanceProjection(24, 16)
+    near, far = projection(mean + 0.01 * own), projection(own)
+    torch.testing.assert_close(near, far, atol=0.1, rtol=0.1)
+    assert F.cosine_similarity(near[0], near[1:], dim=-1).max() < 0.9
+    torch.testing.assert_close(projection(own[:1]), projection.linear.bias.expand(1, 1, -1))
 
 
 @pytest.mark.parametrize(("statistics", "leaks"), [({"hu_bins": 4}, False), ({"scale_space": [2, 4]}, True)])
