@@ -2,8 +2,11 @@
 
 The published network (ToniChopp/SimCroP, downstream segmentation) made of MONAI's UNETR blocks. From a region
 ``96 x 96 x 48`` with patches ``16 x 16 x 8``: grid ``6 x 6 x 6``, three x2 stages to ``48 x 48 x 48``, then a trilinear
-one to the full region, since no further x2 would lead there.
+one to the full region, since no further x2 would lead there. Smaller patches take fewer stages, or an axis would grow
+beyond the region.
 """
+
+import math
 
 import torch
 from monai.networks.blocks import UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
@@ -50,8 +53,9 @@ class TrilinearUpBlock(nn.Module):
 class SimCroPUNETR(nn.Module):
     """UNETR (Hatamizadeh et al., WACV 2022) whose encoder is SimCroP's, as the authors fine-tune it.
 
-    Skips are the raw outputs of three blocks (4, 7 and 10 of 12, counting from 1); the bottleneck is the normed output
-    of the last. Residual units, instance norm without affine, LeakyReLU 0.01.
+    Skips are the raw outputs of three blocks (4, 7 and 10 of 12, counting from 1), or of the deeper ones where patches
+    are below 8 voxels along an axis; the bottleneck is the normed output of the last. Residual units, instance norm
+    without affine, LeakyReLU 0.01.
 
     Args:
         encoder: without class token, so that every parameter gets a gradient; its ``img_size`` is the region.
@@ -73,13 +77,15 @@ class SimCroPUNETR(nn.Module):
         hidden, size = encoder.hidden_size, feature_size
         in_channels = encoder.patch_embed.proj.in_channels
         self.encoder1 = UnetrBasicBlock(3, in_channels, size, 3, 1, NORM, res_block=True)
+        # x2 stages until the shortest axis of a patch is at the voxels
+        stages = max(1, min(3, int(math.log2(min(encoder.patch_size)))))
         up = dict(kernel_size=3, stride=1, upsample_kernel_size=2, norm_name=NORM, conv_block=True, res_block=True)
-        self.encoder2 = UnetrPrUpBlock(3, hidden, 2 * size, num_layer=2, **up)  # skips: 1 + num_layer stages of x2
-        self.encoder3 = UnetrPrUpBlock(3, hidden, 4 * size, num_layer=1, **up)
-        self.encoder4 = UnetrPrUpBlock(3, hidden, 8 * size, num_layer=0, **up)
-        self.decoder5 = UnetrUpBlock(3, hidden, 8 * size, 3, 2, NORM, res_block=True)
-        self.decoder4 = UnetrUpBlock(3, 8 * size, 4 * size, 3, 2, NORM, res_block=True)
-        self.decoder3 = UnetrUpBlock(3, 4 * size, 2 * size, 3, 2, NORM, res_block=True)
+        widths = [hidden, *(size << stages - i for i in range(stages))]  # from the token grid up
+        absent = [None] * (3 - stages)
+        skips = [UnetrPrUpBlock(3, hidden, widths[i + 1], num_layer=i, **up) for i in reversed(range(stages))]
+        self.encoder2, self.encoder3, self.encoder4 = absent + skips  # named as in MONAI's UNETR
+        ups = [UnetrUpBlock(3, widths[i], widths[i + 1], 3, 2, NORM, res_block=True) for i in range(stages)]
+        self.decoder5, self.decoder4, self.decoder3 = ups + absent
         self.decoder2 = TrilinearUpBlock(2 * size, size)
         self.out = UnetOutBlock(3, size, out_channels)
         self.to(memory_format=torch.channels_last_3d)  # the layout in which 3D convolutions are fastest
@@ -93,8 +99,10 @@ class SimCroPUNETR(nn.Module):
         """Logits from what the encoder returns."""
         shallow, middle, deep = self.skips
         x = self.decoder5(self.feature_map(tokens), self.encoder4(self.feature_map(hidden_states[deep])))
-        x = self.decoder4(x, self.encoder3(self.feature_map(hidden_states[middle])))
-        x = self.decoder3(x, self.encoder2(self.feature_map(hidden_states[shallow])))
+        if self.decoder4 is not None:
+            x = self.decoder4(x, self.encoder3(self.feature_map(hidden_states[middle])))
+        if self.decoder3 is not None:
+            x = self.decoder3(x, self.encoder2(self.feature_map(hidden_states[shallow])))
         return self.out(self.decoder2(x, self.encoder1(volume)))
 
     def forward(self, volume: Tensor) -> Tensor:

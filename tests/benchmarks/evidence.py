@@ -106,6 +106,23 @@ VARIANTS = {
     "supervised": Variant("supervised ceiling, all labels", supervised=True),
     "no_signal": Variant("recommended, reports shuffled", shuffled=True),
 }
+# what an hour on two cores is enough for, a seed; --variants all names the others too
+CORE = (
+    REFERENCE,
+    "random",
+    "published",
+    "published_losses",
+    "mim",
+    "mim_report",
+    "mim_align_report",
+    "mim_align_volume",
+    "mim_align_both",
+    "topk_mean",
+    "raw_voxels",
+    "no_align_layer",
+    "no_instance",
+    "supervised",
+)
 CURVE = ("epochs_4", "epochs_8", REFERENCE)  # variants whose budget makes the learning curves
 
 STAGES = ("pretrain", "probe", "segment")
@@ -712,7 +729,10 @@ def epochs_of(out: Path, variant: str) -> int | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of cohorts, runs and results")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument(
+        "--variants", nargs="+", choices=[*VARIANTS, "all"], default=list(CORE), metavar="NAME",
+        help="some of those that --list names, or all; without it the main ones",
+    )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training; the cohort is shared")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=["pretrain", "probe"])
     parser.add_argument("--cohort_seed", type=int, default=42, help="of the phantoms")
@@ -724,6 +744,8 @@ def main() -> None:
     parser.add_argument("--max_epochs", type=int, help="of every pre-training, without warm-up")
     parser.add_argument("--keys", type=json.loads, default={}, help="stage -> keys of all its runs, as JSON")
     given = parser.parse_args()
+    if "all" in given.variants:
+        given.variants = list(VARIANTS)
     sizes = {name: getattr(given, name) for name in ("num_train", "num_valid", "max_epochs", "keys")}
     plan = Plan(given.out, given.cohort_seed, **sizes)
     chains = [plan.runs(variant, seed, given.stages) for seed in given.seeds for variant in given.variants]
