@@ -35,6 +35,19 @@ def test_any_region_that_divides_by_the_patch(img_size: tuple, patch_size: tuple
     assert network(torch.randn(2, 1, *img_size)).shape == (2, 3, *img_size)
 
 
+@pytest.mark.parametrize(
+    ("img_size", "patch_size", "stages"), [((32, 32, 16), (16, 16, 8), 3), ((16, 16, 8), (8, 8, 4), 2)]
+)
+def test_no_map_grows_beyond_the_region(img_size: tuple, patch_size: tuple, stages: int) -> None:
+    network, sizes = make(img_size, patch_size), []
+    for module in network.modules():
+        if isinstance(module, nn.Conv3d):
+            module.register_forward_hook(lambda _, __, output: sizes.append(output.shape[2:]))
+    network(torch.randn(1, 1, *img_size))
+    assert all(n <= most for size in sizes for n, most in zip(size, img_size, strict=True))
+    assert [network.decoder5, network.decoder4, network.decoder3].count(None) == 3 - stages
+
+
 def test_skips_of_the_published_depth() -> None:
     network = SimCroPUNETR(SimCroPEncoder(img_size=(96, 96, 48), class_token=False, hidden_size=24, mlp_dim=8), 4)
     assert network.skips == (3, 6, 9)  # outputs of blocks 4, 7 and 10, counting from 1
