@@ -6,6 +6,7 @@ that wants only the list starts fast.
 """
 
 import io
+import itertools
 import json
 import logging
 import math
@@ -359,7 +360,10 @@ def _listed(path: Path) -> list[Path]:
     if paths and not os.path.exists(paths[0]):
         if not (paths[0].name.lower().endswith(CT_SUFFIXES) or os.sep in lines[0]):
             del paths[0]
-    return list({os.path.abspath(entry): entry for entry in reversed(paths)}.values())[::-1]
+    once: dict[str, Path] = {}
+    for entry in paths:
+        once.setdefault(os.path.abspath(entry), entry)
+    return list(once.values())
 
 
 def _path_in(line: str, folder: Path) -> Path:
@@ -407,19 +411,29 @@ def _unique_names(paths: Sequence[Path]) -> list[str]:
         stems = [path.name for path in paths]
     parents = [path.parent.parts[1:] for path in paths]
     names, depths = list(stems), [0] * len(paths)
-    while again := _repeated(names):
-        for i in again:
-            depths[i] += 1
-            # beyond the last folder, a number: a_b/c and a/b_c are alike when joined
-            number = "" if depths[i] <= len(parents[i]) else f"_{i + 1}"
-            names[i] = "_".join([*parents[i][-depths[i] :], stems[i]]) + number
+    groups = _repeated(stems)
+    while groups:
+        group = groups.pop()
+        if len({parents[i] for i in group}) > 1:
+            for i in group:
+                depths[i] += 1
+                names[i] = "_".join([*parents[i][-depths[i] :], stems[i]])
+            groups += [[group[i] for i in same] for same in _repeated([names[i] for i in group])]
+    taken: set[str] = set()
+    for i, name in enumerate(names):  # a_b/c and a/b_c are alike by now, as are a and A
+        numbers = itertools.count(2)
+        while names[i].casefold() in taken:
+            names[i] = f"{name}_{next(numbers)}"
+        taken.add(names[i].casefold())
     return names
 
 
-def _repeated(names: Sequence[str]) -> list[int]:
-    """Places of those that are not alone."""
-    counts = Counter(name.casefold() for name in names)
-    return [i for i, name in enumerate(names) if counts[name.casefold()] > 1]
+def _repeated(names: Sequence[str]) -> list[list[int]]:
+    """Of each name that stands there more than once, in any case of its letters: where."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, name in enumerate(names):
+        places[name.casefold()].append(place)
+    return [same for same in places.values() if len(same) > 1]
 
 
 def _json_lists(path: Path) -> dict[str, list[dict]]:

@@ -209,7 +209,7 @@ class CTRate(Source):
         return rows
 
     def read(self, scan: Scan) -> Raw:
-        if "_preprocessed" in Path(scan.image).parts[-4]:
+        if any(part.endswith("_preprocessed") for part in Path(os.path.relpath(scan.image, self.dataset_dir)).parts):
             return self._read_preprocessed(scan)
         raw = read_nifti(scan.image)
         blank = np.allclose(raw.affine[:3, :3], np.eye(3), atol=1e-4)

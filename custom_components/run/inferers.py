@@ -107,7 +107,7 @@ class ReadableLoader:
         try:
             return engine._iteration(engine, batch)
         except Exception as error:
-            failure = _failure(error)
+            failure = _failure(batch["name"][0], error)
         self._what = "read or processed"
         engine.state.output = None  # as large as the scan
         if torch.cuda.is_available():
@@ -120,7 +120,7 @@ class ReadableLoader:
         if trace not in self._told:  # of a fault that every scan meets, once
             self._told.add(trace)
             tqdm.write(trace, file=sys.stderr, end="")
-        tqdm.write(f"skipped: {reason if name in reason else f'{name}: {reason}'}", file=sys.stderr)
+        tqdm.write(f"skipped: {reason}", file=sys.stderr)
 
     def report(self) -> None:
         """Raise an :class:`InputError` that lists what was passed over, so that the run ends with exit code 1."""
@@ -138,10 +138,10 @@ def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | 
     try:
         return dataset[index], name, None
     except Exception as error:
-        return None, name, _failure(error)
+        return None, name, _failure(name, error)
 
 
-def _failure(error: BaseException) -> tuple[str, str]:
+def _failure(name: str, error: BaseException) -> tuple[str, str]:
     """Why a scan failed, in a line, and, where the scan is not known to be at fault, the trace to find the fault by.
 
     Raises:
@@ -157,8 +157,8 @@ def _failure(error: BaseException) -> tuple[str, str]:
             raise error
         # torch says so in a RuntimeError on a CPU
         if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(cause):
-            return f"not enough memory ({_line(cause)}): crop the scan, or take a machine with more", ""
-    return _line(causes[-1]), "".join(traceback.format_exception(error))
+            return f"{name}: not enough memory ({_line(cause)}): crop the scan, or take a machine with more", ""
+    return f"{name}: {_line(causes[-1])}", "".join(traceback.format_exception(error))
 
 
 def _line(error: BaseException) -> str:

@@ -576,7 +576,8 @@ def test_a_report_that_is_repeated_and_one_that_differs(mine: dict, caplog: pyte
     with caplog.at_level(logging.WARNING):
         assert len(volumes("pretrain", (), reports="reports.jsonl", **mine)) == 4
     assert "1 rows repeat a volume with the same report (b)" in caplog.text
-    write_lines(table, [*REPORTS, REPORTS[1] | {"Nodule": 1, "Effusion": 0}])
+    labelled = [row | {"Effusion": 0} for row in REPORTS]
+    write_lines(table, [*labelled, labelled[1] | {"Nodule": 1}])
     with pytest.raises(InputError, match="reports.jsonl names b twice, and differently: keep one row per volume"):
         volumes("pretrain", (), reports="reports.jsonl", **mine)
     write_lines(table, [*REPORTS, REPORTS[1] | {"text": "FINDINGS: Other."}])
@@ -722,7 +723,8 @@ def test_scans_beside_the_slices_of_a_series(tmp_path: Path) -> None:
         (["p1/x/ct.nii", "p2/x/ct.nii", "p2/y/ct.nii"], ["p1_x_ct", "p2_x_ct", "y_ct"]),
         (["p1/ct.nii", "p2/ct.nii", "p2/ct.mha"], ["p1_ct.nii", "p2_ct.nii", "ct.mha"]),
         (["p1/ct.nii", "p2/CT.mha"], ["p1_ct", "p2_CT"]),
-        (["p1_ct.nii", "p1/ct.nii", "p2/ct.nii"], ["top_p1_ct", "top_p1_ct_2", "p2_ct"]),
+        (["p1_ct.nii", "p1/ct.nii", "p2/ct.nii"], ["p1_ct", "p1_ct_2", "p2_ct"]),
+        (["a.nii", "A.nii", "A_2.nii"], ["a.nii", "A.nii_2", "A_2.nii"]),
     ],
 )
 def test_names_are_unique_over_the_whole_list(tmp_path: Path, paths: list[str], names: list[str]) -> None:
