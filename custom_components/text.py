@@ -44,7 +44,7 @@ def split_sentences(text: str) -> list[str]:
     segmenter = pysbd.Segmenter(language="en", clean=False)
     abbreviations = set(segmenter.language_module.Abbreviation.ABBREVIATIONS)
     sentences = []
-    for line in text[:MAX_REPORT].splitlines():
+    for line in filter(str.strip, text[:MAX_REPORT].splitlines()):
         line = LONG_REFERENCE.sub(". ", GLUED.sub(". ", line))
         sentences += [s for piece in _pieces(line, abbreviations) for s in segmenter.segment(piece)]
     sentences = [HEADING.sub("", BULLET.sub("", sentence)).strip() for sentence in sentences]
@@ -99,7 +99,9 @@ def queries(sentences: str | Sequence[str] | Mapping[str, str | Sequence[str]], 
     """
     if report is not None:
         if len(report) > MAX_REPORT:
-            raise InputError(f"report has {len(report)} characters: give the findings of one scan, {MAX_REPORT} at most")
+            raise InputError(
+                f"report has {len(report)} characters: give the findings of one scan, {MAX_REPORT} at most"
+            )
         found = split_sentences(report)
     elif isinstance(sentences, str):
         found = [sentences]

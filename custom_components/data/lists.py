@@ -32,6 +32,10 @@ ITK_SUFFIXES: tuple[str, ...] = (".nrrd", ".nhdr", ".mha", ".mhd")
 CT_SUFFIXES: tuple[str, ...] = NIFTI_SUFFIXES + ITK_SUFFIXES
 # what people keep beside scans and nobody takes for one; any other entry of a folder is read, or refused by name
 DOCUMENTS: tuple[str, ...] = (".txt", ".md", ".csv", ".tsv", ".json", ".pdf")
+# first line of a list of scans; any other is a path, so that a mistyped one is not taken for a header
+LIST_HEADER = re.compile(
+    r"(?i)(?:ct|nifti|dicom|image|scan|volume|series|file|folder|path)?[ _-]?(?:path|file|name)?s?"
+)
 
 # one file, or those of which the first that there is counts; or such of every split
 Files = str | Sequence[str] | None
@@ -46,7 +50,7 @@ _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
 # at the start of a line or sentence in any case, elsewhere capitalised: "no significant findings: ..." is no heading
 HEADING = re.compile(
-    rf"(?:(?:^|(?<=[.;]))\s*((?i:{SECTIONS}))|\b({SECTIONS.upper()}|{SECTIONS.title()}))\s*:", re.MULTILINE
+    rf"(?:(?:^|(?<=[.;]))[^\S\n]*((?i:{SECTIONS}))|\b({SECTIONS.upper()}|{SECTIONS.title()}))\s*:", re.MULTILINE
 )
 
 
@@ -342,10 +346,9 @@ def scans(path: str | os.PathLike) -> list[dict]:
         raise InputError(f"{path} is neither a file nor a folder: give a CT file or a folder")
     else:
         paths = _entries(path)
-        found = [entry for entry in paths if _is_scan(entry)]
         if _is_scan(path):  # what else lies in a series' folder is its reader's to judge
-            paths = [path, *found]
-        elif not found:
+            paths = [path, *filter(_is_scan, paths)]
+        elif not any(_is_scan(entry) or entry.name.lower().endswith(CT_SUFFIXES) for entry in paths):
             raise InputError(
                 f"{path} holds no {', '.join(CT_SUFFIXES)} or DICOM file, and no subfolder with DICOM files: "
                 "give the folder directly above the scans"
@@ -354,12 +357,11 @@ def scans(path: str | os.PathLike) -> list[dict]:
 
 
 def _listed(path: Path) -> list[Path]:
-    """What a list names, each path once; a first line that can be none is its header."""
+    """What a list names, each path once, without its header."""
     lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
     paths = [_path_in(line, path.parent) for line in lines]
-    if paths and not os.path.exists(paths[0]):
-        if not (paths[0].name.lower().endswith(CT_SUFFIXES) or os.sep in lines[0]):
-            del paths[0]
+    if paths and LIST_HEADER.fullmatch(paths[0].name) and not os.path.lexists(paths[0]):
+        del paths[0]
     once: dict[str, Path] = {}
     for entry in paths:
         once.setdefault(os.path.abspath(entry), entry)
@@ -369,9 +371,9 @@ def _listed(path: Path) -> list[Path]:
 def _path_in(line: str, folder: Path) -> Path:
     """The path that a line of a list begins with: quoted, or as long as there is a file of that name."""
     if quoted := re.match(r'"((?:[^"]|"")+)"', line):
-        return folder / Path(quoted[1].replace('""', '"')).expanduser()
+        return folder / os.path.expanduser(quoted[1].replace('""', '"'))
     starts = [line[: end.start()].strip() for end in re.finditer(r"[,;\t]|$", line)]
-    paths = [folder / Path(start).expanduser() for start in starts if start] or [folder / line]
+    paths = [folder / os.path.expanduser(start) for start in starts if start] or [folder / line]
     there = [entry for entry in paths if os.path.lexists(entry)]
     return [*there[-1:], *(entry for entry in paths if entry.name.lower().endswith(CT_SUFFIXES)), paths[0]][0]
 
@@ -470,7 +472,9 @@ def read_table(path: Path) -> pd.DataFrame:
             return _frame([e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]])
         text = _text(path, "a CSV or JSON file")
         if path.suffix.lower() == ".jsonl":
-            return _frame([json.loads(line, object_pairs_hook=_no_key_twice) for line in text.split("\n") if line.strip()])
+            return _frame(
+                [json.loads(line, object_pairs_hook=_no_key_twice) for line in text.split("\n") if line.strip()]
+            )
         header = text.split("\n", 1)[0]
         with warnings.catch_warnings():  # of cells beyond the header, which would be lost
             warnings.simplefilter("error", pd.errors.ParserWarning)
@@ -619,7 +623,9 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
             raise InputError(f"{path} names {row['name']} twice: keep one row per volume")
         if report != (other["findings"], other["impression"]):
             raise InputError(f"{path} has two different reports of {row['name']}: keep one row per volume")
-        own, others = ([repr(np.asarray(r.get(key)).tolist()) for key in ("label", "patient", "words")] for r in (row, other))
+        own, others = (
+            [repr(np.asarray(r.get(key)).tolist()) for key in ("label", "patient", "words")] for r in (row, other)
+        )
         if own != others:
             raise InputError(f"{path} names {row['name']} twice, and differently: keep one row per volume")
     if several := [scan for scan, reports in scans.items() if len(reports) > 1]:
@@ -734,10 +740,13 @@ def _excluded(path: str | os.PathLike | None) -> set[str]:
 
 def _is_scan(path: Path) -> bool:
     """A CT file by its ending, or a folder with DICOM files, of which DICOMDIR is but an index of the series below."""
-    if path.is_dir():
-        return any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
-    # macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies
-    return path.name.lower().endswith(CT_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    try:
+        if path.is_dir():
+            return any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
+        # macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies
+        return path.name.lower().endswith(CT_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    except OSError:  # not allowed to look
+        return False
 
 
 def _is_dicom_file(path: Path) -> bool:

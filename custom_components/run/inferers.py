@@ -94,6 +94,7 @@ class ReadableLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
+        self._what = "read"
         attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
         loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
         for item, name, failure in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
@@ -117,7 +118,7 @@ class ReadableLoader:
 
     def _pass_over(self, name: str, reason: str, trace: str) -> None:
         self.failures.append((name, reason))
-        if trace not in self._told:  # of a fault that every scan meets, once
+        if trace and trace not in self._told:  # of a fault that every scan meets, once
             self._told.add(trace)
             tqdm.write(trace, file=sys.stderr, end="")
         tqdm.write(f"skipped: {reason}", file=sys.stderr)
@@ -127,8 +128,8 @@ class ReadableLoader:
         if self.failures:
             names = ", ".join(name for name, _ in self.failures)
             raise InputError(
-                f"{len(self.failures)} of {len(self.dataset)} scans could not be {self._what} ({names}); the others are "
-                "done, the reasons stand above"
+                f"{len(self.failures)} of {len(self.dataset)} scans could not be {self._what} ({names}); "
+                "the others are done, the reasons stand above"
             )
 
 

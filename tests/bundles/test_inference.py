@@ -1,4 +1,4 @@
-"""inference.json over lists in which scans are named alike, missing, skewed or too large: each has a result or a reason."""
+"""inference.json over lists of scans that are named alike, missing, skewed or too large: a result or a reason each."""
 
 from __future__ import annotations
 

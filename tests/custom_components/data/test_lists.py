@@ -650,6 +650,16 @@ def test_sections_of_a_report(mine: dict, report: str, findings: str, impression
     assert (item["findings"], item["impression"]) == (findings, impression)
 
 
+@pytest.mark.parametrize("filling", ["\n", " ", ". ", "FINDINGS ", "Nodule: 1. "])
+def test_a_report_of_a_million_characters_is_parted_in_no_time(mine: dict, filling: str) -> None:
+    text = "FINDINGS: Clear." + filling * (1_000_000 // len(filling)) + "\nIMPRESSION: Normal."
+    write_lines(mine["dataset_dir"] / "reports.jsonl", [{"scan": "a", "text": text}])
+    start = time.process_time()
+    (item,) = volumes("pretrain", (), reports="reports.jsonl", **mine)
+    assert time.process_time() - start < 3
+    assert item["findings"].startswith("Clear.") and item["impression"] == "Normal."
+
+
 def test_import_needs_neither_torch_nor_monai():
     code = "import sys, custom_components.data.lists; sys.exit(any(name in sys.modules for name in ('torch', 'monai')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -788,6 +798,8 @@ def test_a_list_of_scans(tmp_path: Path) -> None:
     (tmp_path / "scans.csv").write_text(f"path,comment\na.nii.gz,x\n{tmp_path}/b.nrrd,y\nabsent.nii,z\n")
     items = scans(tmp_path / "scans.csv")
     assert [item["image"] for item in items] == [str(tmp_path / n) for n in ("a.nii.gz", "b.nrrd", "absent.nii")]
+    (tmp_path / "scans.csv").write_text("a\na.nii.gz\n~nobody/x.nii\n")  # the first is no header, but mistyped
+    assert [item["name"] for item in scans(tmp_path / "scans.csv")] == ["a", "a.nii.gz", "x.nii"]
     (tmp_path / "empty.txt").write_text("nothing here\n")
     with pytest.raises(InputError, match="empty.txt lists no CT"):
         scans(tmp_path / "empty.txt")
