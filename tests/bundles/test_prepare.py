@@ -103,6 +103,8 @@ def publish_ct_rate_without_dataset(root: Path) -> None:
     for folder in (root / "dataset").iterdir():
         folder.rename(root / folder.name)
     (root / "dataset").rmdir()
+    for path in list((root / "valid_fixed").rglob("*.nii.gz")):  # as some download tools leave them
+        path.rename(root / "valid_fixed" / path.name)
 
 
 def publish_radchestct(root: Path) -> None:
