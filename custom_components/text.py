@@ -5,7 +5,7 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,49 @@ from custom_components.errors import InputError
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d{1,2}[.)])\s+")
 HEADING = re.compile(r"^[A-Z][A-Z /&,-]{2,40}:\s*")
 GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
+# "seen.[12]" is a reference for pySBD, which tries every way to part a long number: twice as long for each digit
+LONG_REFERENCE = re.compile(r"\.(?=\[[\d,\s-]{12})")
+# where pySBD ends a sentence whatever stands before and behind: after a lower-case word, if that is no abbreviation
+SURE_END = re.compile(r"(?<![\w.])([a-z]{3,})[)\]\"]?[.!?][)\]\"]?\s+(?=[A-Z\d])")
+PIECE = 1000  # characters that pySBD gets at once: its time grows with their square
+MAX_REPORT = 50_000  # characters of a section: ten times as many as any text encoder here reads
 
 
 def split_sentences(text: str) -> list[str]:
-    """Sentences of a report section.
+    """Sentences of a report section, of its first 50,000 characters.
 
     pySBD leaves "2.3 x 1.8 cm", "Dr." and "vs." whole. Lines and bullets end a sentence too, an upper-case heading
     ("LUNGS:") and a bullet's mark are dropped, two sentences without a space between are parted, and what has no letter
     in it is no sentence. The last sentence needs no full stop.
     """
     segmenter = pysbd.Segmenter(language="en", clean=False)
-    sentences = [s for line in text.splitlines() for s in segmenter.segment(GLUED.sub(". ", line))]
+    abbreviations = set(segmenter.language_module.Abbreviation.ABBREVIATIONS)
+    sentences = []
+    for line in filter(str.strip, text[:MAX_REPORT].splitlines()):
+        line = LONG_REFERENCE.sub(". ", GLUED.sub(". ", line))
+        sentences += [s for piece in _pieces(line, abbreviations) for s in segmenter.segment(piece)]
     sentences = [HEADING.sub("", BULLET.sub("", sentence)).strip() for sentence in sentences]
     return [sentence for sentence in sentences if any(character.isalpha() for character in sentence)]
+
+
+def _pieces(line: str, abbreviations: Container[str]) -> Iterator[str]:
+    """A line in parts of at most :data:`PIECE` characters, which end where a sentence surely does, if any does."""
+    while len(line) > PIECE:
+        ends = [
+            match.end()
+            for match in SURE_END.finditer(line, 0, PIECE)
+            if match[1] not in abbreviations and _closed(line[: match.end()])
+        ]
+        end = ends[-1] if ends else line.rfind(" ", 0, PIECE) + 1 or PIECE
+        yield line[:end]
+        line = line[end:]
+    yield line
+
+
+def _closed(text: str) -> bool:
+    """Whether no bracket or quotation, of which pySBD parts nothing, is open at the end of a text."""
+    # "2)" closes nothing
+    return text.rfind("(") <= text.rfind(")") and text.rfind("[") <= text.rfind("]") and text.count('"') % 2 == 0
 
 
 def sentence_hash(sentence: str) -> int:
@@ -65,9 +95,13 @@ def queries(sentences: str | Sequence[str] | Mapping[str, str | Sequence[str]], 
     Of a class with several sentences, its first: each is a map of the scan's size.
 
     Raises:
-        InputError: there is no sentence.
+        InputError: there is no sentence, or the report is longer than one can be.
     """
     if report is not None:
+        if len(report) > MAX_REPORT:
+            raise InputError(
+                f"report has {len(report)} characters: give the findings of one scan, {MAX_REPORT} at most"
+            )
         found = split_sentences(report)
     elif isinstance(sentences, str):
         found = [sentences]

@@ -6,12 +6,14 @@ that wants only the list starts fast.
 """
 
 import io
+import itertools
 import json
 import logging
 import math
 import os
 import re
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -21,12 +23,19 @@ import numpy as np
 import pandas as pd
 
 from custom_components.errors import InputError
+from custom_components.files import VOXEL_SUFFIXES
 
 logger = logging.getLogger(__name__)
 
 NIFTI_SUFFIXES: tuple[str, ...] = (".nii", ".nii.gz")
 ITK_SUFFIXES: tuple[str, ...] = (".nrrd", ".nhdr", ".mha", ".mhd")
 CT_SUFFIXES: tuple[str, ...] = NIFTI_SUFFIXES + ITK_SUFFIXES
+# what people keep beside scans and nobody takes for one; any other entry of a folder is read, or refused by name
+DOCUMENTS: tuple[str, ...] = (".txt", ".md", ".csv", ".tsv", ".json", ".pdf")
+# first line of a list of scans; any other is a path, so that a mistyped one is not taken for a header
+LIST_HEADER = re.compile(
+    r"(?i)(?:ct|nifti|dicom|image|scan|volume|series|file|folder|path)?[ _-]?(?:path|file|name)?s?"
+)
 
 # one file, or those of which the first that there is counts; or such of every split
 Files = str | Sequence[str] | None
@@ -41,7 +50,7 @@ _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
 # at the start of a line or sentence in any case, elsewhere capitalised: "no significant findings: ..." is no heading
 HEADING = re.compile(
-    rf"(?:(?:^|(?<=[.;]))\s*((?i:{SECTIONS}))|\b({SECTIONS.upper()}|{SECTIONS.title()}))\s*:", re.MULTILINE
+    rf"(?:(?:^|(?<=[.;]))[^\S\n]*((?i:{SECTIONS}))|\b({SECTIONS.upper()}|{SECTIONS.title()}))\s*:", re.MULTILINE
 )
 
 
@@ -230,8 +239,8 @@ def msd(
     """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
 
     LUNA16's have `training`, `validation` and `testing`, each of `{"image": path, "label": path}`; BTCV's have
-    `training` and `validation`, and a `test` of bare file names without labels. Every item holds `image`, `name` (file
-    name without its ending) and, where the list gives one, `label`; in the list's order.
+    `training` and `validation`, and a `test` of bare file names without labels. Every item holds `image`, `name` (as
+    :func:`scans` makes it) and, where the list gives one, `label`; in the list's order.
 
     Args:
         dataset_dir: folder that relative paths start from; bare file names are also looked for in its `imagesTs`.
@@ -249,27 +258,34 @@ def msd(
     if not path.is_file():
         raise InputError(f"datalist {path} does not exist: give dataset_dir, and a datalist in it or an absolute path")
     lists = _json_lists(path)
+    if "" in lists:
+        raise InputError(f'datalist {path} is a plain list: say which split it is, as {{"{split}": [...]}}')
     if not lists.get(split):
         raise InputError(
             f"datalist {path} has no {split} list (it has {', '.join(lists) or 'none'}): choose one of them"
         )
 
-    items = []
+    items: dict[str, dict] = {}
     for entry in lists[split]:
         if not isinstance(entry, dict) or not all(isinstance(entry.get(key, ""), str) for key in ("image", "label")):
             raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
         if not entry.get("image"):
             raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
         tried, found = _find(("{image}", "imagesTs/{image}"), dataset_dir, entry)
-        item = {"image": found or tried, "name": _stem(Path(found or tried))}
+        item = {"image": found or tried}
         if entry.get("label"):
             item["label"] = prepared(dataset_dir / entry["label"])
-        items.append(item)
+        if items.setdefault(os.path.abspath(item["image"]), item) != item:
+            raise InputError(f"datalist {path}: {split} names {entry['image']} twice, with different labels: keep one")
+    if repeated := len(lists[split]) - len(items):
+        _warn_once(f"datalist {path}: {repeated} entries of {split} repeat an image, used once")
     excluded = _excluded(exclude)
+    paths = [Path(item["image"]) for item in items.values()]
     # a file that is not there keeps its ending in its name
-    kept = [i for i, item in enumerate(items) if item["name"].removesuffix(".nii.gz") not in excluded]
+    kept = [i for i, image in enumerate(paths) if _stem(image).removesuffix(".nii.gz") not in excluded]
     if not kept:
         raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
+    items = [item | {"name": name} for item, name in zip(items.values(), _unique_names(paths), strict=True)]
     items = [items[i] for i in sorted(_chosen(set(kept), _order(range(len(items)), seed), data_fraction))]
 
     missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
@@ -299,76 +315,174 @@ def mask_file_name(finding: str) -> str:
 
 
 def scans(path: str | os.PathLike) -> list[dict]:
-    """Items `{"image": path, "name": stem}` of a CT file, of a DICOM folder, of a folder of such files and folders, or
-    of a list: a .csv or .txt file whose first column holds their paths, relative ones from the list's own folder.
+    """Items `{"image": path, "name": name}` of a CT file, of a DICOM folder, of a folder of such files and folders, or
+    of a list: a .csv or .txt file that holds a path a line, up to a comma, semicolon or tab that is no part of it;
+    relative ones start from the list's own folder.
+
+    Nothing is left out in silence: every line of a list but its header, and every entry of a folder, is an item, and
+    what cannot be read is refused by its reader. Hidden files, documents (:data:`DOCUMENTS`) and files that a header
+    beside them names as its voxels are no entries.
 
     A folder is a DICOM folder if DICOM files lie directly in it; its own path is then the image. Items are sorted by
-    path, or as listed. Names are unique: file names without their ending, or with it where two files differ in nothing
-    else, or with their folders where a list has one name in several. Hidden files are passed over.
+    path, or as listed. No two have the same name: it is the file's without its ending; or with it, where two files of
+    one folder differ in nothing else; and with as many of its folders as tell it from others.
 
     Raises:
         InputError: `path` does not exist, or holds nothing that can be a CT by its name.
     """
     path = Path(path).expanduser()
-    if not path.exists():
+    if not os.path.exists(path):
         raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
     if path.is_file() and path.suffix.lower() in (".csv", ".txt"):
-        # a header is no CT by its name, and a listed file that is missing is reported when it is read
-        paths = [
-            path.parent / cell
-            for cell in dict.fromkeys(_first_cells(path))
-            if cell.lower().endswith(CT_SUFFIXES) or "/" in cell or (cell and (path.parent / cell).is_dir())
-        ]
-        if not paths:
+        paths = _listed(path)
+        if not any(os.path.exists(entry) or entry.name.lower().endswith(CT_SUFFIXES) for entry in paths):
             raise InputError(f"{path} lists no CT: write one path of a CT file or DICOM folder a line")
-    elif _is_scan(path):
+    elif path.is_file() and _is_scan(path):
         paths = [path]
     elif path.is_file():
         advice = "give the folder of its series" if _is_dicom_file(path) else "convert it to one of them"
         raise InputError(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: {advice}")
+    elif not path.is_dir():
+        raise InputError(f"{path} is neither a file nor a folder: give a CT file or a folder")
     else:
-        paths = sorted(filter(_is_scan, path.iterdir()))
-        if not paths:
+        paths = _entries(path)
+        if _is_scan(path):  # what else lies in a series' folder is its reader's to judge
+            paths = [path, *filter(_is_scan, paths)]
+        elif not any(_is_scan(entry) or entry.name.lower().endswith(CT_SUFFIXES) for entry in paths):
             raise InputError(
                 f"{path} holds no {', '.join(CT_SUFFIXES)} or DICOM file, and no subfolder with DICOM files: "
                 "give the folder directly above the scans"
             )
-    names = [_stem(entry) for entry in paths]
-    if len(set(names)) < len(names):
-        names = [entry.name for entry in paths]
-    if len(set(names)) < len(names):
-        top = os.path.commonpath([entry.absolute() for entry in paths])
-        names = ["_".join([*entry.absolute().relative_to(top).parts[:-1], _stem(entry)]) for entry in paths]
-    return [{"image": str(entry), "name": name} for entry, name in zip(paths, names, strict=True)]
+    return [{"image": str(entry), "name": name} for entry, name in zip(paths, _unique_names(paths), strict=True)]
+
+
+def _listed(path: Path) -> list[Path]:
+    """What a list names, each path once, without its header."""
+    lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    paths = [_path_in(line, path.parent) for line in lines]
+    if paths and LIST_HEADER.fullmatch(paths[0].name) and not os.path.lexists(paths[0]):
+        del paths[0]
+    once: dict[str, Path] = {}
+    for entry in paths:
+        once.setdefault(os.path.abspath(entry), entry)
+    return list(once.values())
+
+
+def _path_in(line: str, folder: Path) -> Path:
+    """The path that a line of a list begins with: quoted, or as long as there is a file of that name."""
+    if quoted := re.match(r'"((?:[^"]|"")+)"', line):
+        return folder / os.path.expanduser(quoted[1].replace('""', '"'))
+    starts = [line[: end.start()].strip() for end in re.finditer(r"[,;\t]|$", line)]
+    paths = [folder / os.path.expanduser(start) for start in starts if start] or [folder / line]
+    there = [entry for entry in paths if os.path.lexists(entry)]
+    return [*there[-1:], *(entry for entry in paths if entry.name.lower().endswith(CT_SUFFIXES)), paths[0]][0]
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What lies in a folder and may be a scan by its name, sorted."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise InputError(f"{folder} cannot be opened ({error.strerror}): allow it, or give another folder") from error
+    entries = [entry for entry in entries if not entry.name.lower().endswith(DOCUMENTS) or entry.is_dir()]
+    headers = [entry for entry in entries if entry.suffix.lower() in VOXEL_SUFFIXES and entry.is_file()]
+    named = [name for header in headers for name in _voxel_files(header)]
+    used = re.compile("|".join(named) or r"(?!)")
+    return [entry for entry in entries if not used.fullmatch(entry.name)]
+
+
+def _voxel_files(header: Path) -> list[str]:
+    """Regular expressions of the files in its own folder that a .mhd or .nhdr may name: every word of it is one."""
+    try:
+        with open(header, "rb") as file:
+            text = file.read(1 << 20).decode("latin-1")
+    except OSError:  # its reader will say so
+        return []
+    own = [re.escape(header.stem + suffix) for suffix in VOXEL_SUFFIXES[header.suffix.lower()]]
+    lines = text.splitlines()
+    words = {word.strip().removeprefix("./") for line in lines for word in (*line.split(), re.split("[=:]", line)[-1])}
+    files = {word for word in words if "." in word and "/" not in word and not word.lower().endswith(CT_SUFFIXES)}
+    return own + [re.sub(r"%0?\d*d", r"\\d+", re.escape(file)) for file in files]
+
+
+def _unique_names(paths: Sequence[Path]) -> list[str]:
+    """A name of each path that no other has, in any case of its letters, and which says where it lies if it must."""
+    paths = [Path(os.path.abspath(path)) for path in paths]
+    stems = [_stem(path) for path in paths]
+    if _repeated([f"{path.parent}/{stem}" for path, stem in zip(paths, stems, strict=True)]):
+        stems = [path.name for path in paths]
+    parents = [path.parent.parts[1:] for path in paths]
+    names, depths = list(stems), [0] * len(paths)
+    groups = _repeated(stems)
+    while groups:
+        group = groups.pop()
+        if len({parents[i] for i in group}) > 1:
+            for i in group:
+                depths[i] += 1
+                names[i] = "_".join([*parents[i][-depths[i] :], stems[i]])
+            groups += [[group[i] for i in same] for same in _repeated([names[i] for i in group])]
+    taken: set[str] = set()
+    for i, name in enumerate(names):  # a_b/c and a/b_c are alike by now, as are a and A
+        numbers = itertools.count(2)
+        while names[i].casefold() in taken:
+            names[i] = f"{name}_{next(numbers)}"
+        taken.add(names[i].casefold())
+    return names
+
+
+def _repeated(names: Sequence[str]) -> list[list[int]]:
+    """Of each name that stands there more than once, in any case of its letters: where."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place, name in enumerate(names):
+        places[name.casefold()].append(place)
+    return [same for same in places.values() if len(same) > 1]
 
 
 def _json_lists(path: Path) -> dict[str, list[dict]]:
     """Split -> records of a datalist, or "" -> records of a plain list of them; a bare file name is an image."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        content = json.loads(_text(path, "JSON"), object_pairs_hook=_no_key_twice)
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         raise InputError(f"datalist {path} is not JSON ({error}): download it again") from error
     content = content if isinstance(content, dict) else {"": content}
     lists = {key: entries for key, entries in content.items() if isinstance(entries, list)}
     return {k: [{"image": e} if isinstance(e, str) else e for e in entries] for k, entries in lists.items()}
 
 
-def _read_table(path: Path) -> pd.DataFrame:
-    """All cells as strings. Lists of splits are joined, and a column `split` says which of them a row is of."""
+def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """JSON's own readers would take the last in silence."""
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"it has the key {repeated[0]!r} twice in one place")
+    return dict(pairs)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A table's rows, all cells as strings. Lists of splits are joined, and a column `split` says whose a row is.
+
+    Raises:
+        InputError: it is no CSV, JSON or JSON lines in UTF-8, or a row has more cells than the header.
+    """
     try:
         if path.suffix.lower() == ".json":
             lists = _json_lists(path)
             if lists and not lists.keys() & {"", *_SPLIT_OF}:
                 raise InputError(f"{path} has lists {', '.join(lists)}: call them training, validation and testing")
             return _frame([e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]])
-        text = path.read_text(encoding="utf-8-sig")
+        text = _text(path, "a CSV or JSON file")
         if path.suffix.lower() == ".jsonl":
-            return _frame([json.loads(line) for line in text.split("\n") if line.strip()])
+            return _frame(
+                [json.loads(line, object_pairs_hook=_no_key_twice) for line in text.split("\n") if line.strip()]
+            )
         header = text.split("\n", 1)[0]
-        return pd.read_csv(io.StringIO(text), dtype=str, sep=max(",;\t", key=header.count))
+        with warnings.catch_warnings():  # of cells beyond the header, which would be lost
+            warnings.simplefilter("error", pd.errors.ParserWarning)
+            return pd.read_csv(io.StringIO(text), dtype=str, sep=max(",;\t", key=header.count), index_col=False)
     except InputError:
         raise
-    except (OSError, ValueError, AttributeError, TypeError) as error:  # of pandas and of decoding are ValueErrors
+    # pandas' are ValueErrors
+    except (ValueError, AttributeError, TypeError, RecursionError, pd.errors.ParserWarning) as error:
         raise InputError(
             f"{path} cannot be read as a CSV or JSON file in UTF-8 ({str(error).strip().splitlines()[0]}): download it "
             "again, or save it so"
@@ -377,6 +491,8 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 def _frame(records: list[dict]) -> pd.DataFrame:
     """JSON values as cells: true and false are 1 and 0, null is no value."""
+    if wrong := [record for record in records if not isinstance(record, dict)]:
+        raise ValueError(f"a row is {str(wrong[0])[:50]!r}, and should name its columns")
     cells = pd.DataFrame(records, dtype=object)
     return cells.map(lambda cell: str(int(cell) if isinstance(cell, bool) else cell), na_action="ignore").astype("str")
 
@@ -391,7 +507,11 @@ def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str,
     """Volume -> finding -> the sentence of the report that speaks of it."""
     frame, names = _named(path, id_column)
     finding, sentence = _present(path, frame, {key: (key,) for key in ("Finding", "Sentence")}).values()
-    return {name: dict(zip(rows[finding], rows[sentence], strict=True)) for name, rows in frame.groupby(names)}
+    said: dict[str, dict[str, str]] = defaultdict(dict)
+    for name, of, text in zip(names, frame[finding], frame[sentence], strict=True):
+        if str(said[name].setdefault(of, text)) != str(text):  # NaN where there is none
+            raise InputError(f"{path} has two sentences of {name} for {of}: keep one")
+    return dict(said)
 
 
 def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
@@ -407,7 +527,7 @@ def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str 
 
 def _named(path: Path, id_column: str | None) -> tuple[pd.DataFrame, pd.Series]:
     """The rows that name a volume, and these names; the name of the series is the column's."""
-    frame = _read_table(path)
+    frame = read_table(path)
     if len(frame.columns):
         ids = _present(path, frame, {"id": (id_column,)})["id"] if id_column else frame.columns[0]
         frame = frame.dropna(subset=[ids]).reset_index(drop=True)
@@ -488,7 +608,7 @@ def _labels(
 
 
 def _once(path: Path, rows: list[dict]) -> list[dict]:
-    """Rows of which each names another volume, within its split; a report that is only repeated is left out."""
+    """Rows of which each names another volume, within its split; a row that is only repeated is left out."""
     first: dict[tuple, dict] = {}
     repeated = []
     scans: dict[str, set[tuple]] = defaultdict(set)
@@ -503,6 +623,11 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
             raise InputError(f"{path} names {row['name']} twice: keep one row per volume")
         if report != (other["findings"], other["impression"]):
             raise InputError(f"{path} has two different reports of {row['name']}: keep one row per volume")
+        own, others = (
+            [repr(np.asarray(r.get(key)).tolist()) for key in ("label", "patient", "words")] for r in (row, other)
+        )
+        if own != others:
+            raise InputError(f"{path} names {row['name']} twice, and differently: keep one row per volume")
     if several := [scan for scan, reports in scans.items() if len(reports) > 1]:
         _warn_once(f"{path}: {len(several)} scans have several reports ({_some(several)}): each volume keeps its own")
     if repeated:
@@ -589,13 +714,22 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
+def _text(path: Path, what: str = "text") -> str:
+    """All of a text file. In UTF-16, every second byte of plain words is a zero, which no text has."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes, as UTF-16 does")
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise InputError(
+            f"{path} cannot be read as {what} in UTF-8 ({error}): save it so, or download it again"
+        ) from error
+    return text
+
+
 def _first_cells(path: Path) -> list[str]:
     """First cell of each line of a text or CSV file."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as text in UTF-8 ({error}): save it so, a name a line") from error
-    return [line.split(",")[0].strip().strip('"') for line in lines]
+    return [line.split(",")[0].strip().strip('"') for line in _text(path).splitlines()]
 
 
 def _excluded(path: str | os.PathLike | None) -> set[str]:
@@ -606,10 +740,13 @@ def _excluded(path: str | os.PathLike | None) -> set[str]:
 
 def _is_scan(path: Path) -> bool:
     """A CT file by its ending, or a folder with DICOM files, of which DICOMDIR is but an index of the series below."""
-    if path.is_dir():
-        return any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
-    # macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies
-    return path.name.lower().endswith(CT_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    try:
+        if path.is_dir():
+            return any(entry.name != "DICOMDIR" and _is_dicom_file(entry) for entry in path.iterdir())
+        # macOS leaves a "._scan.nii.gz" beside every scan.nii.gz that it copies
+        return path.name.lower().endswith(CT_SUFFIXES) and not path.name.startswith(".") and path.is_file()
+    except OSError:  # not allowed to look
+        return False
 
 
 def _is_dicom_file(path: Path) -> bool:
@@ -625,4 +762,4 @@ def _is_dicom_file(path: Path) -> bool:
 def _stem(path: Path) -> str:
     """Name of a CT file without its ending (.nii.gz is one); the whole name of a folder."""
     suffix = next((suffix for suffix in CT_SUFFIXES if path.name.lower().endswith(suffix)), "")
-    return path.name[: -len(suffix)] if suffix and path.is_file() else path.name
+    return path.name[: -len(suffix)] or path.name if suffix and path.is_file() else path.name

@@ -1,6 +1,8 @@
 """Results to disk: maps, labels and probabilities, in the geometry of the scan that they were made of."""
 
+import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import nibabel as nib
@@ -9,20 +11,73 @@ import pandas as pd
 import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
-from monai.transforms import MapTransform
+from monai.data.utils import compute_shape_offset
+from monai.transforms import MapTransform, SpatialResample
 from torch import Tensor
 from torch.nn import functional as F
 
+from custom_components.data.lists import NIFTI_SUFFIXES
 from custom_components.data.volume import linear_weights
 from custom_components.files import replacing
 
+logger = logging.getLogger(__name__)
 
-def _save_nifti(array: np.ndarray, affine: np.ndarray, path: Path, scale: float = 1.0) -> None:
-    """[X, Y, Z] with exactly this affine (RAS+ mm): MONAI's NibabelWriter fails on affines whose axes are permuted."""
-    image = nib.Nifti1Image(array, affine)
+
+def _save_nifti(array: np.ndarray, affine: np.ndarray, path: Path, qform: np.ndarray, scale: float = 1.0) -> None:
+    """[X, Y, Z] with exactly this affine (RAS+ mm): MONAI's NibabelWriter fails on affines whose axes are permuted.
+
+    Some viewers, such as nibabel's, place a file by its sform, which is the affine. ITK's prefer it too, but fall back
+    on the qform, or refuse the file, where its axes are not at right angles to the last digit.
+    """
+    header = nib.Nifti1Header()
+    header.set_sform(affine, code=1)
+    header.set_qform(qform, code=1)
+    header.set_xyzt_units("mm")
+    image = nib.Nifti1Image(array, None, header, dtype=array.dtype)
     image.header.set_slope_inter(scale, 0)
     with replacing(path) as temporary:
         nib.save(image, temporary)
+
+
+def _qform(affine: np.ndarray, shape: Sequence[int], scan: object) -> np.ndarray | None:
+    """The scan's own qform where its file has one, or the rotation next to an affine [4, 4] that moves no voxel by more
+    than half of its size; None where that one would show a map elsewhere."""
+    if str(scan).lower().endswith(NIFTI_SUFFIXES):
+        with suppress(OSError, nib.filebasedimages.ImageFileError, nib.spatialimages.HeaderDataError):
+            header = nib.load(scan).header
+            if header["qform_code"] > 0 and np.allclose(header.get_best_affine(), affine, atol=1e-3):
+                return header.get_qform()
+    straight = _straight(affine)
+    corners = np.stack(np.meshgrid(*((0, size - 1) for size in shape)), -1).reshape(-1, 3)
+    moved = np.linalg.norm(corners @ (straight - affine)[:3, :3].T, axis=1).max()
+    return straight if moved <= 0.5 * np.linalg.norm(affine[:3, :3], axis=0).min() else None
+
+
+def _straight(affine: np.ndarray) -> np.ndarray:
+    """The affine with its axes turned to right angles, each by as little as all of them allow."""
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    left, _, right = np.linalg.svd(affine[:3, :3] / spacing)
+    straight = affine.copy()
+    straight[:3, :3] = (left @ right) * spacing
+    return straight
+
+
+def _to_save(maps: MetaTensor, data: Mapping[Hashable, object], mode: str) -> tuple[MetaTensor, np.ndarray]:
+    """Maps [S, X, Y, Z] of a scan and their qform: on the scan's own grid, if every viewer can place that."""
+    image = data.get("image")
+    scan = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
+    affine = maps.affine.cpu().numpy()
+    qform = _qform(affine, maps.shape[1:], scan)
+    if qform is not None:
+        return maps, qform
+    logger.warning(
+        f"{scan or data['name']}: its axes are not at right angles, which few viewers can show: its maps are saved on "
+        "the box of right angles around it, in voxels of the same size"
+    )
+    straight = _straight(affine)
+    shape, straight[:3, 3] = compute_shape_offset(maps.shape[1:], affine, straight)
+    resample = SpatialResample(mode=mode, padding_mode="zeros", dtype=torch.float32)
+    return resample(maps, dst_affine=straight, spatial_size=list(shape)).to(maps.dtype), straight
 
 
 class SaveMapsd(MapTransform):
@@ -60,11 +115,12 @@ class SaveMapsd(MapTransform):
             folder.mkdir(parents=True, exist_ok=True)
             if self.embedding_key is not None:
                 np.save(folder / "embedding.npy", data[self.embedding_key].float().cpu().numpy())
-            values, affine = data[key].cpu().numpy(), data[key].affine.numpy()
+            maps, qform = _to_save(data[key], data, "bilinear")
+            values, affine = maps.cpu().numpy(), maps.affine.cpu().numpy()
             rows = []
             for i, (name, volume) in enumerate(zip(self.names, values, strict=True), 1):
                 file = f"{self.stem}_{i:02d}.nii.gz"
-                _save_nifti(volume.astype(np.float32), affine, folder / file)
+                _save_nifti(volume.astype(np.float32), affine, folder / file, qform)
                 peak = np.unravel_index(volume.argmax(), volume.shape)
                 x, y, z = (affine @ [*peak, 1])[:3].round(1)
                 rows.append((file, name, round(float(volume.max()), 4), x, y, z))
@@ -229,13 +285,17 @@ class SaveLabelsd(MapTransform):
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         folder = self.output_dir / data["name"]
         for key in self.key_iterator(data):
-            labels, affine = data[key][0].cpu().numpy(), data[key].affine.numpy()
-            _save_nifti(labels, affine, folder / "labels.nii.gz")
+            maps, qform = _to_save(data[key], data, "nearest")
+            labels, affine = maps[0].cpu().numpy(), maps.affine.cpu().numpy()
+            _save_nifti(labels, affine, folder / "labels.nii.gz", qform)
             counts = [int((labels == index).sum()) for index in range(1, len(self.classes) + 1)]
             millilitres = [round(count * abs(np.linalg.det(affine[:3, :3])) / 1000, 2) for count in counts]
             table = pd.DataFrame({"class": self.classes, "voxels": counts, "ml": millilitres})
             table.to_csv(folder / "volumes.csv", index=False)
-            for name, chance in zip(self.classes, data.get("probability", ())):
+            if "probability" not in data:
+                continue
+            chances, qform = _to_save(MetaTensor(data["probability"], affine=data[key].affine), data, "bilinear")
+            for name, chance in zip(self.classes, chances, strict=True):
                 file = f"probability_{name.replace(' ', '_')}.nii.gz"
-                _save_nifti(chance.cpu().numpy(), affine, folder / file, scale=1 / 255)
+                _save_nifti(chance.cpu().numpy(), affine, folder / file, qform, scale=1 / 255)
         return dict(data)

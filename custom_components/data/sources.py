@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import pandas as pd
 from nibabel.orientations import axcodes2ornt
 from PIL import Image
 from tqdm import tqdm
 
+from custom_components.data.lists import read_table
 from custom_components.data.volume import Raw, Unfit, first_line, is_hu, read_nifti, read_volume
 from custom_components.errors import InputError
 
@@ -196,18 +196,20 @@ class CTRate(Source):
         wanted = ("RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
         for top in ("dataset", ""):
             for path in sorted(Path(self.dataset_dir, top, "metadata").glob("*metadata*.csv")):
-                frame = pd.read_csv(path, dtype=str, encoding="utf-8-sig")
+                frame = read_table(path)
                 absent = [column for column in ("VolumeName", *wanted) if column not in frame.columns]
                 if absent:
                     raise InputError(f"{path} has no column {', '.join(absent)}: download it again")
                 placing = [c for c in ("ImageOrientationPatient", "ImagePositionPatient") if c in frame.columns]
                 frame = frame.dropna(subset=["VolumeName"])
                 names = frame["VolumeName"].str.strip().str.removesuffix(".nii.gz")
-                rows |= zip(names, frame[[*wanted, *placing]].fillna("").to_dict("records"), strict=True)
+                for name, row in zip(names, frame[[*wanted, *placing]].fillna("").to_dict("records"), strict=True):
+                    if rows.setdefault(name, row) != row:  # no number any more: this volume will be refused
+                        rows[name] = {key: f"{rows[name].get(key)} or {cell}" for key, cell in row.items()}
         return rows
 
     def read(self, scan: Scan) -> Raw:
-        if "_preprocessed" in Path(scan.image).parts[-4]:
+        if any(part.endswith("_preprocessed") for part in Path(os.path.relpath(scan.image, self.dataset_dir)).parts):
             return self._read_preprocessed(scan)
         raw = read_nifti(scan.image)
         blank = np.allclose(raw.affine[:3, :3], np.eye(3), atol=1e-4)

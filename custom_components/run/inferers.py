@@ -1,7 +1,9 @@
 """Forward passes: in bfloat16, by windows, and over scans of which some cannot be read."""
 
+import errno
 import math
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
+from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -73,7 +76,7 @@ class WindowInferer(SlidingWindowInferer):
 
 @dataclass
 class ReadableLoader:
-    """Batches of one from a data set, passing over items that cannot be read; a progress bar shows how far it is.
+    """Batches of one from a data set, passing over items that fail; a progress bar shows how far it is.
 
     Args:
         dataset: whose items have a ``name``.
@@ -86,37 +89,78 @@ class ReadableLoader:
     num_workers: int = 0
     description: str | None = None
     failures: list[tuple[str, str]] = field(default_factory=list, init=False)
+    _what: str = field(default="read", init=False, repr=False)
+    _told: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
+        self._what = "read"
         attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
         loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
-        for item, name, reason in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
-            if reason is None:
+        for item, name, failure in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
+            if failure is None:
                 yield list_data_collate([item])
             else:
-                self.failures.append((name, reason))
-                tqdm.write(f"skipped: {reason}", file=sys.stderr)
+                self._pass_over(name, *failure)
+
+    def iteration(self, engine: SupervisedEvaluator, batch: dict[str, Any]) -> dict[str, Any] | None:
+        """What the evaluator does with a batch, as its ``iteration_update``: a failure is that of one scan."""
+        try:
+            return engine._iteration(engine, batch)
+        except Exception as error:
+            failure = _failure(batch["name"][0], error)
+        self._what = "read or processed"
+        engine.state.output = None  # as large as the scan
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._pass_over(batch["name"][0], *failure)
+        return None
+
+    def _pass_over(self, name: str, reason: str, trace: str) -> None:
+        self.failures.append((name, reason))
+        if trace and trace not in self._told:  # of a fault that every scan meets, once
+            self._told.add(trace)
+            tqdm.write(trace, file=sys.stderr, end="")
+        tqdm.write(f"skipped: {reason}", file=sys.stderr)
 
     def report(self) -> None:
         """Raise an :class:`InputError` that lists what was passed over, so that the run ends with exit code 1."""
         if self.failures:
             names = ", ".join(name for name, _ in self.failures)
             raise InputError(
-                f"{len(self.failures)} of {len(self.dataset)} scans could not be read ({names}); the others are done, "
-                "the reasons stand above"
+                f"{len(self.failures)} of {len(self.dataset)} scans could not be {self._what} ({names}); "
+                "the others are done, the reasons stand above"
             )
 
 
-def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, str | None]:
-    """An item with its name and the reason why it cannot be read, or None."""
+def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
+    """An item with its name, or that name with the reason why there is none and the trace of it."""
     name = dataset.data[index]["name"]
     try:
         return dataset[index], name, None
-    except Exception as error:  # MONAI wraps what a transform raises; anything else is a bug and goes on up
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        return None, name, str(cause)
+    except Exception as error:
+        return None, name, _failure(name, error)
+
+
+def _failure(name: str, error: BaseException) -> tuple[str, str]:
+    """Why a scan failed, in a line, and, where the scan is not known to be at fault, the trace to find the fault by.
+
+    Raises:
+        OSError: the disk is full, so that no other scan would get its results either.
+    """
+    causes = [error]  # MONAI wraps what a transform raises
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)
+    for cause in causes:
+        if isinstance(cause, InputError):
+            return str(cause), ""
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise error
+        # torch says so in a RuntimeError on a CPU
+        if isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(cause):
+            return f"{name}: not enough memory ({_line(cause)}): crop the scan, or take a machine with more", ""
+    return f"{name}: {_line(causes[-1])}", "".join(traceback.format_exception(error))
+
+
+def _line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -97,6 +97,16 @@ def publish_ct_rate(root: Path) -> None:
         pd.read_csv(table).reindex(columns=columns, fill_value=0).to_csv(table, index=False)
 
 
+def publish_ct_rate_without_dataset(root: Path) -> None:
+    """With train_fixed directly in dataset_dir, as people who point at the folder dataset have it."""
+    publish_ct_rate(root)
+    for folder in (root / "dataset").iterdir():
+        folder.rename(root / folder.name)
+    (root / "dataset").rmdir()
+    for path in list((root / "valid_fixed").rglob("*.nii.gz")):  # as some download tools leave them
+        path.rename(root / "valid_fixed" / path.name)
+
+
 def publish_radchestct(root: Path) -> None:
     for i, p in patients():
         np.savez_compressed(root / f"trn0000{i}.npz", ct=p.volume[::-1, ::-1, ::-1].transpose(2, 1, 0))
@@ -140,7 +150,9 @@ def publish_btcv(root: Path) -> None:
 GEOMETRY = {"source#spacing": [10.0, 5.0, 5.0]}  # of what lies in files that do not tell
 PUBLISHED = [
     ("pretrain", [], ["train"], publish_ct_rate, {}),
+    ("pretrain", [], ["train"], publish_ct_rate_without_dataset, {}),
     ("classify", [], ["train", "ct_rate"], publish_ct_rate, {}),
+    ("classify", [], ["train", "ct_rate"], publish_ct_rate_without_dataset, {}),
     ("classify", ["prepare_radchestct"], ["train", "radchestct"], publish_radchestct, GEOMETRY),
     ("classify", ["prepare_cc_ccii"], ["train", "cc_ccii"], publish_cc_ccii, GEOMETRY),
     ("classify", ["prepare_luna16"], ["train", "luna16"], publish_luna16, {}),

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shutil
+import time
 import unicodedata
 from pathlib import Path
 
@@ -67,6 +68,52 @@ def letters(text: str) -> str:
 )
 def test_sentences_end_where_a_reader_ends_them(text, sentences):
     assert split_sentences(text) == sentences
+
+
+NUMBERED = "{}. There is a 2.3 x 1.8 cm nodule (series 3, image {}) in the left lobe vs. a scar. It is new. "
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "".join(NUMBERED.format(i % 99 + 1, i) for i in range(130)),
+        "".join(f"{i}) Normal heart. No effusion; see image {i} of 99. " for i in range(1, 99)),
+        "Lungs are clear. The heart is normal, as discussed with Dr. Smith. Scar vs. atelectasis. " * 60,
+        'He said "no pain. Or little." Normal liver (see above. And below). ' * 60,
+    ],
+)
+def test_a_long_line_is_split_as_by_pysbd_at_once(line, monkeypatch):
+    monkeypatch.setattr("custom_components.text.PIECE", len(line))
+    whole = split_sentences(line)
+    monkeypatch.undo()
+    assert len(whole) > 100 and split_sentences(line) == whole
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        "".join(NUMBERED.format(i % 99 + 1, i) for i in range(130))[:12_000],
+        "1. Normal heart. " * 700,
+        "No nodule seen.[" + "1" * 40 + " Normal heart.",
+        "x" * 12_000,
+        "(" * 12_000,
+    ],
+)
+def test_time_to_split_grows_with_the_length_alone(report):
+    split_sentences("Normal heart.")  # compiles
+    start = time.process_time()
+    sentences = split_sentences(report)
+    assert time.process_time() - start < 0.5  # 0.4 s before for the first, hours for the third
+    assert letters("".join(sentences)) == letters(report)
+
+
+def test_a_report_of_a_million_characters_is_bounded():
+    report = "Normal heart. " * 72_000
+    start = time.process_time()
+    assert set(split_sentences(report)[:-1]) == {"Normal heart."}  # the last is cut
+    assert time.process_time() - start < 2
+    with pytest.raises(InputError, match="report has 1008000 characters"):
+        queries("unused", report=report)
 
 
 def is_subsequence(short: str, long: str) -> bool:

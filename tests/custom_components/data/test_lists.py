@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 from monai.bundle import ConfigParser
 
 from custom_components.data.lists import msd, scans
+from custom_components.data.volume import read_volume
 from custom_components.errors import InputError
 from tests.conftest import BUNDLES, classes_of
 
@@ -574,6 +576,10 @@ def test_a_report_that_is_repeated_and_one_that_differs(mine: dict, caplog: pyte
     with caplog.at_level(logging.WARNING):
         assert len(volumes("pretrain", (), reports="reports.jsonl", **mine)) == 4
     assert "1 rows repeat a volume with the same report (b)" in caplog.text
+    labelled = [row | {"Effusion": 0} for row in REPORTS]
+    write_lines(table, [*labelled, labelled[1] | {"Nodule": 1}])
+    with pytest.raises(InputError, match="reports.jsonl names b twice, and differently: keep one row per volume"):
+        volumes("pretrain", (), reports="reports.jsonl", **mine)
     write_lines(table, [*REPORTS, REPORTS[1] | {"text": "FINDINGS: Other."}])
     with pytest.raises(InputError, match="reports.jsonl has two different reports of b: keep one row per volume"):
         volumes("pretrain", (), reports="reports.jsonl", **mine)
@@ -599,7 +605,16 @@ def test_a_volume_whose_path_is_not_given(mine: dict) -> None:
     [
         ("reports.csv", "scan,text\na,Überblick\n".encode("latin-1"), "cannot be read as a CSV or JSON file in UTF-8"),
         ("reports.csv", "scan,text\na,x\n".encode("utf-16"), "cannot be read as a CSV or JSON file in UTF-8"),
+        ("reports.csv", "scan,text\na,x\n".encode("utf-16-le"), "cannot be read as a CSV or JSON file in UTF-8"),
+        ("reports.csv", b"scan,text\na,x,y\n", "cannot be read as a CSV or JSON file"),
+        ("reports.json", "[]".encode("utf-16"), "cannot be read as JSON in UTF-8"),
         ("reports.json", b"{", "reports.json is not JSON"),
+        ("reports.json", b"[" * 100_000, "reports.json is not JSON"),
+        ("reports.json", b'{"train": [], "train": []}', "has the key 'train' twice"),
+        ("reports.json", b"[1, 2]", "cannot be read as a CSV or JSON file"),
+        ("reports.json", b'[["a"]]', "cannot be read as a CSV or JSON file"),
+        ("reports.json", b"3", "names no volume"),
+        ("reports.jsonl", b"7\n", "cannot be read as a CSV or JSON file"),
         ("reports.json", b'{"fold0": []}', "reports.json has lists fold0: call them training"),
         ("reports.jsonl", b'{"scan": "a"}\n["b"]\n', "cannot be read as a CSV or JSON file"),
         ("reports.jsonl", b'{"scan": "a", "report": "x"}\n', "no column text .it has scan, report"),
@@ -635,6 +650,16 @@ def test_sections_of_a_report(mine: dict, report: str, findings: str, impression
     assert (item["findings"], item["impression"]) == (findings, impression)
 
 
+@pytest.mark.parametrize("filling", ["\n", " ", ". ", "FINDINGS ", "Nodule: 1. "])
+def test_a_report_of_a_million_characters_is_parted_in_no_time(mine: dict, filling: str) -> None:
+    text = "FINDINGS: Clear." + filling * (1_000_000 // len(filling)) + "\nIMPRESSION: Normal."
+    write_lines(mine["dataset_dir"] / "reports.jsonl", [{"scan": "a", "text": text}])
+    start = time.process_time()
+    (item,) = volumes("pretrain", (), reports="reports.jsonl", **mine)
+    assert time.process_time() - start < 3
+    assert item["findings"].startswith("Clear.") and item["impression"] == "Normal."
+
+
 def test_import_needs_neither_torch_nor_monai():
     code = "import sys, custom_components.data.lists; sys.exit(any(name in sys.modules for name in ('torch', 'monai')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -646,13 +671,12 @@ def write_dicom_like(path: Path) -> None:
 
 
 def test_scans_of_a_folder(tmp_path):
-    for name in ["b.nii.gz", "A.NRRD", "c.mhd", "c.raw", "._b.nii.gz", "notes.txt", "short"]:
+    for name in ["b.nii.gz", "A.NRRD", "c.mhd", "c.raw", "._b.nii.gz", "notes.txt"]:
         (tmp_path / name).touch()
     write_dicom_like(tmp_path / "patient 1" / "IM0001")
     write_dicom_like(tmp_path / "patient.2" / "1.2.840.113619.7")
     (tmp_path / "patient.3").mkdir()
     (tmp_path / "patient.3" / "slice.DCM").touch()
-    write_dicom_like(tmp_path / "index" / "DICOMDIR")
     items = scans(tmp_path)
     assert [item["name"] for item in items] == ["A", "b", "c", "patient 1", "patient.2", "patient.3"]
     assert [item["image"] for item in items] == [
@@ -665,6 +689,88 @@ def test_scans_of_one(tmp_path):
     assert scans(tmp_path / "scan.v1.nii.gz") == [{"image": str(tmp_path / "scan.v1.nii.gz"), "name": "scan.v1"}]
     write_dicom_like(tmp_path / "series.5" / "IM0001")
     assert scans(tmp_path / "series.5") == [{"image": str(tmp_path / "series.5"), "name": "series.5"}]
+
+
+def test_every_entry_of_a_folder_has_a_result_or_a_reason(tmp_path: Path) -> None:
+    """What a reader will refuse is an item too: nothing of a patient is passed over in silence."""
+    for name in ["a.nii.gz", "b.nii.gz.part", "c.npz", "slice.dcm.gz", "short"]:
+        (tmp_path / name).touch()
+    (tmp_path / "fetched.nii.gz").symlink_to("annex/not/fetched")
+    (tmp_path / "patient 4" / "nested").mkdir(parents=True)
+    (tmp_path / "patient 4" / "nested" / "ct.nii.gz").touch()
+    (tmp_path / "patient 5").mkdir()
+    write_dicom_like(tmp_path / "index" / "DICOMDIR")
+    items = scans(tmp_path)
+    assert [Path(item["image"]).name for item in items] == sorted(entry.name for entry in tmp_path.iterdir())
+    refused = []
+    for item in items[1:]:
+        with pytest.raises(InputError, match=re.escape(item["image"])) as error:
+            read_volume(item["image"])
+        refused.append(str(error.value))
+    assert len(set(refused)) == len(items) - 1 and not any("\n" in reason for reason in refused)
+
+
+def test_voxels_of_a_header_are_no_scans_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.mhd").write_text("NDims = 3\nElementDataFile = my voxels.raw\n")
+    (tmp_path / "b.mhd").write_text("NDims = 3\nElementDataFile = slice%03d.raw 1 2 1\n")
+    (tmp_path / "c.nhdr").write_text("NRRD0004\ndata file: ./c-data.raw.gz\n")
+    for name in ["my voxels.raw", "slice001.raw", "slice002.raw", "c-data.raw.gz", "other.raw"]:
+        (tmp_path / name).touch()
+    assert [item["name"] for item in scans(tmp_path)] == ["a", "b", "c", "other.raw"]
+
+
+def test_scans_beside_the_slices_of_a_series(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "second"):
+        write_dicom_like(folder / "IM0001")
+    (tmp_path / "a.nii.gz").touch()
+    assert [Path(item["image"]) for item in scans(tmp_path)] == [tmp_path, tmp_path / "a.nii.gz", tmp_path / "second"]
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["p1/ct.nii.gz", "p2/ct.nii.gz", "p2/b.nii"], ["p1_ct", "p2_ct", "b"]),
+        (["p1/x/ct.nii", "p2/x/ct.nii", "p2/y/ct.nii"], ["p1_x_ct", "p2_x_ct", "y_ct"]),
+        (["p1/ct.nii", "p2/ct.nii", "p2/ct.mha"], ["p1_ct.nii", "p2_ct.nii", "ct.mha"]),
+        (["p1/ct.nii", "p2/CT.mha"], ["p1_ct", "p2_CT"]),
+        (["p1_ct.nii", "p1/ct.nii", "p2/ct.nii"], ["p1_ct", "p1_ct_2", "p2_ct"]),
+        (["a.nii", "A.nii", "A_2.nii"], ["a.nii", "A.nii_2", "A_2.nii"]),
+    ],
+)
+def test_names_are_unique_over_the_whole_list(tmp_path: Path, paths: list[str], names: list[str]) -> None:
+    """Also where file systems do not tell cases apart, and where joined folders read like others."""
+    for path in paths:
+        (tmp_path / "top" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "top" / path).touch()
+    (tmp_path / "top" / "list.txt").write_text("\n".join(paths))
+    found = [item["name"] for item in scans(tmp_path / "top" / "list.txt")]
+    assert len({name.casefold() for name in found}) == len(paths)
+    assert found == names
+
+
+def test_the_name_of_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_dicom_like(tmp_path / "series" / "IM0001")
+    monkeypatch.chdir(tmp_path / "series")
+    assert [item["name"] for item in scans(".")] == ["series"]
+
+
+def test_every_line_of_a_list_is_an_item(tmp_path: Path) -> None:
+    (tmp_path / "a, b; c.nii.gz").touch()
+    write_dicom_like(tmp_path / "patient1" / "IM0001")
+    (tmp_path / "Weiß.nii").touch()
+    lines = [
+        ("a, b; c.nii.gz,a comment, of two parts", "a, b; c.nii.gz"),
+        ('"a, b; c.nii.gz";x', "a, b; c.nii.gz"),  # again
+        ("  patient1  ", "patient1"),
+        ("Weiß.nii;lung", "Weiß.nii"),
+        ("not,there.nii.gz,x", "not,there.nii.gz"),
+        ("patient2", "patient2"),
+        (",nothing", ",nothing"),
+        ("notes", "notes"),
+    ]
+    (tmp_path / "list.csv").write_text("path;comment\n" + "\n".join(line for line, _ in lines), encoding="utf-8-sig")
+    found = [item["image"] for item in scans(tmp_path / "list.csv")]
+    assert found == [str(tmp_path / name) for name in dict.fromkeys(name for _, name in lines)]
 
 
 def test_scan_names_are_unique(tmp_path):
@@ -692,6 +798,8 @@ def test_a_list_of_scans(tmp_path: Path) -> None:
     (tmp_path / "scans.csv").write_text(f"path,comment\na.nii.gz,x\n{tmp_path}/b.nrrd,y\nabsent.nii,z\n")
     items = scans(tmp_path / "scans.csv")
     assert [item["image"] for item in items] == [str(tmp_path / n) for n in ("a.nii.gz", "b.nrrd", "absent.nii")]
+    (tmp_path / "scans.csv").write_text("a\na.nii.gz\n~nobody/x.nii\n")  # the first is no header, but mistyped
+    assert [item["name"] for item in scans(tmp_path / "scans.csv")] == ["a", "a.nii.gz", "x.nii"]
     (tmp_path / "empty.txt").write_text("nothing here\n")
     with pytest.raises(InputError, match="empty.txt lists no CT"):
         scans(tmp_path / "empty.txt")
@@ -701,6 +809,12 @@ def test_a_list_in_latin_1_is_said(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_bytes("Prüfung/ct.nii.gz\n".encode("latin-1"))
     with pytest.raises(InputError, match="list.txt cannot be read as text in UTF-8"):
         scans(tmp_path / "list.txt")
+    for encoding in ("utf-16", "utf-16-le"):  # with a byte order mark, and without
+        (tmp_path / "list.txt").write_bytes("a/ct.nii.gz\n".encode(encoding))
+        for read in (scans, lambda path: msd(tmp_path, path), lambda path: msd(tmp_path, "dataset.json", exclude=path)):
+            (tmp_path / "dataset.json").write_text('{"training": ["a"]}')
+            with pytest.raises(InputError, match="list.txt cannot be read as .* in UTF-8"):
+                read(tmp_path / "list.txt")
 
 
 def test_a_list_of_folders_and_of_equal_names(tmp_path: Path) -> None:
@@ -765,6 +879,26 @@ def test_scans_that_could_not_be_prepared_are_left_out(btcv: Path, tmp_path: Pat
         msd(btcv, split="validation", exclude=failed)
 
 
+def test_an_image_that_a_list_names_twice(btcv: Path, caplog: pytest.LogCaptureFixture) -> None:
+    once = {"image": "imagesTr/1.nii.gz", "label": "labelsTr/1.nii.gz"}
+    (btcv / "twice.json").write_text(json.dumps({"training": [once, once]}))
+    with caplog.at_level(logging.WARNING):
+        assert len(msd(btcv, "twice.json")) == 1
+    assert "1 entries of training repeat an image, used once" in caplog.text
+    (btcv / "twice.json").write_text(json.dumps({"training": [once, once | {"label": "labelsTr/2.nii.gz"}]}))
+    with pytest.raises(InputError, match="names imagesTr/1.nii.gz twice, with different labels: keep one"):
+        msd(btcv, "twice.json")
+
+
+def test_images_of_one_name_in_a_folder_per_case(btcv: Path) -> None:
+    images = [f"case{i}/ct.nii.gz" for i in range(2)]
+    for image in images:
+        (btcv / image).parent.mkdir()
+        (btcv / image).touch()
+    (btcv / "cases.json").write_text(json.dumps({"training": images}))
+    assert [item["name"] for item in msd(btcv, "cases.json")] == ["case0_ct", "case1_ct"]
+
+
 def test_a_bad_list_is_told(btcv: Path) -> None:
     with pytest.raises(InputError, match="no testing list .*training, validation, test"):
         msd(btcv, split="testing")
@@ -776,6 +910,9 @@ def test_a_bad_list_is_told(btcv: Path) -> None:
     (btcv / "broken.json").write_text("{")
     with pytest.raises(InputError, match="broken.json is not JSON"):
         msd(btcv, "broken.json")
+    (btcv / "plain.json").write_text('["imagesTr/1.nii.gz"]')
+    with pytest.raises(InputError, match='plain.json is a plain list: say which split it is, as {"training": '):
+        msd(btcv, "plain.json")
     (btcv / "odd.json").write_text('{"training": [{"label": "a"}]}')
     with pytest.raises(InputError, match="without an image"):
         msd(btcv, "odd.json")

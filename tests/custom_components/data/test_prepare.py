@@ -133,6 +133,24 @@ V1 = "dataset/train/train_1/train_1_a/train_1_a_1.nii.gz"
 V2 = "dataset/train_fixed/train_1/train_1_a/train_1_a_1.nii.gz"
 
 
+def test_a_volume_that_the_metadata_table_names_twice(truth: Truth, tmp_path: Path) -> None:
+    """The same twice is nothing new; two slopes, of which nobody can tell which is right, cost that volume alone."""
+    save(tmp_path / V1, ((truth.volume.clip(-1024, 3071) + 1024) // 2).astype(np.int16), np.eye(4))
+    write_metadata(tmp_path)
+    table = tmp_path / "dataset" / "metadata" / "train_metadata.csv"
+    row = pd.read_csv(table, dtype=str)
+    pd.concat([row, row]).to_csv(table, index=False)
+    source = CTRate(tmp_path)
+    assert source.read(only(source)).slope == 2
+    pd.concat([row, row.assign(RescaleSlope="1")]).to_csv(table, index=False)
+    source = CTRate(tmp_path)
+    with pytest.raises(Unfit, match="train_1_a_1 has RescaleSlope '2 or 1'"):
+        source.read(only(source))
+    table.write_bytes(row.to_csv(index=False).encode("utf-16"))
+    with pytest.raises(InputError, match="train_metadata.csv cannot be read as a CSV or JSON file in UTF-8"):
+        CTRate(tmp_path).scans()
+
+
 @pytest.mark.parametrize("placed", [True, False])
 def test_ct_rate_v1_takes_what_its_header_lacks_from_the_table(truth: Truth, tmp_path: Path, placed: bool) -> None:
     array, affine = turned(truth, "LPS")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import itk
 import nibabel as nib
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from monai.transforms import Compose, Orientation, Spacing
 from scipy.ndimage import map_coordinates
 
 from custom_components.data.read import LoadCTd
-from custom_components.data.save import LabelsInScand, SaveLabelsd, labels_in_scan
+from custom_components.data.save import LabelsInScand, SaveLabelsd, SaveMapsd, labels_in_scan
 
 
 def oblique(shape: tuple[int, int, int]) -> np.ndarray:
@@ -94,3 +95,81 @@ def test_saved_labels_have_the_scans_geometry(tmp_path: Path) -> None:
     assert float(row[2]) == pytest.approx(found.sum() * 1.4 * 1.1 * 2.0 / 1000, abs=0.01)
     chance = nib.load(tmp_path / "scan" / "probability_upper_lobe.nii.gz").get_fdata()
     assert chance.shape == shape and 0 <= chance.min() and chance.max() == pytest.approx(1)
+
+
+SHAPE = (24, 20, 12)
+
+
+def placed(skew: float) -> np.ndarray:
+    """Axes of 3, 3 and 5 mm, of which the first leans over by `skew` mm a mm, as a tilted gantry's slices do."""
+    affine = np.diag([3.0, 3.0, 5.0, 1.0])
+    affine[:3, 3] = [-30, -40, 100]
+    affine[2, 1] = 3 * skew
+    return affine
+
+
+def write_scan(path: Path, sform: np.ndarray | None, qform: np.ndarray | None, voxels: np.ndarray) -> Path:
+    header = nib.Nifti1Header()
+    header.set_sform(sform, 2 if sform is not None else 0)
+    header.set_qform(qform, 1 if qform is not None else 0)
+    nib.save(nib.Nifti1Image(voxels, None, header), path)
+    return path
+
+
+def places_in_itk(path: Path, voxels: np.ndarray) -> np.ndarray:
+    """RAS+ mm of voxels [N, 3], as ITK places them."""
+    image = itk.imread(str(path))
+    return np.array([image.TransformIndexToPhysicalPoint(voxel.tolist()) for voxel in voxels]) * [-1, -1, 1]
+
+
+@pytest.mark.parametrize("scan_qform", [True, False])
+@pytest.mark.parametrize("skew", [0.0, 1e-5, 1e-4, 1e-3, 1e-2, 0.27])
+def test_every_output_opens_elsewhere_at_the_scans_place(tmp_path: Path, skew: float, scan_qform: bool) -> None:
+    """In nibabel where the scan lies by its sform; in ITK where the scan lies in ITK, or, if that refuses it, there."""
+    affine = placed(skew)
+    volume = np.full(SHAPE, -900, np.int16)
+    volume[6:12, 5:15, 3:9] = 60
+    path = write_scan(tmp_path / "scan.nii.gz", affine, placed(0) if scan_qform else None, volume)
+    image = LoadCTd("image")({"image": path})["image"]
+    soft = (torch.as_tensor(volume)[None] > 0).float()
+    item = {"image": image, "name": "out", "pred": torch.cat([1 - soft, soft]) * 8}
+    item = LabelsInScand("pred", probabilities=True)(item)
+    SaveLabelsd("pred", ["organ"], tmp_path)(item)
+    maps = MetaTensor(soft, affine=image.affine)
+    keys = {"output_dir": str(tmp_path), "stem": "map", "table": "maps.csv", "columns": {}}
+    SaveMapsd("maps", ["organ"], **keys)({"image": image, "name": "out", "maps": maps})
+
+    organ = np.argwhere(volume > 0)
+    by_sform = organ @ affine[:3, :3].T + affine[:3, 3]
+    for name, threshold in (("labels", 0), ("probability_organ", 0.5), ("map_01", 0.5)):
+        file = tmp_path / "out" / f"{name}.nii.gz"
+        saved = nib.load(file)
+        found = np.argwhere(saved.get_fdata() > threshold)
+        by_nibabel = found @ saved.affine[:3, :3].T + saved.affine[:3, 3]
+        by_itk = places_in_itk(file, found)
+        if scan_qform:  # voxel by voxel where each reader has the scan
+            np.testing.assert_array_equal(found, organ)
+            np.testing.assert_allclose(by_nibabel, by_sform, atol=1e-3)
+            np.testing.assert_allclose(by_itk, places_in_itk(path, organ), atol=1e-3)
+        else:  # one place, whatever the reader
+            np.testing.assert_allclose(by_itk, by_nibabel, atol=1.5)
+            for axis in range(3):
+                ends = np.percentile(by_sform[:, axis], [1, 50, 99])
+                np.testing.assert_allclose(np.percentile(by_nibabel[:, axis], [1, 50, 99]), ends, atol=2.6)
+            assert abs(len(found) / len(organ) - 1) < 0.1
+
+
+def test_a_scan_without_an_sform_is_placed_by_its_qform(tmp_path: Path) -> None:
+    affine = oblique(SHAPE)
+    affine[:3, :3] *= 3
+    volume = np.full(SHAPE, -900, np.int16)
+    volume[6:12, 5:15, 3:9] = 60
+    path = write_scan(tmp_path / "scan.nii", None, affine, volume)
+    image = LoadCTd("image")({"image": path})["image"]
+    maps = MetaTensor(torch.zeros(1, *SHAPE), affine=image.affine)
+    keys = {"output_dir": str(tmp_path), "stem": "map", "table": "maps.csv", "columns": {}}
+    SaveMapsd("maps", ["organ"], **keys)({"image": image, "name": "out", "maps": maps})
+    corners = np.array([[0, 0, 0], [23, 19, 11]])
+    expected = places_in_itk(path, corners)
+    np.testing.assert_allclose(places_in_itk(tmp_path / "out" / "map_01.nii.gz", corners), expected, atol=1e-3)
+    np.testing.assert_allclose(nib.affines.apply_affine(nib.load(path).affine, corners), expected, atol=1e-3)
