@@ -210,7 +210,7 @@ class CTRate(Source):
         if "_preprocessed" in Path(scan.image).parts[-4]:
             return self._read_preprocessed(scan)
         raw = read_nifti(scan.image)
-        blank = np.allclose(raw.affine[:3, :3], np.eye(3), atol=1e-4)
+        blank = bool(raw.guessed) or np.allclose(raw.affine[:3, :3], np.eye(3), atol=1e-4)
         if scan.metadata is None:
             if blank:
                 raise Unfit(f"{scan.image} has a blank header, and no metadata table names it: download it", "metadata")
@@ -218,7 +218,7 @@ class CTRate(Source):
             return raw
         spacing, slope, intercept = _rescaling(scan)
         if blank and not np.allclose(spacing, 1, atol=1e-3):
-            raw.affine = _dicom_affine(scan, spacing, raw.voxels.shape)
+            raw.affine, raw.guessed = _dicom_affine(scan, spacing, raw.voxels.shape), ""
         else:
             blank = False
             header = np.linalg.norm(raw.affine[:3, :3], axis=0)
@@ -245,7 +245,7 @@ class CTRate(Source):
             raw = read_npz(scan.image, None, axcodes, spacing)
         else:
             raw = read_nifti(scan.image)
-            raw.affine = affine_from(axcodes, spacing, raw.voxels.shape)
+            raw.affine, raw.guessed = affine_from(axcodes, spacing, raw.voxels.shape), ""
         raw.version = f"CT-CLIP, {_assumed(axcodes, spacing)}"
         sample = raw.sample()
         if np.isfinite(sample).all() and np.abs(sample).max() <= 2:  # it may be stored as HU / 1000

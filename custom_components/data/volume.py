@@ -32,9 +32,14 @@ MAX_RESCALING = 1e6
 MIN_DETERMINANT = 0.5  # a voxel's volume over that of a box with its edges: 0.87 for a gantry tilted by 30 degrees
 DEFLATE_RATIO = 1032  # at which gzip and zlib pack at most
 
-# shares of voxels are robust against a few of padding or metal, which extremes are not
+# HU, and shares of voxels: extremes would pass what a few voxels of padding or metal have
 PERCENTILES = (0.5, 50, 99.5)
-AIR, TISSUE = (-1100.0, -500.0), (-250.0, 250.0)  # HU
+AIR, MIN_AIR = (-1100.0, -500.0), 0.01
+TISSUE, MIN_TISSUE = (-250.0, 250.0), 0.04
+# Bone gets rarer with its density; tissue that is shifted by 1000 or 1024 does not.
+BONE, SHIFTED, MAX_SHIFTED = (250.0, 750.0), (750.0, 1250.0), 3.0
+# What lies below air is padding, of one value; air that is shifted or scaled has noise.
+PADDING, MAX_NOISE = -1400.0, 0.05
 
 
 class Unfit(InputError):
@@ -82,8 +87,20 @@ class Raw:
 
 
 def is_hu(sample: np.ndarray) -> bool:
-    """Whether intensities can be HU of a trunk or a head: air, soft tissue, and neither of them elsewhere."""
-    return True
+    """Whether intensities can be HU of a trunk or a head: air and soft tissue where they belong, and not elsewhere."""
+
+    def share(window: tuple[float, float]) -> float:
+        return np.mean((sample > window[0]) & (sample < window[1]))
+
+    _, counts = np.unique(sample[sample < PADDING], return_counts=True)
+    noise = (counts.sum() - counts.max(initial=0)) / sample.size
+    return bool(
+        np.isfinite(sample).all()
+        and share(AIR) > MIN_AIR
+        and share(TISSUE) > MIN_TISSUE
+        and share(SHIFTED) < MIN_AIR + MAX_SHIFTED * share(BONE)
+        and noise < MAX_NOISE
+    )
 
 
 def check_geometry(path: str | os.PathLike, raw: Raw) -> None:
