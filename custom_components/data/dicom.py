@@ -15,6 +15,7 @@ from typing import Any
 import gdcm  # noqa: F401  by which pydicom decompresses JPEG, JPEG-LS and JPEG 2000
 import numpy as np
 from pydicom import Dataset, dcmread
+from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.pixels import pixel_array
@@ -28,6 +29,8 @@ CT_CLASSES = (CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTI
 SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"  # and what begins so
 SAME = 0.01  # mm within which two slices lie at one place
 EVEN = 0.1  # of the spacing, within which slices lie at even distances
+UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter, as compressed voxels do
+LAST = (0x7FE00010, 0xFFFAFFFA, 0xFFFCFFFC)  # voxels, and what may follow them: signatures, padding
 # what tells volumes of one folder apart, in the order in which a person would name it
 SERIES = ("SeriesNumber", "SeriesDescription", "SeriesInstanceUID")
 ACQUISITIONS = ("AcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex")
@@ -124,15 +127,19 @@ def _slices_alone(folder: Path, images: list[Image]) -> list[Image]:
     ]
     placed = [image for image in slices if image.get("ImageOrientationPatient") is not None]
     if len(placed) > 2:
-        normals = np.array([np.cross(*_numbers(folder, [i], "ImageOrientationPatient", 6).reshape(2, 3)) for i in placed])
-        across = np.abs(normals @ np.median(normals, axis=0)) < 0.7
+        normals = np.array(
+            [np.cross(*_numbers(folder, [i], "ImageOrientationPatient", 6).reshape(2, 3)) for i in placed]
+        )
+        across = (np.abs(normals @ np.median(normals, axis=0)) < 0.7) & (np.linalg.norm(normals, axis=1) > 0.99)
         if 4 * across.sum() < len(placed):
             slices = [image for image in slices if not any(image is i for i, a in zip(placed, across) if a)]
     if left_out := sorted({image.path.name for image in images} - {image.path.name for image in slices}):
         if not slices:
             raise Unfit(f"{folder} holds 0 readable DICOM series of CT, but localizers: give the slices' folder")
-        logger.warning(f"{folder}: left out {', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}, no slice but "
-                       "a localizer or a picture of a screen")
+        logger.warning(
+            f"{folder}: left out {', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}, no slice but "
+            "a localizer or a picture of a screen"
+        )
     return slices
 
 
@@ -147,7 +154,7 @@ def _selected(folder: Path, images: list[Image], select: Mapping[str, Any]) -> l
 
 
 def _counts(images: Sequence[Image], keyword: str) -> str:
-    """"AcquisitionNumber 1 (34 slices), 2 (34 slices)"."""
+    """ "AcquisitionNumber 1 (34 slices), 2 (34 slices)"."""
     counts = sorted(Counter(image.text(keyword) for image in images).items())
     told = ", ".join(f"{value} ({count} slices)" for value, count in counts[:4])
     return f"{keyword} {told}{', ...' * (len(counts) > 4)}"
@@ -162,19 +169,25 @@ def _several(folder: Path, images: Sequence[Image], keyword: str, what: str) -> 
 
 
 def _refuse_series(folder: Path, images: Sequence[Image]) -> None:
+    if any(image.get("SeriesInstanceUID") for image in images):
+        _present(folder, images, "SeriesInstanceUID")
     count = len({image.text("SeriesInstanceUID") for image in images})
     if count > 1:
         apart = (k for k in SERIES if len({image.text(k) for image in images}) == count)
         raise _several(folder, images, next(apart), f"{count} readable DICOM series")
 
 
-def _numbers(folder: Path, images: Sequence[Image], keyword: str, size: int = 1) -> np.ndarray:
-    """[N, size] values, which each slice must have."""
+def _present(folder: Path, images: Sequence[Image], keyword: str) -> None:
     if absent := [image for image in images if image.get(keyword) is None]:
         raise Unfit(
             f"{folder} has no {keyword} in {len(absent)} of {len(images)} slices ({absent[0].path.name}), and it cannot "
             "be guessed: export the series with it"
         )
+
+
+def _numbers(folder: Path, images: Sequence[Image], keyword: str, size: int = 1) -> np.ndarray:
+    """[N, size] values, which each slice must have."""
+    _present(folder, images, keyword)
     values = []
     for image in images:
         with reading(image.path):
@@ -191,7 +204,9 @@ def _same(folder: Path, images: Sequence[Image], keyword: str, size: int = 1) ->
     off = np.abs(values - np.median(values, axis=0)).max(1)
     if off.max() > 1e-3 * np.abs(values).max():
         odd = images[int(off.argmax())]
-        raise Unfit(f"{folder} has slices of different {keyword}, such as {odd.path.name}: give the files of one volume")
+        raise Unfit(
+            f"{folder} has slices of different {keyword}, such as {odd.path.name}: give the files of one volume"
+        )
     return values.mean(0)
 
 
@@ -206,6 +221,10 @@ def _volume(folder: Path, images: list[Image]) -> Raw:
     normal = np.cross(*along)
     positions = _numbers(folder, images, "ImagePositionPatient", 3)
     rescaling = np.hstack([_numbers(folder, images, key) for key in ("RescaleSlope", "RescaleIntercept")])
+    if not rescaling[:, 0].all():
+        raise Unfit(
+            f"{folder} has slices whose rescaling makes all values one (RescaleSlope 0): export it again", "not_hu"
+        )
 
     order = np.argsort(positions @ normal, kind="stable")
     images, positions, rescaling = [images[i] for i in order], positions[order], rescaling[order]
@@ -260,12 +279,28 @@ def _voxels(folder: Path, images: Sequence[Image], rows: int, columns: int) -> n
         if images[own[0]].get("SamplesPerPixel") != 1 or colours not in ("MONOCHROME1", "MONOCHROME2"):
             raise Unfit(f"{path} holds colours ({colours}), not one number a voxel: give the CT's own slices")
         with reading(path):
-            frames = pixel_array(path).reshape(-1, rows, columns)
-            if len(frames) <= max(images[i].frame for i in own):
-                raise EOFError(f"it has {len(frames)} frames, and tells of {len(own)}")
+            with open_file(path) as file:
+                header = dcmread(file)
+            stored = header.get_item("PixelData")
+            _refuse_leftovers(path, header)
+            frames = pixel_array(header).reshape(-1, rows, columns)
+            if stored.length != UNDEFINED and stored.length - frames.nbytes not in (0, 1):  # even lengths are padded
+                raise EOFError(f"it has {stored.length} bytes of voxels, and tells of {frames.nbytes}")
+            if len(frames) != int(header.get("NumberOfFrames") or 1):
+                raise EOFError(f"it has {len(frames)} frames, and tells of {header.NumberOfFrames}")
             for i in own:
                 slices[i] = frames[images[i].frame]
     return np.stack(slices)
+
+
+def _refuse_leftovers(path: Path, header: Dataset) -> None:
+    """Raises unless the last element ends with the file: pydicom takes voxels among which bytes were put."""
+    last = header.get_item(max(header.keys()))
+    if last.tag not in LAST or not isinstance(last, RawDataElement):
+        raise ValueError("its voxels are followed by bytes without a meaning")
+    ends = last.value_tell + (len(last.value) + 8 if last.length == UNDEFINED else last.length)
+    if not header.file_meta.TransferSyntaxUID.is_deflated and ends != (size := path.stat().st_size):
+        raise EOFError(f"it has {size} bytes, and its elements end after {ends}")
 
 
 def _without_repeats(
