@@ -8,7 +8,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,8 @@ def _slices_alone(folder: Path, images: list[Image]) -> list[Image]:
         )
         across = (np.abs(normals @ np.median(normals, axis=0)) < 0.7) & (np.linalg.norm(normals, axis=1) > 0.99)
         if 4 * across.sum() < len(placed):
-            slices = [image for image in slices if not any(image is i for i, a in zip(placed, across) if a)]
+            lying_across = {id(placed[i]) for i in np.flatnonzero(across)}
+            slices = [image for image in slices if id(image) not in lying_across]
     if left_out := sorted({image.path.name for image in images} - {image.path.name for image in slices}):
         if not slices:
             raise Unfit(f"{folder} holds 0 readable DICOM series of CT, but localizers: give the slices' folder")
@@ -180,8 +181,8 @@ def _refuse_series(folder: Path, images: Sequence[Image]) -> None:
 def _present(folder: Path, images: Sequence[Image], keyword: str) -> None:
     if absent := [image for image in images if image.get(keyword) is None]:
         raise Unfit(
-            f"{folder} has no {keyword} in {len(absent)} of {len(images)} slices ({absent[0].path.name}), and it cannot "
-            "be guessed: export the series with it"
+            f"{folder} has no {keyword} in {len(absent)} of {len(images)} slices ({absent[0].path.name}), and it "
+            "cannot be guessed: export the series with it"
         )
 
 
@@ -264,9 +265,8 @@ def _refuse_acquisitions(folder: Path, images: Sequence[Image], depths: np.ndarr
     for keyword in ACQUISITIONS:
         values = np.array([image.text(keyword) for image in images])
         ends = sorted((depths[values == value].min(), depths[values == value].max()) for value in set(values))
-        if any(begin < end + SAME for (_, end), (begin, _) in zip(ends, ends[1:])):
-            count = len(ends)
-            raise _several(folder, images, keyword, f"{count} acquisitions of one place")
+        if any(begin < end + SAME for (_, end), (begin, _) in pairwise(ends)):
+            raise _several(folder, images, keyword, f"{len(ends)} acquisitions of one place")
 
 
 def _voxels(folder: Path, images: Sequence[Image], rows: int, columns: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from nibabel.orientations import axcodes2ornt
 from PIL import Image
 from tqdm import tqdm
 
-from custom_components.data.volume import Raw, Unfit, first_line, is_hu, read_nifti, read_volume
+from custom_components.data.volume import Raw, Unfit, first_line, is_hu, open_file, read_nifti, read_volume
 from custom_components.errors import InputError
 
 SLICE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -39,7 +39,7 @@ class Scan:
 
 def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Sequence[float]) -> Raw:
     """An array without geometry: `axcodes` ("SPL") says where index grows to on each axis, `spacing` its mm."""
-    with np.load(path, allow_pickle=False) as archive:
+    with open_file(Path(path)) as file, np.load(file, allow_pickle=False) as archive:
         names = archive.files
         if key is None and len(names) == 1:
             key = names[0]
@@ -72,7 +72,7 @@ def read_slices(folder: str | os.PathLike, window: Sequence[float], axcodes: str
     pictures = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
+            with open_file(path) as file, Image.open(file) as picture:
                 picture.verify()  # a PNG's checksums, which reading passes over; a JPEG has none
             with Image.open(path) as picture:
                 pictures.append(picture.convert("L"))

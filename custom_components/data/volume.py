@@ -4,7 +4,6 @@ Training, inference and preparation read and check through this file. It imports
 processes that do nothing but read start by the dozen, and the reader of another format only with the first such file.
 """
 
-import io
 import math
 import os
 import stat
@@ -35,9 +34,10 @@ DEFLATE_RATIO = 1032  # at which gzip and zlib pack at most
 # HU, and shares of voxels: extremes would pass what a few voxels of padding or metal have
 PERCENTILES = (0.5, 50, 99.5)
 AIR, MIN_AIR = (-1100.0, -500.0), 0.01
-TISSUE, MIN_TISSUE = (-250.0, 250.0), 0.04
-# Bone gets rarer with its density; tissue that is shifted by 1000 or 1024 does not.
-BONE, SHIFTED, MAX_SHIFTED = (250.0, 750.0), (750.0, 1250.0), 3.0
+TISSUE, MIN_TISSUE = (-250.0, 250.0), 0.01
+# Bone gets rarer with its density, and beside little tissue there is less of it: a skull that is shifted to 0, or tissue
+# to 1000, are told by that.
+BONE, DENSE, LITTLE_TISSUE = (250.0, 750.0), (750.0, 1250.0), 0.04
 # What lies below air is padding, of one value; air that is shifted or scaled has noise.
 PADDING, MAX_NOISE = -1400.0, 0.05
 
@@ -98,7 +98,8 @@ def is_hu(sample: np.ndarray) -> bool:
         np.isfinite(sample).all()
         and share(AIR) > MIN_AIR
         and share(TISSUE) > MIN_TISSUE
-        and share(SHIFTED) < MIN_AIR + MAX_SHIFTED * share(BONE)
+        and (share(TISSUE) > LITTLE_TISSUE or share(TISSUE) > 2 * share(BONE))
+        and share(DENSE) < 0.01 + 3 * share(BONE)
         and noise < MAX_NOISE
     )
 
@@ -208,14 +209,12 @@ def read_volume(path: str | os.PathLike, dicom_select: dict[str, Any] | None = N
         if name.endswith((".nrrd", ".nhdr")):
             from custom_components.data.nrrd import read_nrrd
 
-            raw = read_nrrd(path)
+            return read_nrrd(path)
         elif name.endswith((".mha", ".mhd")):
             from custom_components.data.metaimage import read_metaimage
 
-            raw = read_metaimage(path)
-        else:
-            return read_nifti(path)
-    return raw
+            return read_metaimage(path)
+        return read_nifti(path)
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -314,7 +313,7 @@ def _nifti_affine(header: nib.Nifti1Header) -> np.ndarray:
 
 
 def with_guess(raw: Raw, lacks: str = "") -> Raw:
-    """Says what the header leaves open: what it `lacks`, or that it was never filled in, as an identity affine shows."""
+    """Says what the header leaves open: what it `lacks`, or that nobody filled it in, as an identity affine shows."""
     if not lacks and np.allclose(np.abs(raw.affine), np.eye(4), atol=1e-4):
         lacks = "an identity affine, as where nothing was filled in"
     if lacks:

@@ -1,7 +1,7 @@
 """Damaged scans through the reader of training and of inference: never a crash, a hang, or voxels silently wrong.
 
-What a format says of itself, a checksum or a length, must be found broken. A changed byte of a format that says nothing,
-such as the voxels of a .nii, is counted as `untold`.
+What a format says of itself, a checksum or a length, must be found broken. A changed byte where it says nothing, such
+as among the voxels of a .nii, is counted as `untold`.
 """
 
 import random
