@@ -35,8 +35,8 @@ DEFLATE_RATIO = 1032  # at which gzip and zlib pack at most
 PERCENTILES = (0.5, 50, 99.5)
 AIR, MIN_AIR = (-1100.0, -500.0), 0.01
 TISSUE, MIN_TISSUE = (-250.0, 250.0), 0.01
-# Bone gets rarer with its density, and beside little tissue there is less of it: a skull that is shifted to 0, or tissue
-# to 1000, are told by that.
+# Bone gets rarer with its density, and beside little tissue there is less of it: tissue that is shifted to 1000, or a
+# skull to 0, are told by that.
 BONE, DENSE, LITTLE_TISSUE = (250.0, 750.0), (750.0, 1250.0), 0.04
 # What lies below air is padding, of one value; air that is shifted or scaled has noise.
 PADDING, MAX_NOISE = -1400.0, 0.05
