@@ -8,11 +8,10 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import gdcm  # noqa: F401  by which pydicom decompresses JPEG, JPEG-LS and JPEG 2000
 import numpy as np
 from pydicom import Dataset, dcmread
 from pydicom.dataelem import RawDataElement
@@ -21,6 +20,7 @@ from pydicom.multival import MultiValue
 from pydicom.pixels import pixel_array
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
+from custom_components.data.decompress import decompressed
 from custom_components.data.volume import MAX_VOXELS, Raw, Unfit, open_file, reading
 
 logger = logging.getLogger(__name__)
@@ -271,23 +271,36 @@ def _refuse_acquisitions(folder: Path, images: Sequence[Image], depths: np.ndarr
 
 def _voxels(folder: Path, images: Sequence[Image], rows: int, columns: int) -> np.ndarray:
     """[slices, rows, columns] as stored."""
-    slices: list[np.ndarray | None] = [None] * len(images)
-    by_path = sorted(range(len(images)), key=lambda i: images[i].path)
-    for path, group in groupby(by_path, key=lambda i: images[i].path):
-        own = list(group)
-        colours = images[own[0]].text("PhotometricInterpretation")
-        if images[own[0]].get("SamplesPerPixel") != 1 or colours not in ("MONOCHROME1", "MONOCHROME2"):
+    files: dict[Path, list[int]] = {}
+    for i, image in enumerate(images):
+        files.setdefault(image.path, []).append(i)
+    found: dict[Path, np.ndarray | str] = {}
+    compressed = []
+    for path, (first, *_) in files.items():
+        colours = images[first].text("PhotometricInterpretation")
+        if images[first].get("SamplesPerPixel") != 1 or colours not in ("MONOCHROME1", "MONOCHROME2"):
             raise Unfit(f"{path} holds colours ({colours}), not one number a voxel: give the CT's own slices")
         with reading(path):
             with open_file(path) as file:
                 header = dcmread(file)
             stored = header.get_item("PixelData")
             _refuse_leftovers(path, header)
-            frames = pixel_array(header).reshape(-1, rows, columns)
-            if stored.length != UNDEFINED and stored.length - frames.nbytes not in (0, 1):  # even lengths are padded
-                raise EOFError(f"it has {stored.length} bytes of voxels, and tells of {frames.nbytes}")
-            if len(frames) != int(header.get("NumberOfFrames") or 1):
-                raise EOFError(f"it has {len(frames)} frames, and tells of {header.NumberOfFrames}")
+            if header.file_meta.TransferSyntaxUID.is_encapsulated:
+                compressed.append(path)
+                continue
+            found[path] = pixel_array(header)
+            if stored.length - found[path].nbytes not in (0, 1):  # even lengths are padded
+                raise EOFError(f"it has {stored.length} bytes of voxels, and tells of {found[path].nbytes}")
+    found |= zip(compressed, decompressed(compressed) if compressed else (), strict=False)  # it ends with a crash
+
+    slices: list[np.ndarray | None] = [None] * len(images)
+    for path, own in files.items():
+        with reading(path):
+            if isinstance(found[path], str):
+                raise ValueError(found[path])
+            frames = found[path].reshape(-1, rows, columns)
+            if len(frames) != int(images[own[0]].get("NumberOfFrames") or 1) or len(frames) != len(own):
+                raise EOFError(f"it has {len(frames)} frames, and tells of {len(own)}")
             for i in own:
                 slices[i] = frames[images[i].frame]
     return np.stack(slices)

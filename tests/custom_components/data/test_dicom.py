@@ -14,6 +14,7 @@ from pydicom import Dataset, Sequence, dcmread
 from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, RLELossless, RTStructureSetStorage
 from scipy.ndimage import map_coordinates
 
+from custom_components.data import decompress
 from custom_components.data.dicom import read_dicom
 from custom_components.data.read import LoadCTd
 from custom_components.data.volume import Raw, Unfit
@@ -325,3 +326,15 @@ def test_the_reader_of_configs_chooses_too(series: Path, caplog: pytest.LogCaptu
     image = LoadCTd("image", dicom_select={"SeriesNumber": 2})({"image": series})["image"]
     np.testing.assert_array_equal(image.numpy()[0], hu()[..., 1::2].astype(np.float32))
     assert image.pixdim.tolist() == [2.0, 2.5, 6.0] and logging.WARNING not in {r.levelno for r in caplog.records}
+
+
+def test_a_slice_that_ends_its_decompressor_is_named(series: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GDCM aborts by some damaged JPEG 2000 files; here, the process is ended by hand."""
+    edit(series, lambda header, _: header.compress(RLELossless))
+    program = series.parent / "decompress.py"
+    program.write_text(
+        "import os, sys, custom_components.data.decompress as d\nd.pixel_array = lambda name: os.abort()\nd.main()"
+    )
+    monkeypatch.setattr(decompress, "__file__", str(program))
+    with pytest.raises(Unfit, match=f"{series}/1_000.dcm cannot be read .its decompression ends its process"):
+        read_dicom(series)
