@@ -157,8 +157,10 @@ def batch() -> Callable[..., dict[str, Tensor]]:
     return make_batch
 
 
-def write_dicom(image: itk.Image, folder: Path, series: int = 1, leave_out: tuple[int, ...] = ()) -> None:
-    """A CT series of one slice per file, without the slices to leave out."""
+def write_dicom(
+    image: itk.Image, folder: Path, series: int = 1, leave_out: tuple[int, ...] = (), compressor: str | None = None
+) -> None:
+    """A CT series of one slice per file, without the slices to leave out; `compressor` is ITK's JPEG or JPEG2000."""
     folder.mkdir(exist_ok=True)
     size_x, size_y, num_slices = image.GetLargestPossibleRegion().GetSize()
     for z in set(range(num_slices)) - set(leave_out):
@@ -171,4 +173,7 @@ def write_dicom(image: itk.Image, folder: Path, series: int = 1, leave_out: tupl
         tags["0020|000d"], tags["0020|000e"], tags["0020|0052"] = "1.2.3", f"1.2.3.{series}", "1.2.3.0"
         tags["0008|0018"] = f"1.2.3.{series}.{z + 1}"
         slice_z.SetMetaDataDictionary(tags)
-        itk.imwrite(slice_z, str(folder / f"{series}_{z:03d}.dcm"), imageio=gdcm)
+        if compressor:
+            gdcm.SetCompressor(compressor)
+        path = str(folder / f"{series}_{z:03d}.dcm")
+        itk.imwrite(slice_z, path, imageio=gdcm, compression=compressor is not None)

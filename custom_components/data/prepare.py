@@ -152,10 +152,6 @@ def _check_prepared(scan: Scan, volume: np.ndarray, recipe: Recipe) -> float:
     """Share of voxels of lung density."""
     some = volume[::2, ::2, ::2]
     lung_share = float(((some > -920) & (some < -500)).mean())
-    if recipe.check_hu and (np.abs(some[some > -300]) < 250).mean() < 0.4:
-        raise Unfit(
-            f"{scan.image} has hardly a voxel of soft tissue (-250 to 250 HU): its rescaling must be wrong", "not_hu"
-        )
     if lung_share < recipe.min_lung_share:
         raise Unfit(
             f"{scan.image} has lung density in {lung_share:.1%} of its voxels, less than min_lung_share "
@@ -236,12 +232,15 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
     try:
         with reading(scan.image):
             raw = source.read(scan)
+            if raw.guessed:  # what is written would not show it
+                raise Unfit(f"{scan.image} may be mirrored, {raw.guessed}: write its affine", "orientation")
             check_geometry(scan.image, raw)
             percentiles = check_voxels(scan.image, raw, recipe.check_hu)
             volume, affine = resample(raw, recipe)
             lung_share = _check_prepared(scan, volume, recipe)
             arrays = [volume]
-            if scan.label is not None:
+        if scan.label is not None:
+            with reading(scan.label):
                 arrays.append(_prepare_label(scan, source, raw, volume.shape, affine))
     except Unfit:
         for place in places:  # of an earlier run, when the source was another

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,18 +27,21 @@ class LoadCTd(MapTransform):
     A path (.nii, .nii.gz, .nrrd, .nhdr, .mha, .mhd, or a folder with one DICOM series) becomes a MetaTensor
     [1, X, Y, Z] in the axis order of the file, whose affine maps voxel indices to RAS+ mm. A fourth axis of size 1 is
     dropped. Values have the slope and intercept of the file's own header applied. They are float32, but a file that
-    holds plain int16 or uint8 stays so, and if it is .nii it stays on disk: only voxels that are used are read.
+    holds plain int16 or uint8 stays so, and if it is not compressed it stays on disk: only voxels that are used are
+    read. Where a header is blank (no orientation, or an identity affine), a warning names what is assumed.
     For label maps use :class:`LoadLabeld`: one without any label would be refused here.
 
     Args:
         hu_range: HU to clip to, or None. Clipping comes first, because interpolation would mix what scanners write
             outside their field of view (-3024) into the voxels at its edge.
-        check_hu: whether to refuse intensities that cannot be HU: a chest has air (below -500) and tissue (above 0).
+        check_hu: whether to refuse intensities that cannot be HU, see :func:`custom_components.data.volume.is_hu`.
+        check_sides: whether to refuse a blank header, where left and right matter.
+        dicom_select: which of several volumes in a DICOM folder to read, as `{"AcquisitionNumber": 2}`.
 
     Raises:
         InputError: the file is missing, of another format, damaged or cut off; it is not one 3D volume, or is less
             than three voxels thick; it holds NaN or infinity, or nothing; its spacing or its extent is impossible, or
-            its intensities are not HU.
+            its intensities are not HU; a DICOM folder lacks slices or what places them, or holds several volumes.
     """
 
     def __init__(
@@ -45,18 +50,24 @@ class LoadCTd(MapTransform):
         allow_missing_keys: bool = False,
         check_hu: bool = True,
         hu_range: Sequence[float] | None = None,
+        check_sides: bool = False,
+        dicom_select: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
         self.check_hu = check_hu
         self.hu_range = hu_range
+        self.check_sides = check_sides
+        self.dicom_select = dicom_select
 
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         data = dict(data)
         for key in self.key_iterator(data):
             path = Path(data[key]).expanduser()
             with _in_one_line():
-                raw = read_volume(path)
+                raw = read_volume(path, self.dicom_select)
                 check_geometry(path, raw)
+                if raw.guessed:
+                    _told(path, raw.guessed, self.check_sides)
                 check_voxels(path, raw, self.check_hu)
             image = _tensor(path, raw)
             if self.hu_range is not None:
@@ -65,6 +76,14 @@ class LoadCTd(MapTransform):
                     image.clamp_(*self.hu_range)
             data[key] = image
         return data
+
+
+@cache
+def _told(path: Path, guessed: str, refuse: bool) -> None:
+    """Once a file, not once an epoch."""
+    if refuse:
+        raise InputError(f"{path} may be mirrored, {guessed}: write its affine, or set check_sides to false")
+    logger.warning(f"{path}: {guessed}; left and right may be exchanged")
 
 
 @contextmanager

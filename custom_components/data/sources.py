@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from custom_components.data.lists import read_table
-from custom_components.data.volume import Raw, Unfit, first_line, is_hu, read_nifti, read_volume
+from custom_components.data.volume import Raw, Unfit, first_line, is_hu, open_file, read_nifti, read_volume
 from custom_components.errors import InputError
 
 SLICE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -39,7 +39,7 @@ class Scan:
 
 def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Sequence[float]) -> Raw:
     """An array without geometry: `axcodes` ("SPL") says where index grows to on each axis, `spacing` its mm."""
-    with np.load(path, allow_pickle=False) as archive:
+    with open_file(Path(path)) as file, np.load(file, allow_pickle=False) as archive:
         names = archive.files
         if key is None and len(names) == 1:
             key = names[0]
@@ -72,7 +72,7 @@ def read_slices(folder: str | os.PathLike, window: Sequence[float], axcodes: str
     pictures = []
     for path in paths:
         try:
-            with Image.open(path) as picture:
+            with open_file(path) as file, Image.open(file) as picture:
                 picture.verify()  # a PNG's checksums, which reading passes over; a JPEG has none
             with Image.open(path) as picture:
                 pictures.append(picture.convert("L"))
@@ -212,7 +212,7 @@ class CTRate(Source):
         if any(part.endswith("_preprocessed") for part in Path(os.path.relpath(scan.image, self.dataset_dir)).parts):
             return self._read_preprocessed(scan)
         raw = read_nifti(scan.image)
-        blank = np.allclose(raw.affine[:3, :3], np.eye(3), atol=1e-4)
+        blank = bool(raw.guessed) or np.allclose(raw.affine[:3, :3], np.eye(3), atol=1e-4)
         if scan.metadata is None:
             if blank:
                 raise Unfit(f"{scan.image} has a blank header, and no metadata table names it: download it", "metadata")
@@ -220,7 +220,7 @@ class CTRate(Source):
             return raw
         spacing, slope, intercept = _rescaling(scan)
         if blank and not np.allclose(spacing, 1, atol=1e-3):
-            raw.affine = _dicom_affine(scan, spacing, raw.voxels.shape)
+            raw.affine, raw.guessed = _dicom_affine(scan, spacing, raw.voxels.shape), ""
         else:
             blank = False
             header = np.linalg.norm(raw.affine[:3, :3], axis=0)
@@ -247,7 +247,7 @@ class CTRate(Source):
             raw = read_npz(scan.image, None, axcodes, spacing)
         else:
             raw = read_nifti(scan.image)
-            raw.affine = affine_from(axcodes, spacing, raw.voxels.shape)
+            raw.affine, raw.guessed = affine_from(axcodes, spacing, raw.voxels.shape), ""
         raw.version = f"CT-CLIP, {_assumed(axcodes, spacing)}"
         sample = raw.sample()
         if np.isfinite(sample).all() and np.abs(sample).max() <= 2:  # it may be stored as HU / 1000

@@ -1,31 +1,45 @@
-"""One volume as its file holds it: the reader of each format, and what a plausible CT is. Every limit stands here.
+"""One volume as its file holds it: what a plausible CT is, and the reader of NIfTI. Every limit stands here.
 
 Training, inference and preparation read and check through this file. It imports neither torch nor MONAI, because
-processes that do nothing but read start by the dozen, and ITK only with the first file that wants it.
+processes that do nothing but read start by the dozen, and the reader of another format only with the first such file.
 """
 
+import math
 import os
-import re
-from collections.abc import Callable, Iterator
+import stat
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
 from isal import igzip
 
-from custom_components.data.lists import CT_SUFFIXES, ITK_SUFFIXES, NIFTI_SUFFIXES
+from custom_components.data.lists import CT_SUFFIXES
 from custom_components.errors import InputError
 
-# beyond what any scanner makes: they find zero, metres and micrometres, and intensities that are not HU
+# beyond what any scanner makes: they find zero, metres and micrometres, and memory that nobody has
 MIN_SLICES = 3
+MAX_VOXELS = 2**32
 SPACING = (0.05, 20.0)  # mm
 EXTENT = (20.0, 2500.0)  # mm
+MAX_FIELD_OF_VIEW = 1000.0  # mm of every axis but the longest, which may be a whole patient's
+MAX_ORIGIN = 1e5  # mm
+MAX_RESCALING = 1e6
 MIN_DETERMINANT = 0.5  # a voxel's volume over that of a box with its edges: 0.87 for a gantry tilted by 30 degrees
-PERCENTILES = (0.5, 50, 99.5)  # extremes would pass what a few voxels of padding or metal have
-LOW_HU, HIGH_HU = (-5000.0, -500.0), (0.0, 5000.0)  # where a trunk's lowest and highest percentile lie: air, tissue
+DEFLATE_RATIO = 1032  # at which gzip and zlib pack at most
+
+# HU, and shares of voxels: extremes would pass what a few voxels of padding or metal have
+PERCENTILES = (0.5, 50, 99.5)
+AIR, MIN_AIR = (-1100.0, -500.0), 0.01
+TISSUE, MIN_TISSUE = (-250.0, 250.0), 0.01
+# Bone gets rarer with its density, and beside little tissue there is less of it: tissue that is shifted to 1000, or a
+# skull to 0, are told by that.
+BONE, DENSE, LITTLE_TISSUE = (250.0, 750.0), (750.0, 1250.0), 0.04
+# What lies below air is padding, of one value; air that is shifted or scaled has noise.
+PADDING, MAX_NOISE = -1400.0, 0.05
 
 
 class Unfit(InputError):
@@ -44,6 +58,7 @@ class Raw:
         affine: [4, 4] float64, voxel index to RAS+ mm.
         slope, intercept: HU = slope x voxel + intercept.
         version: what kind of file it turned out to be, and what was assumed.
+        guessed: what of the affine is a guess, because the header is blank there; "" where nothing is.
     """
 
     voxels: np.ndarray
@@ -51,6 +66,7 @@ class Raw:
     slope: float = 1.0
     intercept: float = 0.0
     version: str = ""
+    guessed: str = ""
 
     def hu(self) -> np.ndarray:
         """All voxels in HU: those in the file where it holds plain int16 or uint8, else float32."""
@@ -71,12 +87,21 @@ class Raw:
 
 
 def is_hu(sample: np.ndarray) -> bool:
-    """Whether intensities can be HU of a trunk: it has air (below -500) and tissue (above 0), nothing far beyond."""
-    return bool(np.isfinite(sample).all()) and _are_hu(*np.percentile(sample, PERCENTILES))
+    """Whether intensities can be HU of a trunk or a head: air and soft tissue where they belong, and not elsewhere."""
 
+    def share(window: tuple[float, float]) -> float:
+        return np.mean((sample > window[0]) & (sample < window[1]))
 
-def _are_hu(low: float, _: float, high: float) -> bool:
-    return bool(LOW_HU[0] < low < LOW_HU[1] and HIGH_HU[0] < high < HIGH_HU[1])
+    _, counts = np.unique(sample[sample < PADDING], return_counts=True)
+    noise = (counts.sum() - counts.max(initial=0)) / sample.size
+    return bool(
+        np.isfinite(sample).all()
+        and share(AIR) > MIN_AIR
+        and share(TISSUE) > MIN_TISSUE
+        and (share(TISSUE) > LITTLE_TISSUE or share(TISSUE) > 2 * share(BONE))
+        and share(DENSE) < 0.01 + 3 * share(BONE)
+        and noise < MAX_NOISE
+    )
 
 
 def check_geometry(path: str | os.PathLike, raw: Raw) -> None:
@@ -88,16 +113,19 @@ def check_geometry(path: str | os.PathLike, raw: Raw) -> None:
         raise Unfit(f"{path} is {thick} thick ({_sizes(shape)}): give a volume of three slices or more", reason)
     spacing = np.linalg.norm(axes, axis=0)
     extent = spacing * shape
-    if not np.isfinite(raw.affine).all() or (spacing < SPACING[0]).any() or (spacing > SPACING[1]).any():
+    if not np.isfinite(axes).all() or (spacing < SPACING[0]).any() or (spacing > SPACING[1]).any():
         found = _sizes(f"{s:g}" for s in spacing)
         raise Unfit(f"{path} has a voxel spacing of {found} mm, which no CT has: correct its header", "spacing")
-    if (extent < EXTENT[0]).any() or (extent > EXTENT[1]).any():
+    if (extent < EXTENT[0]).any() or (extent > EXTENT[1]).any() or sorted(extent)[1] > MAX_FIELD_OF_VIEW:
         found = _sizes(f"{e:.0f}" for e in extent)
         raise Unfit(f"{path} shows {found} mm of a patient, which no CT does: correct its header", "spacing")
     if abs(np.linalg.det(axes / spacing)) < MIN_DETERMINANT:
         raise Unfit(
             f"{path} has an affine whose axes do not span space: correct the orientation in its header", "spacing"
         )
+    if not (np.abs(raw.affine[:3, 3]) < MAX_ORIGIN).all():  # NaN is not
+        found = ", ".join(f"{o:g}" for o in raw.affine[:3, 3])
+        raise Unfit(f"{path} begins at {found} mm, where no scanner reaches: correct its header", "spacing")
 
 
 def check_voxels(path: str | os.PathLike, raw: Raw, check_hu: bool = True) -> np.ndarray:
@@ -110,12 +138,13 @@ def check_voxels(path: str | os.PathLike, raw: Raw, check_hu: bool = True) -> np
     if voxels.dtype.kind == "f" and not np.isfinite([voxels.min(), voxels.max()]).all():  # NaN if any voxel is
         count = int((~np.isfinite(voxels)).sum())
         raise Unfit(f"{path} holds NaN or infinity in {count} of {voxels.size} voxels: export it again", "non_finite")
-    if not np.isfinite([raw.slope, raw.intercept]).all() or raw.slope == 0:
+    if not (1 / MAX_RESCALING < abs(raw.slope) < MAX_RESCALING and abs(raw.intercept) < MAX_RESCALING):
         raise Unfit(f"{path} has a rescaling of {raw.slope:g} x + {raw.intercept:g}: correct its header", "not_hu")
-    percentiles = low, _, high = np.percentile(raw.sample(), PERCENTILES)
+    sample = raw.sample()
+    percentiles = low, _, high = np.percentile(sample, PERCENTILES)
     if low == high:
         raise Unfit(f"{path} is empty, 99 % of its voxels are {low:g}: export it again", "empty")
-    if check_hu and not _are_hu(*percentiles):
+    if check_hu and not is_hu(sample):
         raise Unfit(
             f"{path} has intensities from {low:g} to {high:g}, which are not HU (air is -1000, water 0): apply the "
             "rescale slope and intercept, once (those of CT-RATE's first version are in its metadata CSV)",
@@ -124,19 +153,21 @@ def check_voxels(path: str | os.PathLike, raw: Raw, check_hu: bool = True) -> np
     return percentiles
 
 
-def _sizes(values: Any) -> str:
+def _sizes(values: Iterable[Any]) -> str:
     return " x ".join(map(str, values))
 
 
-def _three_axes(path: Path, shape: Any) -> tuple[int, int, int]:
-    """Three sizes, where further ones are 1."""
-    shape = tuple(int(size) for size in shape)
-    while len(shape) > 3 and shape[-1] == 1:
-        shape = shape[:-1]
-    if len(shape) != 3:
-        found = _sizes(shape[:3]) + "".join(f", {size} channels" for size in shape[3:4])
+def three_axes(path: Path, shape: Iterable[Any]) -> tuple[int, int, int]:
+    """Three sizes, where further ones are 1: before memory is asked for."""
+    sizes = tuple(int(size) for size in shape)
+    while len(sizes) > 3 and sizes[-1] == 1:
+        sizes = sizes[:-1]
+    if len(sizes) != 3:
+        found = _sizes(sizes[:3]) + "".join(f", {size} channels" for size in sizes[3:4])
         raise Unfit(f"{path} is not one 3D volume ({found}): export a single volume", "wrong_dimensions")
-    return shape
+    if min(sizes) < 0 or math.prod(sizes) > MAX_VOXELS:
+        raise ValueError(f"its header tells of {_sizes(sizes)} voxels")
+    return sizes
 
 
 def first_line(error: BaseException) -> str:
@@ -146,7 +177,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def reading(path: str | os.PathLike) -> Iterator[None]:
-    """Turns what nibabel, gzip, zipfile, NumPy, ITK and Pillow each raise for a damaged file into an Unfit."""
+    """Turns what nibabel, gzip, zipfile, NumPy, pydicom and Pillow each raise for a damaged file into an Unfit."""
     try:
         yield
     except InputError:
@@ -156,18 +187,82 @@ def reading(path: str | os.PathLike) -> Iterator[None]:
         raise Unfit(f"{path} cannot be read ({cause}): download or export it again") from error
 
 
-def read_volume(path: str | os.PathLike) -> Raw:
-    """A CT file by the reader that its name asks for, or a folder with one DICOM series. Raises Unfit, as all below."""
+def read_volume(path: str | os.PathLike, dicom_select: dict[str, Any] | None = None) -> Raw:
+    """A CT file by the reader that its name asks for, or a folder with one DICOM series.
+
+    `dicom_select` chooses among several volumes in a folder, see :func:`custom_components.data.dicom.read_dicom`.
+
+    Raises:
+        Unfit: it cannot be read whole, as all below.
+    """
     path = Path(path)
     name = path.name.lower()
-    if not path.exists():
-        raise Unfit(f"{path} does not exist: give the path of a CT file or of a DICOM folder")
     with reading(path):
-        if path.is_dir() or name.endswith(ITK_SUFFIXES):
-            return read_itk(path)
-        if name.endswith(NIFTI_SUFFIXES):
-            return read_nifti(path)
-    raise Unfit(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: convert it to one")
+        if not path.exists():
+            raise Unfit(f"{path} does not exist: give the path of a CT file or of a DICOM folder")
+        if path.is_dir():
+            from custom_components.data.dicom import read_dicom
+
+            return read_dicom(path, dicom_select)
+        if not name.endswith(CT_SUFFIXES):
+            raise Unfit(f"{path} is neither {', '.join(CT_SUFFIXES)} nor a DICOM folder: convert it to one")
+        if name.endswith((".nrrd", ".nhdr")):
+            from custom_components.data.nrrd import read_nrrd
+
+            return read_nrrd(path)
+        elif name.endswith((".mha", ".mhd")):
+            from custom_components.data.metaimage import read_metaimage
+
+            return read_metaimage(path)
+        return read_nifti(path)
+
+
+def open_file(path: Path) -> BinaryIO:
+    """A regular file to read: a pipe would be waited for, and a device never ends."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError(f"{path.name} is a pipe or a device")
+    return open(path, "rb")
+
+
+def beside(path: Path, name: str) -> Path:
+    """The file of voxels that the header in `path` names."""
+    if not (data := path.parent / name).exists():
+        raise FileNotFoundError(f"its voxels, {name}, are not beside it")
+    return data
+
+
+def raw_voxels(path: Path, dtype: np.dtype, count: int, offset: int = 0) -> np.ndarray:
+    """`count` voxels that end with their file, as a map of it: they stay on disk until they are used."""
+    with open_file(path) as file:
+        expected, size = offset + count * dtype.itemsize, os.fstat(file.fileno()).st_size
+        if size != expected:
+            raise EOFError(f"{path.name} has {size} bytes, and the header tells of {expected}")
+        voxels = np.memmap(file, dtype, "c", offset, count) if count else np.empty(0, dtype)
+        return voxels if offset % dtype.itemsize == 0 else voxels.copy()
+
+
+def packed_voxels(stream: BinaryIO, dtype: np.dtype, count: int, packed_size: int) -> np.ndarray:
+    """`count` voxels of a decompressing stream, read on to its end, and so to its checksum."""
+    if count * dtype.itemsize > DEFLATE_RATIO * packed_size:
+        raise EOFError(f"its header tells of {count} voxels, which {packed_size} bytes cannot hold")
+    voxels = np.empty(count, dtype)
+    content = memoryview(voxels).cast("B")
+    at = 0
+    while at < len(content):
+        if not (got := stream.readinto(content[at : at + (1 << 20)])):
+            raise EOFError("its voxels are cut off")
+        at += got
+    if stream.read(1):
+        raise ValueError("it holds more than its header tells of")
+    return voxels
+
+
+def numbers(path: Path, dtype: np.dtype) -> np.dtype:
+    """The type itself, where it is one real number a voxel."""
+    if dtype.kind not in "iuf":
+        found = "colours (RGB)" if dtype.names else "complex numbers" if dtype.kind == "c" else str(dtype)
+        raise Unfit(f"{path} holds {found}, not one number a voxel: export it as a CT", "wrong_dimensions")
+    return dtype
 
 
 def read_nifti(path: str | os.PathLike) -> Raw:
@@ -176,105 +271,57 @@ def read_nifti(path: str | os.PathLike) -> Raw:
     The slope and intercept of the header are in the result, not yet in its voxels. Writing to these leaves the file.
     """
     path = Path(path)
-    compressed = path.name.lower().endswith(".gz")
-    with igzip.open(path) if compressed else open(path, "rb") as file:  # isal's, faster than the standard library's
-        kind = nib.Nifti2Header if file.read(4) in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
-        file.seek(0)
-        header = kind.from_fileobj(file)
-        dtype, offset = header.get_data_dtype(), int(header.get_data_offset())
-        shape = _three_axes(path, header.get_data_shape())
-        if dtype.kind not in "iuf":
-            raise Unfit(f"{path} holds {dtype}, not one number a voxel: export it as a CT", "wrong_dimensions")
-        count = int(np.prod(shape, dtype=np.int64))
-        if not compressed:
-            if path.stat().st_size < offset + count * dtype.itemsize:
-                raise EOFError("its voxels are cut off")
-            voxels = np.memmap(path, dtype, "c", offset, count) if count else np.empty(0, dtype)
+    with open_file(path) as file:
+        compressed = path.name.lower().endswith(".gz")
+        stream = igzip.GzipFile(fileobj=file) if compressed else file  # isal's, faster than the standard library's
+        start = stream.read(nib.Nifti2Header.sizeof_hdr)
+        kind = nib.Nifti2Header if start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c") else nib.Nifti1Header
+        # nibabel would mend what it finds wrong, such as a spacing of 0
+        header = kind(start[: kind.sizeof_hdr], check=False)
+        if header["magic"].item()[:3] not in (b"n+1", b"n+2"):
+            raise ValueError("it is not a NIfTI file of header and voxels")
+        dtype, shape = numbers(path, header.get_data_dtype()), three_axes(path, header.get_data_shape())
+        if header["bitpix"] != 8 * dtype.itemsize:
+            raise ValueError(f"its header tells of {header['bitpix']} bits a voxel, and of {dtype}")
+        count, offset = math.prod(shape), int(header["vox_offset"]) or kind.single_vox_offset
+        if offset < kind.sizeof_hdr:
+            raise ValueError(f"its voxels begin at byte {offset}, in the header")
+        if compressed:
+            stream.seek(offset)
+            voxels = packed_voxels(stream, dtype, count, os.fstat(file.fileno()).st_size)
         else:
-            file.seek(offset)
-            voxels = np.empty(count, dtype)
-            content = memoryview(voxels).cast("B")
-            for at in range(0, len(content), 1 << 20):
-                part = content[at : at + (1 << 20)]
-                if file.readinto(part) < len(part):
-                    raise EOFError("its voxels are cut off")
-            while file.read(1 << 20):  # on to the check sum
-                pass
+            voxels = raw_voxels(path, dtype, count, offset)
     slope, intercept = header.get_slope_inter()
     slope, intercept = 1.0 if slope is None else float(slope), float(intercept or 0.0)
+    raw = Raw(voxels.reshape(shape, order="F"), _nifti_affine(header), slope, intercept, "NIfTI")
+    if not header["qform_code"] and not header["sform_code"]:
+        return with_guess(raw, "no orientation (neither qform nor sform)")
+    return with_guess(raw)
+
+
+def _nifti_affine(header: nib.Nifti1Header) -> np.ndarray:
+    """As nibabel chooses it, which takes sform before qform; but where both are there, they may not contradict."""
+    spacing = np.abs(header["pixdim"][1:4])
+    if not (np.isfinite(spacing).all() and spacing.all()):
+        raise ValueError(f"its header has a spacing (pixdim) of {_sizes(f'{s:g}' for s in spacing)} mm")
     affine = np.asarray(header.get_best_affine(), float)
-    return Raw(voxels.reshape(shape, order="F"), affine, slope, intercept, "NIfTI")
+    if header["sform_code"] and header["qform_code"]:
+        sides = [part[:3, :3] / np.linalg.norm(part[:3, :3], axis=0) for part in (affine, header.get_qform())]
+        if (np.prod(sides, axis=0).sum(0) < 0.5).any():
+            raise ValueError("its sform and qform turn the axes to different sides")
+    return affine
 
 
-def read_itk(path: Path) -> Raw:
-    """A .nrrd, .nhdr, .mha or .mhd with its voxels, or a folder with one DICOM series."""
-    import itk  # takes a second, which files of other formats need not
-
-    if path.is_dir():
-        image = _read_dicom(path)
-    else:
-        if path.suffix.lower() == ".mhd":
-            _check_mhd(path)
-        image = _by_itk(itk.imread, str(path))
-    shape = _three_axes(path, (*itk.size(image), image.GetNumberOfComponentsPerPixel()))
-    affine = np.eye(4)
-    affine[:3, :3] = itk.array_from_matrix(image.GetDirection())[:3, :3] * np.asarray(image.GetSpacing())[:3]
-    affine[:3, 3] = np.asarray(image.GetOrigin())[:3]
-    # ITK's +x is left and +y posterior, NIfTI's right and anterior
-    affine = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
-    return Raw(itk.array_from_image(image).T.reshape(shape, order="F"), affine, version="ITK")
-
-
-def _by_itk(read: Callable, *arguments: Any) -> Any:
-    try:
-        return read(*arguments)
-    except Exception as error:  # its text is about ITK's own source files
-        raise ValueError("its header or its voxels are missing, cut off or of another format") from error
-
-
-def _check_mhd(path: Path) -> None:
-    """ITK reads a .raw that is too short without an error, and fills up with what the memory held."""
-    import itk
-
-    header = dict(re.findall(r"(?m)^\s*(\w+)\s*=\s*(.*?)\s*$", path.read_text(encoding="latin-1")))
-    name = header.get("ElementDataFile", "LOCAL")
-    if name in ("LOCAL", "LIST") or "%" in name:
-        return  # within the file, or one file a slice
-    data = path.parent / name
-    if not data.is_file():
-        raise FileNotFoundError(f"its voxels, {data.name}, are not beside it")
-    image = itk.MetaImageIO.New()
-    image.SetFileName(str(path))
-    _by_itk(image.ReadImageInformation)
-    skipped = int(header.get("HeaderSize", 0))  # -1: as much as there is before the voxels
-    expected, size = image.GetImageSizeInBytes() + max(skipped, 0), data.stat().st_size
-    if header.get("CompressedData", "").lower() != "true" and (size < expected or size > expected and skipped >= 0):
-        raise EOFError(f"{data.name} has {size} bytes, and the header tells of {expected}")
-
-
-def _read_dicom(folder: Path) -> Any:
-    """ITK would take the first of several series, or stretch slices over a missing one's place: both are errors."""
-    import itk
-
-    finder = itk.GDCMSeriesFileNames.New()
-    finder.SetUseSeriesDetails(True)  # a scout, of another orientation or size, is another series
-    finder.SetDirectory(str(folder))
-    series = [finder.GetFileNames(uid) for uid in finder.GetSeriesUIDs()]
-    if len(series) != 1:
-        counts = " and ".join(str(len(files)) for files in series) or "no"
-        raise Unfit(
-            f"{folder} holds {len(series)} readable DICOM series ({counts} slices): "
-            "give a folder with the files of exactly one"
-        )
-    image = _by_itk(itk.imread, list(series[0]))
-    # Largest distance in mm of a slice from where even spacing puts it; ITK leaves the key out where it is small.
-    key, meta = "ITK_non_uniform_sampling_deviation", image.GetMetaDataDictionary()
-    if key in meta.GetKeys() and meta[key] > 0.1 * image.GetSpacing()[2]:
-        raise Unfit(
-            f"{folder} has slices {meta[key]:.1f} mm off an even spacing: "
-            "files of the series are missing or damaged, export it again"
-        )
-    return image
+def with_guess(raw: Raw, lacks: str = "") -> Raw:
+    """Says what the header leaves open: what it `lacks`, or that nobody filled it in, as an identity affine shows."""
+    if not lacks and np.allclose(np.abs(raw.affine), np.eye(4), atol=1e-4):
+        lacks = "an identity affine, as where nothing was filled in"
+    if lacks:
+        spacing = _sizes(f"{s:g}" for s in np.linalg.norm(raw.affine[:3, :3], axis=0))
+        codes = "".join(nib.aff2axcodes(raw.affine))
+        raw.guessed = f"its header has {lacks}: {spacing} mm and axes towards {codes} are assumed"
+        raw.version += f", blank header, {spacing} mm and {codes} assumed"
+    return raw
 
 
 def linear_weights(places: np.ndarray, size: int, width: float = 1.0) -> np.ndarray:

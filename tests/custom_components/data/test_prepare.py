@@ -319,6 +319,7 @@ def test_antialiasing_is_nearer_to_a_phantom_made_at_that_size(tmp_path: Path) -
         ("spacing", lambda v, a: (v, np.diag([0.0, 1, 1, 1]) @ a)),
         ("non_finite", lambda v, a: (np.where(v == v.max(), np.nan, v).astype(np.float32), a)),
         ("empty", lambda v, a: (np.full_like(v, -1000), a)),
+        ("orientation", lambda v, a: (v, np.eye(4))),
         ("not_hu", lambda v, a: (v // 20, a)),
         (
             "little_lung",

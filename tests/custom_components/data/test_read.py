@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import logging
 import os
+import tracemalloc
 from pathlib import Path
 
 import itk
 import nibabel as nib
+import nrrd
 import numpy as np
 import pytest
 import torch
@@ -266,6 +269,214 @@ def test_a_raw_that_is_shorter_than_its_header_says_is_named(tmp_path):
     for size in ("8", "-1"):
         path.write_text(header.replace("ElementDataFile", f"HeaderSize = {size}\nElementDataFile"))
         np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom().T)
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("scl_slope", 1e30, "rescaling of 1e+30"),
+        ("scl_inter", np.nan, "cannot be read"),
+        ("scl_inter", 1e30, "rescaling"),
+        ("vox_offset", np.nan, "cannot be read"),
+        ("vox_offset", 16, "in the header"),
+        ("vox_offset", 354, "cannot be read"),
+        ("vox_offset", 1e30, "cannot be read"),
+        ("bitpix", 32, "tells of 32 bits a voxel, and of int16"),
+        ("datatype", 128, "holds colours (RGB)"),
+        ("datatype", 32, "holds complex numbers"),
+        ("dim", (3, 20, 16, 11, 1, 1, 1, 1), "cannot be read"),
+        ("dim", (3, 20, 16, -12, 1, 1, 1, 1), "cannot be read"),
+        ("dim", (3, 32767, 32767, 32767, 1, 1, 1, 1), "cannot be read"),
+        ("dim", (3, 2000, 2000, 1000, 1, 1, 1, 1), "cannot be read"),
+        ("magic", b"ni1", "not a NIfTI file of header and voxels"),
+        ("pixdim", (1, 0, 2, 2.5, 1, 1, 1, 1), "spacing (pixdim) of 0 x 2 x 2.5 mm"),
+        ("srow_x", (-2, 0, 0, np.nan), "begins at nan"),
+        ("srow_x", (-2, 0, 0, 1e7), "begins at 1e+07"),
+        ("srow_x", (2, 0, 0, 0), "sform and qform turn the axes to different sides"),
+    ],
+)
+def test_a_nifti_header_that_cannot_be_true(tmp_path, field, value, message, compressed):
+    image = nib.Nifti1Image(phantom(), np.diag([-2, -2, 2.5, 1]))
+    image.header.set_qform(image.affine, code=1)
+    content = bytearray(image.to_bytes())
+    header = np.ndarray((), image.header.template_dtype, content)
+    header[field] = value
+    path = tmp_path / ("ct.nii.gz" if compressed else "ct.nii")
+    path.write_bytes(gzip.compress(content) if compressed else content)
+    assert message in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz"])
+def test_more_or_less_than_the_header_tells_is_refused(tmp_path, name):
+    content = nib.Nifti1Image(phantom(), np.diag([-2, -2, 2.5, 1])).to_bytes()
+    for wrong in (content + bytes(16), content + bytes(1 << 24), content[:-1]):
+        (tmp_path / name).write_bytes(gzip.compress(wrong) if name.endswith("gz") else wrong)
+        assert "cannot be read" in refusal(tmp_path / name)
+
+
+def test_the_other_byte_order_is_refused(tmp_path):
+    image = nib.Nifti1Image(phantom(), np.diag([-2, -2, 2.5, 1]))
+    (tmp_path / "ct.nii").write_bytes(image.to_bytes()[:352] + phantom().byteswap().tobytes("F"))
+    assert "not HU" in refusal(tmp_path / "ct.nii")
+
+
+def test_pipes_and_devices_are_refused(tmp_path):
+    for name in ("ct.nii", "ct.nii.gz", "ct.nrrd", "ct.mha"):
+        os.mkfifo(tmp_path / name)
+        assert "is a pipe or a device" in refusal(tmp_path / name)
+    (tmp_path / "zero.nii").symlink_to("/dev/zero")
+    assert "is a pipe or a device" in refusal(tmp_path / "zero.nii")
+    path = write_itk(tmp_path / "a.mhd", phantom())
+    (tmp_path / "a.raw").unlink()
+    os.mkfifo(tmp_path / "a.raw")
+    assert "a.raw is a pipe or a device" in refusal(path)
+
+
+def test_what_no_file_of_its_size_can_hold_is_refused_before_memory_is_asked_for(tmp_path):
+    header = nib.Nifti1Image(phantom(), np.eye(4)).header
+    header.set_data_shape((1600, 1600, 1600))
+    (tmp_path / "ct.nii.gz").write_bytes(gzip.compress(header.binaryblock + bytes(4) + bytes(1000)))
+    nrrd.write(str(tmp_path / "ct.nrrd"), phantom())
+    content = (tmp_path / "ct.nrrd").read_bytes().replace(b"sizes: 20 16 12", b"sizes: 1600 1600 1600")
+    (tmp_path / "ct.nrrd").write_bytes(content)
+    write_itk(tmp_path / "ct.mha", phantom(), compression=True)
+    content = (tmp_path / "ct.mha").read_bytes().replace(b"DimSize = 12 16 20", b"DimSize = 1600 1600 1600")
+    (tmp_path / "ct.mha").write_bytes(content)
+    tracemalloc.start()
+    for path in (tmp_path / "ct.nii.gz", tmp_path / "ct.nrrd", tmp_path / "ct.mha"):
+        assert "cannot be read" in refusal(path)
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
+
+
+def test_a_field_of_view_that_no_scanner_has_is_refused(tmp_path):
+    """Its voxels on a grid of 1 mm would take gigabytes."""
+    path = write_nifti(tmp_path / "ct.nii", phantom((80, 80, 40)), np.diag([-15.0, -15, 15, 1]))
+    assert "shows 1200 x 1200 x 600 mm of a patient" in refusal(path)
+    assert LoadCTd("image")({"image": write_nifti(path, phantom((40, 40, 160)), np.diag([-15.0, -15, 15, 1]))})
+
+
+def blank(path: Path) -> Path:
+    """A file of each format whose header says nothing of its axes."""
+    match path.name:
+        case "identity.nii.gz":
+            return write_nifti(path, phantom((30, 30, 30)), np.eye(4))
+        case "forms.nii":
+            image = nib.Nifti1Image(phantom((30, 30, 30)), None)
+            image.header.set_zooms((2, 2, 2))
+            nib.save(image, path)
+            content = bytearray(path.read_bytes())
+            content[252:256] = bytes(4)  # qform_code, sform_code
+            path.write_bytes(content)
+        case "plain.nrrd":
+            nrrd.write(str(path), phantom((30, 30, 30)))
+        case "spacings.nrrd":
+            nrrd.write(str(path), phantom((30, 30, 30)), {"spacings": [2.0, 2.0, 2.0]})
+        case "space.nrrd":
+            nrrd.write(str(path), phantom((30, 30, 30)), {"space dimension": 3, "space directions": 2 * np.eye(3)})
+        case "ct.mha":
+            write_itk(path, phantom((30, 30, 30)))
+            lines = path.read_bytes().split(b"\n", 14)
+            path.write_bytes(b"\n".join(line for line in lines if not line.startswith(b"TransformMatrix")))
+    return path
+
+
+@pytest.mark.parametrize(
+    "name", ["identity.nii.gz", "forms.nii", "plain.nrrd", "spacings.nrrd", "space.nrrd", "ct.mha"]
+)
+def test_a_blank_header_is_a_warning_that_names_what_is_assumed_or_refused(tmp_path, caplog, name):
+    path = blank(tmp_path / name)
+    step = "1 x 1 x 1" if name in ("identity.nii.gz", "plain.nrrd") else "2 x 2 x 2"
+    for _ in range(2):
+        assert LoadCTd("image")({"image": path})["image"].shape == (1, 30, 30, 30)
+    (record,) = caplog.records  # once a file
+    assert str(path) in record.message and f"{step} mm and axes towards" in record.message
+    assert "may be mirrored" in refusal(path, check_sides=True)
+
+
+@needs_real_ct
+def test_a_header_that_says_all_is_no_guess(tmp_path, caplog):
+    for path in (real_ct()[0], write_nifti(tmp_path / "ct.nii", phantom())):
+        LoadCTd("image", check_sides=True)({"image": path})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("dtype", ["i1", "i2", ">i2", "u2", "i4", "i8", "f4", ">f8"])
+@pytest.mark.parametrize("encoding", ["raw", "gzip", "bzip2"])
+def test_every_number_type_of_nrrd(tmp_path, dtype, encoding):
+    array = (phantom() // 10).astype(dtype)
+    header = {"space": "RAS", "space directions": np.diag([2.0, 2.5, 3.0]), "encoding": encoding}
+    nrrd.write(str(tmp_path / "ct.nrrd"), array, header)
+    found = LoadCTd("image", check_hu=False)({"image": tmp_path / "ct.nrrd"})["image"]
+    np.testing.assert_array_equal(found[0], array.astype(float))
+    np.testing.assert_allclose(found.affine, np.diag([2, 2.5, 3, 1]))
+
+
+@pytest.mark.parametrize("kinds", [["list", "domain", "domain", "domain"], ["domain", "domain", "domain", "time"]])
+def test_a_fourth_axis_of_nrrd(tmp_path, kinds):
+    last = kinds[-1] == "time"
+    directions = np.vstack([np.full(3, np.nan), np.diag([2.0, 2.5, 3.0])])
+    header = {
+        "space": "LPS",
+        "kinds": kinds,
+        "space directions": np.roll(directions, 3, axis=0) if last else directions,
+    }
+    for count in (1, 2):
+        array = np.stack([phantom()] * count, -1 if last else 0)
+        nrrd.write(str(tmp_path / "ct.nrrd"), array, header)
+        if count == 1:
+            found = LoadCTd("image")({"image": tmp_path / "ct.nrrd"})["image"]
+            np.testing.assert_array_equal(found[0], phantom())
+            np.testing.assert_allclose(found.affine, np.diag([-2, -2.5, 3, 1]))
+        else:
+            assert "not one 3D volume (20 x 16 x 12, 2 channels)" in refusal(tmp_path / "ct.nrrd")
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("NDims = -1", "contradicts itself"),
+        ("NDims = 4", "contradicts itself"),
+        ("DimSize = 12 16 -20", "cannot be read"),
+        ("DimSize = 12 16 19", "cannot be read"),
+        ("CompressedData = True", "cannot be read"),
+        ("ElementType = MET_FLOAT", "cannot be read"),
+        ("ElementType = MET_SHORT_ARRAY", "holds MET_SHORT_ARRAY, not one number a voxel"),
+        ("ElementNumberOfChannels = 3", "3 channels"),
+        ("ElementSpacing = 0 2 2", "voxel spacing of 0"),
+        ("ElementSpacing = 2 2", "cannot be read"),
+        ("TransformMatrix = 1 0 0 0 1 0 0 0 0", "voxel spacing"),
+        ("BinaryData = False", "stored as text"),
+        ("ElementDataFile = LIST", "cannot be read"),
+        ("ElementDataFile = other.raw", "its voxels, other.raw, are not beside it"),
+        ("ElementDataFile = ct%03d.raw 1 99999999 1", "cannot be read"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ct.mha", "ct.mhd"])
+def test_a_metaimage_header_that_cannot_be_true(tmp_path, name, line, message):
+    path = write_itk(tmp_path / name, phantom())
+    key = line.split(" = ")[0].encode()
+    head, mark, voxels = path.read_bytes().partition(b"ElementDataFile")
+    lines = [kept for kept in head.split(b"\n") if not kept.startswith(key)]
+    if key == b"ElementDataFile":
+        mark, voxels = line.encode(), b"\n" + voxels.partition(b"\n")[2]
+    else:
+        lines.insert(-1, line.encode())
+    path.write_bytes(b"\n".join(lines) + mark + voxels)
+    assert message in refusal(path)
+
+
+def test_a_metaimage_of_one_file_a_slice(tmp_path):
+    path = write_itk(tmp_path / "ct.mhd", phantom())
+    for z, content in enumerate(phantom()):
+        content.tofile(tmp_path / f"ct{z:03d}.raw")
+    header = path.read_text()
+    for data in ("ct%03d.raw 0 19 1", "LIST\n" + "\n".join(f"ct{z:03d}.raw" for z in range(20))):
+        path.write_text(header.replace("ct.raw", data))
+        np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom().T)
+    (tmp_path / "ct007.raw").unlink()
+    assert "ct007.raw" in refusal(path)
 
 
 def test_wrong_paths(tmp_path):

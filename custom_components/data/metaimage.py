@@ -1,0 +1,136 @@
+"""MetaImage files, with their voxels (.mha) or beside them (.mhd): every promise of the header is checked.
+
+ITK, which defines the format, fills up what a file lacks with what the memory held, and ends its process by a header
+such as ``NDims = -1``.
+"""
+
+import math
+import os
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from custom_components.data.volume import (
+    Raw,
+    Unfit,
+    beside,
+    open_file,
+    raw_voxels,
+    three_axes,
+    with_guess,
+)
+
+TYPES = {
+    "MET_CHAR": "i1",
+    "MET_UCHAR": "u1",
+    "MET_SHORT": "i2",
+    "MET_USHORT": "u2",
+    "MET_INT": "i4",
+    "MET_UINT": "u4",
+    "MET_LONG": "i4",
+    "MET_ULONG": "u4",
+    "MET_LONG_LONG": "i8",
+    "MET_ULONG_LONG": "u8",
+    "MET_FLOAT": "f4",
+    "MET_DOUBLE": "f8",
+}
+MAX_FILES = 10_000  # of one slice each
+
+
+def read_metaimage(path: Path) -> Raw:
+    """A volume with its place.
+
+    Raises:
+        Exception: of any kind, for a file that cannot be read whole.
+    """
+    header, names, start = _header(path)
+    sizes = [int(size) for size in header["DimSize"].split()]
+    if len(sizes) != int(header["NDims"]):
+        raise ValueError(f"its header contradicts itself: NDims {header['NDims']}, DimSize {header['DimSize']}")
+    shape = three_axes(path, (*sizes, int(header.get("ElementNumberOfChannels", 1))))
+    if (kind := header["ElementType"]) not in TYPES:
+        raise Unfit(f"{path} holds {kind}, not one number a voxel: export it as a CT", "wrong_dimensions")
+    big = any(_true(header, key) for key in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
+    dtype = np.dtype(TYPES[kind]).newbyteorder(">" if big else "<")
+    if not _true(header, "BinaryData", "True"):
+        raise ValueError("its voxels are stored as text")
+    if names == ["LOCAL"]:
+        parts = [(path, start)]
+    else:
+        parts = [(beside(path, name), 0) for name in names]
+    count, rest = divmod(math.prod(shape), len(parts))
+    if rest:
+        raise ValueError(f"{len(parts)} files cannot hold {math.prod(shape)} voxels")
+    voxels = [_voxels(file, header, dtype, count, start) for file, start in parts]
+    voxels = voxels[0] if len(voxels) == 1 else np.concatenate(voxels)
+    affine, lacks = _affine(header, len(sizes))
+    return with_guess(Raw(voxels.reshape(shape, order="F"), affine, version="MetaImage"), lacks)
+
+
+def _header(path: Path) -> tuple[dict[str, str], list[str], int]:
+    """Fields, names of the files of voxels ("LOCAL" is this one), and where the header ends."""
+    header: dict[str, str] = {}
+    with open_file(path) as file:
+        for line in file:
+            key, equals, value = (part.strip() for part in line.decode("latin-1").partition("="))
+            if not equals and key:
+                raise ValueError("its header is no list of 'name = value'")
+            header[key] = value
+            if key == "ElementDataFile":
+                break
+        else:
+            raise ValueError("its header names no ElementDataFile")
+        names = [value]
+        if value.split()[0] == "LIST":
+            names = file.read().decode("latin-1").split("\n")
+            names = [name.strip() for name in names if name.strip()]
+            if not names:
+                raise ValueError("its header lists no file of voxels")
+        elif "%" in value:  # ct%03d.raw 1 40 1
+            pattern, *numbers = value.split()
+            first, last, step = (*map(int, numbers), 1, 1, 1)[:3]
+            names = [pattern % number for number in range(first, last + 1, step)[:MAX_FILES]]
+        return header, names, file.tell()
+
+
+def _true(header: dict[str, str], key: str, default: str = "False") -> bool:
+    return header.get(key, default)[:1] in "Tt1"
+
+
+def _affine(header: dict[str, str], ndims: int) -> tuple[np.ndarray, str]:
+    """[4, 4] to RAS+ mm, and what the header lacks for it."""
+
+    def field(size: int, *keys: str) -> np.ndarray | None:
+        text = next((header[key] for key in keys if key in header), None)
+        return None if text is None else np.array(text.split(), float).reshape((ndims,) * size)
+
+    spacing = field(1, "ElementSpacing", "ElementSize")
+    matrix = field(2, "TransformMatrix", "Rotation", "Orientation")
+    origin = field(1, "Offset", "Position", "Origin")
+    affine = np.eye(4)
+    if matrix is not None:
+        affine[:3, :3] = matrix[:3, :3].T  # a row an axis
+    if spacing is not None:
+        affine[:3, :3] *= spacing[:3]
+    if origin is not None:
+        affine[:3, 3] = origin[:3]
+    found = {"ElementSpacing": spacing, "TransformMatrix": matrix}
+    lacks = " and ".join(f"no {key}" for key, value in found.items() if value is None)
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, lacks  # its +x is left and +y posterior
+
+
+def _voxels(path: Path, header: dict[str, str], dtype: np.dtype, count: int, start: int) -> np.ndarray:
+    size = count * dtype.itemsize
+    skipped = int(header.get("HeaderSize", 0))  # -1: as much as there is before the voxels
+    if not _true(header, "CompressedData"):
+        return raw_voxels(path, dtype, count, start + skipped if skipped >= 0 else os.stat(path).st_size - size)
+    with open_file(path) as file:
+        file.seek(start + max(skipped, 0))
+        content = file.read()
+    told = int(header.get("CompressedDataSize", len(content)))
+    inflating = zlib.decompressobj(zlib.MAX_WBITS | 32)  # zlib's or gzip's header
+    voxels = inflating.decompress(content, size + 1)
+    if told != len(content) or not inflating.eof or inflating.unused_data or len(voxels) != size:
+        raise EOFError(f"{path.name} holds other voxels than the {size} bytes that its header tells of")
+    return np.frombuffer(bytearray(voxels), dtype)
