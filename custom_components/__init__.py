@@ -27,6 +27,7 @@ run/ what a training or an inference needs beyond MONAI's engines:
     resume.py       checkpoints, best weights, losses that are not finite
     seeded.py       batches that follow from seed and place
     weights.py      load, save, start from
+    description.py  what weights say of themselves
     published.py    import of the authors' checkpoints
     features.py     features of a frozen encoder, online or kept on disk
     export.py       a bundle that runs without this repository

@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,21 @@ class ReportCollate:
         }
 
 
+def _located(name_or_path: str) -> str:
+    """``package:NAME/FOLDER`` as the folder of an installed Python package; all else as it is."""
+    package, _, folder = name_or_path.removeprefix("package:").partition("/")
+    if not name_or_path.startswith("package:"):
+        return name_or_path
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise InputError(f"text_encoder {name_or_path}: no package {package!r} is installed; install it with pip")
+    return str(Path(spec.submodule_search_locations[0], folder))
+
+
 def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
-    """The fast tokenizer of a BERT- or RoBERTa-type model, by hub name or local folder; never runs remote code.
+    """The fast tokenizer of a BERT- or RoBERTa-type model; never runs remote code.
+
+    ``name_or_path`` is a name on the hub, a folder, or ``package:NAME/FOLDER``, a folder in an installed package.
 
     Its ``model_max_length`` is what the model has positions for. Where no file says whether text must be lower case,
     the vocabulary decides.
@@ -235,6 +249,7 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
     Raises:
         InputError: nothing there, no vocabulary or another model's, or a tokenizer without mask and padding tokens.
     """
+    name_or_path = _located(name_or_path)
     config = _load_config(name_or_path)
     is_bert = isinstance(config, transformers.BertConfig)
     loader = transformers.BertTokenizerFast if is_bert else transformers.AutoTokenizer
@@ -269,11 +284,12 @@ def load_tokenizer(name_or_path: str) -> transformers.PreTrainedTokenizerBase:
 def load_text_encoder(
     name_or_path: str, cache_size: int = 0, device: torch.device | str = "cpu", amp: bool = False
 ) -> "TextEncoder":
-    """A frozen BERT- or RoBERTa-type encoder of any hidden size, by hub name or local folder; never runs remote code.
+    """A frozen BERT- or RoBERTa-type encoder of any hidden size, from where :func:`load_tokenizer` finds its tokenizer.
 
     Raises:
         InputError: nothing can be loaded from there, with how to fetch the model once; or weights are missing.
     """
+    name_or_path = _located(name_or_path)
     keys = {"config": _load_config(name_or_path), "add_pooling_layer": False, "output_loading_info": True}
     model, info = _read(name_or_path, "model", transformers.AutoModel.from_pretrained, **keys)
     if info["missing_keys"]:  # transformers would start these at random

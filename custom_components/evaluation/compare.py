@@ -14,6 +14,7 @@ from typing import Any
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from custom_components.errors import InputError
+from custom_components.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Comparison:
             InputError: no contender is left, since the files that they are to start from do not exist.
         """
         config = running_config()
-        contenders = {name: keys for name, keys in config["contenders"].items() if self._starts(name, config | keys)}
+        contenders = {name: keys for name, keys in config["contenders"].items() if self._starts(name, config, keys)}
         if not contenders:
             raise InputError("contenders has none whose pretrained file exists: give one, or one with pretrained null")
         outputs = Path(self.output_dir)
@@ -81,7 +82,7 @@ class Comparison:
                     self._run(own, label)
                 folders[name] = outputs / label
         if self.checkpoint is not None:
-            shutil.copy(self._checkpoint(runs[max(runs)][next(iter(contenders))].name), self.checkpoint)
+            self._copy(self._checkpoint(runs[max(runs)][next(iter(contenders))].name), Path(self.checkpoint))
         return self.report(runs, outputs, **({"tuning": tuning} if self.learning_rates else {}))
 
     def _tune(self, config: Mapping[str, Any], label: str) -> tuple[str, dict[str, Any]]:
@@ -101,6 +102,14 @@ class Comparison:
     def _checkpoint(self, label: str) -> Path:
         return Path(self.models_dir) / label / "model.pt"
 
+    @staticmethod
+    def _copy(weights: Path, target: Path) -> None:
+        """With what lies beside them, which says how they are to be used."""
+        for suffix in (weights.suffix, ".json"):
+            if weights.with_suffix(suffix).is_file():
+                with replacing(target.with_suffix(suffix)) as temporary:
+                    shutil.copy(weights.with_suffix(suffix), temporary)
+
     def _run(self, config: Mapping[str, Any], label: str, evaluate: bool = True) -> ConfigWorkflow:
         """``monai.bundle.run`` of a config that is no file, and that may hold what JSON cannot, in its own folders."""
         own = {
@@ -117,9 +126,12 @@ class Comparison:
         return workflow
 
     @staticmethod
-    def _starts(name: str, config: Mapping[str, Any]) -> bool:
+    def _starts(name: str, config: Mapping[str, Any], keys: Mapping[str, Any]) -> bool:
         """Whether what a contender is to start from exists; a warning if not."""
-        pretrained = ConfigParser(copy.deepcopy(config)).get_parsed_content("pretrained", default=None)
+        parser = ConfigParser(copy.deepcopy(config))
+        parser.update(copy.deepcopy(keys))
+        start = "encoder#checkpoint" if "encoder#checkpoint" in parser else "pretrained"
+        pretrained = parser.get_parsed_content(start, default=None)
         if pretrained is None or Path(pretrained).is_file():
             return True
         logger.warning(

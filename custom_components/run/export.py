@@ -104,6 +104,77 @@ def copy_weights(models: Path, target: Path) -> list[Path]:
     return [target / name for name in names]
 
 
+def copy_description(models: Path, weights: Path) -> dict[str, Any] | None:
+    """Copy the JSON that says what exported weights must be used with, and return it; None if there is none.
+
+    A text encoder in a folder of this machine keeps the folder's name alone: its fingerprint tells it elsewhere.
+
+    Raises:
+        ExportError: it describes other weights.
+    """
+    source = models / weights.with_suffix(".json").name
+    if not source.is_file():
+        logger.warning(
+            f"{models / weights.name}: nothing beside it tells what it must be used with; configs/metadata.json and "
+            "README are left as they are: see that they fit, or export what a training of this version wrote"
+        )
+        return None
+    description = json.loads(source.read_text())
+    if description.get("sha256") != sha256(weights):
+        raise ExportError(f"{source} describes other weights than {weights.name} holds: bring both from one place")
+    settings = description["settings"]
+    if os.path.isabs(text_encoder := settings.get("text_encoder", "")):
+        settings["text_encoder"] = Path(text_encoder).name
+    weights.with_suffix(".json").write_text(json.dumps(description, indent=1) + "\n")
+    return description
+
+
+def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Let ``metadata.json`` say of inputs and outputs what holds for the weights."""
+    image, pred = (
+        metadata["network_data_format"][side][key] for side, key in (("inputs", "image"), ("outputs", "pred"))
+    )
+    image["spatial_shape"] = settings["img_size"]
+    low, high = settings["hu_range"]
+    sizes = {r"(?= patches)": settings["patch_size"], r"(?= voxels)": settings["img_size"]}
+    for place, size in sizes.items():
+        text = " x ".join(map(str, size))
+        metadata["description"] = re.sub(rf"\d+ x \d+ x \d+{place}", text, metadata["description"])
+    metadata["image_classes"] = re.sub(r"HU from \S+ to \S+", f"HU from {low} to {high}", metadata["image_classes"])
+    classes = settings.get("classes")
+    if classes is None:
+        pred["num_channels"] = settings["hidden_size"]
+        metadata["pred_classes"] = re.sub(r"^\d+", str(settings["hidden_size"]), metadata["pred_classes"])
+        return
+    if pred["spatial_shape"]:  # one class a voxel
+        pred["spatial_shape"] = settings["img_size"]
+        classes = ["background", *classes]
+        indices = ", ".join(f"{index} {name}" for index, name in enumerate(classes))
+        metadata["label_classes"] = f"one channel of class indices: {indices}"
+        metadata["pred_classes"] = f"one channel per class: {', '.join(classes)}"
+    pred["num_channels"] = len(classes)
+    pred["channel_def"] = {str(index): name for index, name in enumerate(classes)}
+
+
+def fit_readme(readme: str, settings: dict[str, Any]) -> str:
+    """Let the sections Input and Output of a README say what holds for the weights."""
+    size = " x ".join(map(str, settings["img_size"]))
+    field = [round(voxels * mm) for voxels, mm in zip(settings["img_size"], settings["pixdim"], strict=True)]
+    field = str(field[0]) if len(set(field)) == 1 else " x ".join(map(str, field))
+    classes = ", ".join(settings.get("classes", ()))
+    before, title, rest = readme.partition("### Input\n")
+    section, end, after = rest.partition("\n## ")
+    for pattern, text in (
+        (r"\d+ x \d+ x \d+(?=, float32)", size),
+        (r"(?<=`pred`: )\d+(?= channels)", str(settings["hidden_size"])),
+        (r"(?<=one logit per class), [^.]*(?=\.)", f": {classes}"),
+        (r"(?<=one channel per class), background first", f": background, {classes}"),
+        (r"\d+(?= mm field)", field),
+    ):
+        section = re.sub(pattern, lambda _, text=text: text, section)
+    return before + title + section + end + after
+
+
 def large_files(weights: list[Path], weights_url: str | None) -> str:
     """``large_files.yml`` as the model zoo, and MONAI's ``download_large_files``, read it."""
     text = "large_files:\n"
@@ -114,13 +185,24 @@ def large_files(weights: list[Path], weights_url: str | None) -> str:
     return text
 
 
-def with_weights(readme: str, weights: list[Path], trained_on: str | None) -> str:
+def with_weights(
+    readme: str, weights: list[Path], trained_on: str | None, description: dict[str, Any] | None = None
+) -> str:
     """A README whose section Weights says what the bundle holds; without weights, the README as it is."""
     if not weights:
         return readme
-    section = f"## Weights\nTrained on: {trained_on or 'not told by those who exported them'}.\n\n"
-    section += "| file | bytes | SHA-256 |\n|---|---|---|\n"
+    section = f"## Weights\nTrained on: {trained_on or 'not told by those who exported them'}.\n"
+    if description is not None:
+        section += f"Licence of the weights: {description['license'] or 'not told by those who trained them'}.\n"
+    section += "\n| file | bytes | SHA-256 |\n|---|---|---|\n"
     section += "".join(f"| `models/{path.name}` | {path.stat().st_size:,} | `{sha256(path)}` |\n" for path in weights)
+    if description is not None:
+        section += (
+            "\n`inference.json` takes from `models/model.json` what these weights must be used with. Where sections "
+        )
+        section += "below name published values, these hold:\n\n| key | value |\n|---|---|\n"
+        section += "".join(f"| `{key}` | {json.dumps(value)} |\n" for key, value in description["settings"].items())
+        readme = fit_readme(readme, description["settings"])
     changed, count = re.subn(r"(?ms)^## Weights\n.*?(?=^#)", lambda _: section + "\n", readme)
     if count != 1:
         raise ExportError(f"docs/README.md has {count} sections '## Weights', where the weights are told: it needs one")
@@ -197,7 +279,17 @@ def export(
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(module, copy)
         weights = copy_weights(bundle / "models", work / "models")
-        readme = with_weights((bundle / "docs" / "README.md").read_text(), weights, trained_on)
+        if not any(path.name == "model.pt" for path in weights):
+            logger.warning(
+                f"{bundle / 'models'} has no model.pt: the export holds no weights to infer with. Train, or bring a "
+                "model.pt with its model.json, and export again; or let its users put both into its models folder"
+            )
+        described = {path.name: copy_description(bundle / "models", path) for path in weights if path.suffix == ".pt"}
+        description = described.get("model.pt")
+        if description is not None:
+            fit_metadata(metadata, description["settings"])
+            (work / "configs" / "metadata.json").write_text(json.dumps(metadata, indent=4) + "\n")
+        readme = with_weights((bundle / "docs" / "README.md").read_text(), weights, trained_on, description)
         (work / "docs" / "README.md").write_text(readme)
         (work / "README.md").write_text(CARD + readme)
         (work / "requirements.txt").write_text(requirements(metadata))
@@ -225,9 +317,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="where its export goes")
     parser.add_argument("--weights_url", help="where the models folder is hosted; leaves weights over 25 MB out")
     parser.add_argument("--trained_on", help="what the weights were trained on, for the README")
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         folder, archive = export(**vars(parser.parse_args()))
     except (ExportError, OSError) as error:
         sys.exit(f"error: {error}")
-    logger.info(f"{folder}\n{archive}")
+    print(f"{folder}\n{archive}")

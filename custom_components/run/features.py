@@ -2,8 +2,10 @@
 
 import hashlib
 import inspect
+import io
 import json
 import os
+import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -183,6 +185,7 @@ class FeatureCache(OnlineFeatures):
     Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``. The key hashes the encoder's
     weights and architecture, the deterministic transforms, and ``amp``; the augmentation's hashes its transforms and
     the seed. Names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
+    A file that is damaged, or not as long as it was, is made again.
 
     Args:
         num_views: per training volume; ``batch_size`` counts views. All else as in :class:`OnlineFeatures`.
@@ -283,8 +286,7 @@ class FeatureCache(OnlineFeatures):
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
                     features = torch.cat([self.network.features(chunk) for chunk in chunks]).float().cpu().numpy()
                 for file, feature in zip(items[batch["index"]]["files"].values(), features, strict=True):
-                    with replacing(file) as temporary, open(temporary, "wb") as stream:
-                        np.save(stream, feature)
+                    _save(feature, file)
                 self.encoded += len(features)
         return dict(loader.failures)
 
@@ -317,8 +319,20 @@ def _views(item: Mapping[str, Any], read: Callable, plain: Callable, augment: Co
     return {"image": torch.stack(views), "index": item["index"]}
 
 
+def _save(feature: np.ndarray, file: Path) -> None:
+    """As NumPy saves it, with the checksum behind that its format lacks; ``np.load`` passes over what follows."""
+    content = io.BytesIO()
+    np.save(content, feature)
+    with replacing(file) as temporary:
+        temporary.write_bytes(content.getvalue() + zlib.crc32(content.getvalue()).to_bytes(4, "little"))
+
+
 def _load(file: Path) -> np.ndarray | None:
+    """None for what has to be made: there is no file, or its bytes are not those that were written."""
     try:
-        return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError):  # none yet, a disk that was full, or bytes that were lost
+        content = file.read_bytes()
+        if zlib.crc32(content[:-4]).to_bytes(4, "little") != content[-4:]:
+            return None
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except (OSError, ValueError, EOFError):
         return None

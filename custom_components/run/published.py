@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 
 from custom_components.errors import InputError
 from custom_components.files import replacing
-from custom_components.run.weights import load_file, misfits, positions_formula, save_atomically, state_dict_of
+from custom_components.run.description import describe, sha256
+from custom_components.run.weights import load_file, misfits, positions_formula, save_weights, state_dict_of
 from custom_components.vit import SimCroPEncoder, patch_grid
 
 logger = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ def _import(
     wanted: Callable[[str], bool],
     harmless: Callable[[str], bool],
     reasons: Mapping[str, str],
+    description: Mapping[str, Any] | None,
 ) -> None:
     """Fill ``module`` from a file's tensors, write it to ``path`` and the table of them beside it: all, or nothing.
 
@@ -35,6 +38,7 @@ def _import(
         wanted: names that must be taken.
         harmless: names of the file whose absence from the module changes nothing that it computes.
         reasons: better ones than the table's own, by ``status tensor``.
+        description: of the weights, to which the file that they come from is added; None for none.
     """
     own = module.state_dict()
     misfit = misfits({name: tensor for name, tensor in own.items() if wanted(name)}, found)
@@ -63,7 +67,9 @@ def _import(
             f"checkpoint {checkpoint}: {faults[0]}, and {len(faults) - 1} more of its tensors do not fit; {cure}"
         )
     module.load_state_dict({name: found[name] for name in own if wanted(name)}, strict=False)
-    save_atomically(module.state_dict(), path)
+    if description is not None:
+        description = {**description, "source": {"file": Path(checkpoint).name, "sha256": sha256(checkpoint)}}
+    save_weights(module.state_dict(), path, description)
     table_file = Path(path).with_suffix(".csv")
     with replacing(table_file) as temporary:
         table.to_csv(temporary, index=False)
@@ -91,6 +97,9 @@ def import_weights(
     patch_size: Sequence[int] = (16, 16, 8),
     pos_embed: str = "sincos3d",
     seed: int = 42,
+    bundle_root: str | Path | None = None,
+    license: str | None = None,
+    **preprocessing: Any,
 ) -> SimCroPEncoder:
     """Turn a published checkpoint into the ``encoder.pt`` that all bundles read, and return the encoder.
 
@@ -106,6 +115,10 @@ def import_weights(
         img_size: voxels of the volumes that the checkpoint was trained on. The file has the number of patches alone.
         num_heads: attention heads, which no file has; None for width / 64, as in ViT-B.
         patch_size, pos_embed, seed: patch, formula of the positions and random start, for a 2D checkpoint only.
+        bundle_root: of the bundle that imports, to describe the weights in a JSON beside them; None describes nothing.
+        license: of the weights, for the description.
+        preprocessing: what the description says of the volumes that the checkpoint was trained on (``pixdim``,
+            ``hu_range``), as of ``img_size`` and ``num_heads``: no file tells, so it is marked as assumed.
 
     Raises:
         InputError: no such checkpoint, unreadable, of another network or ``img_size``, incomplete, or not finite;
@@ -155,6 +168,17 @@ def import_weights(
         reasons = {f"missing {name}": f"starts at random, seed {seed}" for name in random}
         reasons |= {f"skipped {name}": "of images, not of volumes" for name in (*random, "pos_embed")}
         reasons["missing pos_embed"] = f"made anew: {pos_embed}"
+    description = None
+    if bundle_root is not None:
+        network = {name: value for name, value in sizes.items() if name != "in_channels"}
+        statistics = {"hu_bins": 0, "scale_space": [], "statistics_mlp_dim": 0}
+        positions = formula if volumetric else pos_embed
+        description = describe(
+            preprocessing | network | statistics | ({"pos_embed": positions} if positions else {}),
+            bundle_root,
+            license=license,
+            assumed=[*preprocessing, "img_size", "num_heads"],
+        )
     _import(
         encoder,
         found,
@@ -164,6 +188,7 @@ def import_weights(
         wanted=lambda name: volumetric or name.startswith(("blocks.", "norm.")),
         harmless=lambda name: not name.startswith(("blocks.", "norm.", "patch_embed.")),
         reasons=reasons,
+        description=description,
     )
     if not volumetric:
         logger.warning(f"{checkpoint}: is a checkpoint of images: {', '.join(random)} start at RANDOM, seed {seed}")
@@ -171,12 +196,21 @@ def import_weights(
     return encoder
 
 
-def import_unetr(network: nn.Module, checkpoint: str | Path, model_file: str | Path) -> nn.Module:
+def import_unetr(
+    network: nn.Module,
+    checkpoint: str | Path,
+    model_file: str | Path,
+    bundle_root: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    license: str | None = None,
+) -> nn.Module:
     """Turn a UNETR that the authors' segmentation code wrote into the segment bundle's ``models/model.pt``.
 
     Args:
         network: a :class:`custom_components.unetr.SimCroPUNETR` of the checkpoint's sizes; returned filled.
         model_file: where to write, with the table of tensors beside it; must not exist.
+        bundle_root, license: as in :func:`import_weights`.
+        settings: what the description says that the weights must be used with; all of it is marked as assumed.
 
     Raises:
         InputError: as :func:`import_weights`; the network's region, classes or widths are not the checkpoint's.
@@ -197,5 +231,8 @@ def import_unetr(network: nn.Module, checkpoint: str | Path, model_file: str | P
         # the published network holds them, and leaves them out of its forward pass
         harmless=lambda name: name == "encoder.cls_token" or ".conv3." in name,
         reasons={},
+        description=None
+        if bundle_root is None or settings is None
+        else describe(settings, bundle_root, license=license, assumed=list(settings)),
     )
     return network

@@ -28,6 +28,7 @@ from custom_components.run.weights import (
     load_file,
     misfits,
     save_atomically,
+    save_weights,
 )
 
 logger = logging.getLogger(__name__)
@@ -80,7 +81,10 @@ class Checkpointer:
         resume: ``auto`` resumes from ``path`` if it is there, else from the one before, else starts. None starts anew
             and replaces what is there. A path resumes from that file.
         minutes: time between two checkpoints within an epoch, after a step of the optimiser; None writes none.
-        recipe: settings of the training. ``auto`` refuses a checkpoint of another recipe.
+        recipe: settings of the training, and fingerprints of what it starts from. ``auto`` refuses a checkpoint of
+            another recipe.
+        description: of the weights, written beside each of them and inside the checkpoint; see
+            :func:`custom_components.run.description.describe`.
         loss_check: sees every loss, and is called before anything is written.
 
     Raises:
@@ -95,6 +99,7 @@ class Checkpointer:
     minutes: float | None = None
     recipe: Mapping[str, Any] | None = None
     loss_check: LossCheck | None = None
+    description: Mapping[str, Any] | None = None
     resumed: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +125,7 @@ class Checkpointer:
         modules = {name: item for name, item in self.objects.items() if isinstance(item, nn.Module)}
         self.frozen = {name: fingerprint(module) for name, module in modules.items()}
         if rank() == 0:
-            for path in (self.path, *self.weights):
+            for path in (self.path, *self.weights, *(path.with_suffix(".json") for path in self.weights)):
                 remove_temporary(path)
         if self.resume is not None:
             self.restore(engine)
@@ -157,9 +162,11 @@ class Checkpointer:
         }
         content = {name: _state(item) for name, item in self.objects.items()}
         content |= {"trainer": position, "recipe": self.recipe, "frozen": self.frozen}
+        if self.description is not None:
+            content["description"] = dict(self.description)
         if batch == 0:
             for path, module in self.weights.items():
-                save_atomically(module.state_dict(), path)
+                save_weights(module.state_dict(), path, self.description)
         save_atomically(content, self.path, self.previous if self.resumed else None)
         if not self.resumed:
             self.previous.unlink(missing_ok=True)  # of a training that this one replaces
@@ -275,6 +282,7 @@ class KeepBest:
     Args:
         evaluator, metric: the metric that counts; higher is better.
         patience: validations without improvement before the training ends; None never ends it.
+        description: of the weights, written beside them; see :func:`custom_components.run.description.describe`.
     """
 
     network: nn.Module
@@ -282,6 +290,7 @@ class KeepBest:
     metric: str
     path: str
     patience: int | None = None
+    description: Mapping[str, Any] | None = None
     best: float = field(default=-math.inf, init=False)
     epoch: int = field(default=0, init=False)
     waited: int = field(default=0, init=False)
@@ -304,7 +313,7 @@ class KeepBest:
         if value > self.best:  # NaN, where no class is anywhere, is never better
             self.best, self.epoch, self.waited = value, trainer.state.epoch, 0
             if rank() == 0:
-                save_atomically(self.network.state_dict(), self.path)
+                save_weights(self.network.state_dict(), self.path, self.description)
         else:
             self.waited += 1
         shown = ", ".join(f"{name} {float(found):.4f}" for name, found in metrics.items())

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import monai.bundle
 import pytest
+import torch
 from monai.bundle import ConfigWorkflow
+
+from custom_components.run.description import describe
+from custom_components.run.weights import save_weights
+from custom_components.vit import SimCroPEncoder
+from tests.conftest import BUNDLES
 
 SLICERIO = Path(importlib.util.find_spec("slicerio").submodule_search_locations[0]) / "data"
 CT, LUNGS = SLICERIO / "CTChest4.nrrd", SLICERIO / "Segmentation.seg.nrrd"
@@ -38,6 +44,22 @@ def told(stderr: str, *words: str) -> None:
     assert len(lines) == 1, stderr
     assert all(word in lines[0] for word in words), lines[0]
     assert "Traceback" not in stderr
+
+
+def demo_encoder() -> dict[str, object]:
+    """Sizes of the encoder that the demo of the pretrain bundle leaves."""
+    demo = json.loads((BUNDLES / "pretrain" / "configs" / "demo.json").read_text())
+    keys = ("img_size", "pixdim", "patch_size", "hidden_size", "mlp_dim", "num_layers", "num_heads", "hu_bins")
+    sizes = {key: demo[key] for key in (*keys, "scale_space")}
+    return sizes | {"statistics_mlp_dim": 2 * demo["hidden_size"]}
+
+
+def write_encoder(path: Path, seed: int = 0) -> None:
+    """What the demo of the pretrain bundle leaves, untrained, with what it says of itself."""
+    torch.manual_seed(seed)  # some starts find no organ in so few steps
+    settings = demo_encoder() | {"hu_range": [-1000, 1000], "pos_embed": "sincos3d"}
+    description = describe(settings, BUNDLES / "pretrain")
+    save_weights(SimCroPEncoder(**demo_encoder()).state_dict(), path, description)
 
 
 def documented_overlays(bundle: Path) -> list[dict]:

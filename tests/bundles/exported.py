@@ -8,6 +8,7 @@ Run by ``test_export.py`` where this repository cannot be imported; one process,
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import io
 import json
@@ -34,17 +35,17 @@ from monai.bundle import (
     verify_net_in_out,
 )
 
-INFERENCE = ["configs/inference.json", "configs/demo.json"]
+INFERENCE = ["configs/inference.json"]
 
 
-def check_metadata(schema: str, shape: list[int], channels: int, network: dict[str, Any]) -> None:
+def check_metadata(schema: str, shape: list[int], channels: int) -> None:
     """As the model zoo does: the schema lies where it would be downloaded to."""
     Path("eval").mkdir(exist_ok=True)
     shutil.copy(schema, "eval/schema.json")
     verify_metadata("configs/metadata.json", "eval/schema.json")
     data_format = "_meta_#network_data_format"
     small = {f"{data_format}#inputs#image#spatial_shape": shape, f"{data_format}#outputs#pred#num_channels": channels}
-    verify_net_in_out("network_def", "configs/metadata.json", INFERENCE, device="cpu", **small, **network)
+    verify_net_in_out("network_def", "configs/metadata.json", INFERENCE, device="cpu", **small)
 
 
 def missing_properties(overlays: dict[str, tuple[list[str], str, dict[str, Any]]]) -> dict[str, list[str]]:
@@ -60,14 +61,13 @@ def missing_properties(overlays: dict[str, tuple[list[str], str, dict[str, Any]]
     return missing
 
 
-def exports(shape: list[int], network: dict[str, Any]) -> dict[str, float]:
+def exports(shape: list[int]) -> dict[str, float]:
     """Largest difference between the eager network and its TorchScript and ONNX exports, over its largest output."""
     files = {"ckpt_file": "models/model.pt", "meta_file": "configs/metadata.json", "config_file": INFERENCE}
-    ckpt_export("network_def", "models/model.ts", **files, **network)
-    onnx_export("network_def", "models/model.onnx", **files, input_shape=[1, 1, *shape], **network)
+    ckpt_export("network_def", "models/model.ts", **files)
+    onnx_export("network_def", "models/model.onnx", **files, input_shape=[1, 1, *shape])
     parser = ConfigParser()
     parser.read_config(INFERENCE)
-    parser.update(network)
     eager = parser.get_parsed_content("network_def").eval()
     eager.load_state_dict(torch.load("models/model.pt", weights_only=True))
     torch.manual_seed(0)
@@ -83,25 +83,27 @@ def exports(shape: list[int], network: dict[str, Any]) -> dict[str, float]:
     return {name: float(np.abs(found - expected).max() / scale) for name, found in (("ts", scripted), ("onnx", onnx))}
 
 
-def loaded_share(sizes: dict[str, Any]) -> float:
+def loaded_share() -> float:
     """Share of ``models/model.pt`` that ``monai.bundle.load`` puts into the network of ``inference.json``."""
     name = Path.cwd().name
-    network = load(name, bundle_dir="..", workflow_type="inference", device="cpu", net_override=sizes)
+    network = load(name, bundle_dir="..", workflow_type="inference", device="cpu")
     weights = torch.load("models/model.pt", weights_only=True)
     found = network.state_dict()
     assert found.keys() == weights.keys()
     return sum(torch.equal(found[key], weights[key]) for key in weights) / len(weights)
 
 
-def random_weights(network: dict[str, Any]) -> None:
+def random_weights() -> None:
     """``models/random.pt``, whose label maps hold every class, unlike those of a minute's training; and its script."""
     parser = ConfigParser()
     parser.read_config(INFERENCE)
-    parser.update(network)
     torch.manual_seed(0)
     torch.save(parser.get_parsed_content("network_def").state_dict(), "models/random.pt")
+    description = json.loads(Path("models/model.json").read_text())
+    description["sha256"] = hashlib.sha256(Path("models/random.pt").read_bytes()).hexdigest()
+    Path("models/random.json").write_text(json.dumps(description))
     files = {"ckpt_file": "models/random.pt", "meta_file": "configs/metadata.json", "config_file": INFERENCE}
-    ckpt_export("network_def", "models/random.ts", **files, **network)
+    ckpt_export("network_def", "models/random.ts", **files)
 
 
 def inference(scan: str, keys: dict[str, Any]) -> list[str]:
@@ -114,11 +116,10 @@ def inference(scan: str, keys: dict[str, Any]) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
-def deployed(scan: str, network: dict[str, Any], keys: dict[str, Any]) -> None:
+def deployed(scan: str, keys: dict[str, Any]) -> None:
     """``deploy.json`` on a scan with the eager network in place of its script: what the script has to repeat."""
     parser = ConfigParser()
     parser.read_config(INFERENCE)
-    parser.update(network)
     eager = parser.get_parsed_content("network_def").eval()
     eager.load_state_dict(torch.load("models/random.pt", weights_only=True))
     keys = keys | {"dataset_dir": scan, "output_dir": "eval/deployed", "network_def": eager}
@@ -159,16 +160,15 @@ def refused(folder: str) -> str:
 
 def main() -> None:
     task = json.loads(sys.argv[1])
-    shape, network = task["shape"], task["network"]
-    check_metadata(task["schema"], shape, task["channels"], network)
+    check_metadata(task["schema"], task["shape"], task["channels"])
     if "checkpoint" in task["inference"]:
-        random_weights(network)
+        random_weights()
     result = {
         "components": str(Path(importlib.util.find_spec("custom_components").origin).parent),
         "own demo": own_demo(task["demo"]),
         "missing": missing_properties(task["overlays"]),
-        "error": exports(shape, network),
-        "loaded": loaded_share(task["load"]),
+        "error": exports(task["shape"]),
+        "loaded": loaded_share(),
         "files": inference(task["scan"], task["inference"]),
         "outside": sorted(
             path
@@ -179,7 +179,7 @@ def main() -> None:
         ),
     }
     if "deploy" in task:
-        deployed(task["scan"], network, task["deploy"])
+        deployed(task["scan"], task["deploy"])
     if "other" in task:
         result["other"] = other_bundle(*task["other"])
         result["refused"] = refused(task["other"][0])

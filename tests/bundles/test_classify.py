@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from custom_components.probe import LinearProbe
 from custom_components.vit import SimCroPEncoder
-from tests.bundles.conftest import CT, documented_overlays, fails_with, run
+from tests.bundles.conftest import CT, demo_encoder, documented_overlays, fails_with, run, write_encoder
 from tests.conftest import classes_of, write_dicom
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "classify"
@@ -36,9 +37,7 @@ TINY = {
     "fractions": [0.5, 1.0],
 }
 DEMO = json.loads((BUNDLE / "configs" / "demo.json").read_text())
-ENCODER = {k: DEMO[k] for k in ("img_size", "patch_size", "hidden_size", "mlp_dim", "num_layers", "num_heads")}
-ENCODER |= {"hu_bins": DEMO["hu_bins"], "scale_space": DEMO["scale_space"], "pixdim": DEMO["pixdim"]}
-ENCODER["statistics_mlp_dim"] = 2 * ENCODER["hidden_size"]
+ENCODER = demo_encoder()
 CT_RATE_CLASSES = classes_of("ct_rate")
 DEMO_CLASSES = DEMO["classes"]
 
@@ -48,10 +47,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the bundle, after its demo at tiny size, by the README's command, on a stand-in for pre-training."""
     folder = tmp_path_factory.mktemp("bundles") / "classify"
     shutil.copytree(BUNDLE, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
-    encoder = folder.parent / "pretrain" / "models" / "encoder.pt"
-    encoder.parent.mkdir(parents=True)
-    torch.manual_seed(0)
-    torch.save(SimCroPEncoder(**ENCODER).state_dict(), encoder)
+    write_encoder(folder.parent / "pretrain" / "models" / "encoder.pt")
     result = run(folder, TRAIN, **COHORT, **TINY)
     assert result.returncode == 0, result.stdout + result.stderr
     (folder / "stdout.txt").write_text(result.stdout)
@@ -69,7 +65,7 @@ def curve(folder: Path, tag: str = "loss/total") -> list[float]:
 
 
 def test_demo_leaves_weights_tables_and_curves(bundle: Path) -> None:
-    assert {"checkpoint.pt", "model.pt"} <= {p.name for p in (bundle / "models").iterdir()}
+    assert {"checkpoint.pt", "model.pt", "model.json"} <= {p.name for p in (bundle / "models").iterdir()}
     weights = torch.load(bundle / "models" / "model.pt", weights_only=True)
     assert weights["head.weight"].shape == (6, 96) and "encoder.blocks.0.attn.qkv.weight" in weights
     pretrained = torch.load(bundle.parent / "pretrain" / "models" / "encoder.pt", weights_only=True)
@@ -272,7 +268,7 @@ def test_ones_own_data_by_the_readmes_overlays(bundle: Path, run_here: Callable,
     run_here([*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine")
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert (metrics["volumes"], metrics["selected_on_test"]) == [(4, False), (12, True)][example]
-    run_here(["inference.json", "demo.json", "my_data.json"], dataset_dir=CT)
+    run_here(["inference.json"], dataset_dir=CT)
     assert list(pd.read_csv(tmp_path / "eval" / "predictions.csv"))[2:] == overlay["classes"]
 
 
@@ -285,6 +281,7 @@ def test_inference_serves_the_classes_of_ct_rate_or_of_the_overlay(bundle: Path)
         parser = ConfigParser()
         parser.read_config([str(bundle / "configs" / f"{name}.json") for name in ("inference", *overlays)])
         parser["bundle_root"] = str(bundle)
+        parser["models_dir"] = "absent"
         assert parser.get_parsed_content("classes") == classes_of((overlays or ["ct_rate"])[0])
 
 
@@ -304,7 +301,9 @@ def test_an_unreadable_volume_is_left_out_and_ends_in_exit_code_1(bundle: Path, 
 
 
 BAD_KEYS = {
-    "encoder of another size": ({"hidden_size": 48}, ["encoder.pt", "does not fit", "keys"]),
+    "encoder of another size": ({"hidden_size": 48}, ["encoder.pt", "trained with hidden_size 96", "is 48"]),
+    "spacing": ({"pixdim": [1.5, 1.5, 3.0]}, ["encoder.pt", "pixdim [4.0, 4.0, 8.0]", "pixdim is [1.5, 1.5, 3.0]"]),
+    "window": ({"hu_range": [-500, 500]}, ["encoder.pt", "hu_range [-1000, 1000]", "hu_range is [-500, 500]"]),
     "no encoder": ({"pretrained": "absent.pt"}, ["pretrained absent.pt", "null"]),
     "class": ({"classes": ["Cyst"]}, ["train_predicted_labels.csv", "no column Cyst"]),
     "frozen": ({"frozen": False}, ["frozen is false", "online"]),
@@ -341,7 +340,7 @@ def found(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_dicom(itk.imread(str(CT), itk.SS), scans / "series")
     (scans / "text.nii").write_text("not a volume")
     keys = {"dataset_dir": scans, "output_dir": results, "saliency": "['Pleural effusion', 'Lung nodule']"}
-    fails_with(run(bundle, ["inference.json", "demo.json"], **keys), "1 of 4", "text")
+    fails_with(run(bundle, ["inference.json"], **keys), "1 of 4", "text")
     return results
 
 
@@ -351,6 +350,57 @@ def test_inference_on_real_ct_gives_a_row_per_scan(bundle: Path, found: Path) ->
     values = table[DEMO_CLASSES].to_numpy()
     assert ((values > 0) & (values < 1)).all()
     np.testing.assert_allclose(values, values[[0, 0, 0]], atol=1e-4)  # the same scan in three formats
+
+
+def test_weights_tell_what_they_must_be_used_with(bundle: Path) -> None:
+    told = json.loads((bundle / "models" / "model.json").read_text())
+    expected = ENCODER | {"classes": DEMO_CLASSES, "exclusive": False, "check_hu": True, "hu_range": [-1000, 1000]}
+    assert expected.items() <= told["settings"].items()
+    encoder = (bundle.parent / "pretrain" / "models" / "encoder.pt").read_bytes()
+    assert told["recipe"]["pretrained"] == hashlib.sha256(encoder).hexdigest()[:16]
+    assert (
+        torch.load(bundle / "models" / "checkpoint.pt", weights_only=True)["description"]["settings"]
+        == told["settings"]
+    )
+
+
+CONTRADICTIONS = {
+    "spacing": ({"pixdim": [1.5, 1.5, 3.0]}, ["pixdim [4.0, 4.0, 8.0]", "pixdim is [1.5, 1.5, 3.0]"]),
+    "window": ({"hu_range": [0, 255]}, ["hu_range [-1000, 1000]", "hu_range is [0, 255]"]),
+    "order": ({"classes": DEMO_CLASSES[::-1]}, [f"classes {DEMO_CLASSES}", f"classes is {DEMO_CLASSES[::-1]}"]),
+    "exclusive": ({"exclusive": True}, ["exclusive False", "exclusive is True"]),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_key_that_contradicts_the_weights_is_told(bundle: Path, refuses: Callable, case: str) -> None:
+    keys, words = CONTRADICTIONS[case]
+    refuses(["inference.json"], {"dataset_dir": CT, "models_dir": bundle / "models"} | keys, "model.pt", *words)
+
+
+def test_evaluation_is_of_the_classes_that_the_weights_name(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    """Whatever the order of the overlay's."""
+    turned = {"models_dir": bundle / "models", "num_resamples": 20, "classes": DEMO_CLASSES[::-1]}
+    run_here([*TRAIN, "evaluate.json"], **turned)
+    first, again = (json.loads((f / "metrics.json").read_text()) for f in (bundle / "eval", tmp_path / "eval"))
+    for name, entry in first["per_class"].items():
+        assert again["per_class"][name]["auroc"]["value"] == pytest.approx(entry["auroc"]["value"])
+
+
+def test_resuming_on_another_encoder_is_refused(bundle: Path, refuses: Callable, tmp_path: Path) -> None:
+    write_encoder(tmp_path / "encoder.pt", seed=1)
+    keys = TINY | {"models_dir": bundle / "models", "pretrained": tmp_path / "encoder.pt", "fractions": [1.0]}
+    refuses(TRAIN, keys, "checkpoint.pt", "another recipe", "pretrained was ", "and is")
+
+
+def test_old_weights_load_and_what_is_assumed_is_told(
+    bundle: Path, run_here: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "models").mkdir()
+    shutil.copy(bundle / "models" / "model.pt", tmp_path / "models")
+    run_here(["inference.json"], dataset_dir=CT, classes=DEMO_CLASSES, **ENCODER)
+    assert "model.pt: does not itself tell what it was trained with; assumed: classes" in caplog.text
+    assert list(pd.read_csv(tmp_path / "eval" / "predictions.csv"))[2:] == DEMO_CLASSES
 
 
 def test_saliency_has_the_scans_geometry_and_means_the_logit(bundle: Path, found: Path) -> None:
@@ -439,7 +489,8 @@ def test_published_schedules() -> None:
         "flip_prob": [0.2, 0.2, 0.2], "shift_offset": 0.1, "shift_prob": 0.1, "noise_prob": 0.2, "frozen": True,
         "pos_weight": None, "validation_share": 0.0, "select_by": "auroc", "seed": 42,
     }  # fmt: skip
-    assert {key: train[key] for key in published} == published
+    parser = ConfigParser(train | {"pretrained": None})
+    assert {key: parser.get_parsed_content(key) for key in published} == published
     table = {
         "ct_rate": {"0.01": (1000, 32, 1.5e-3, 150, 10),
                     "0.1": (10000, 64, 3e-3, 1500, 10), "1.0": (10000, 64, 3e-3, 1500, 10)},
@@ -467,8 +518,8 @@ def test_metadata_names_the_classes() -> None:
 
 def test_exports_to_torchscript(bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(bundle)
-    files = [f"configs/{name}" for name in ("inference.json", "demo.json")]
-    ckpt_export("network_def", str(tmp_path / "model.ts"), "models/model.pt", "configs/metadata.json", files)
+    files = ("models/model.pt", "configs/metadata.json", "configs/inference.json")
+    ckpt_export("network_def", str(tmp_path / "model.ts"), *files)
     exported = torch.jit.load(tmp_path / "model.ts")
     probe = LinearProbe(SimCroPEncoder(**ENCODER), 6)
     probe.load_state_dict(torch.load("models/model.pt", weights_only=True))

@@ -38,31 +38,14 @@ PRETRAIN, CLASSIFY, SEGMENT = (
 )
 LABELS = {key: CLASSIFY[key] for key in ("labels", "id_column", "name_pattern", "images", "classes")}
 AS_ANY = PHANTOM | LABELS | {"lists_dir": None, "columns": {}}  # the phantoms stand in for any data set
-SIZES = (
-    "img_size",
-    "patch_size",
-    "hidden_size",
-    "mlp_dim",
-    "num_layers",
-    "num_heads",
-    "hu_bins",
-    "scale_space",
-    "pixdim",
-)
 
 
-def encoder(demo: dict) -> dict[str, object]:
-    """What makes the encoder of ``network_def`` that of the demo."""
-    sizes = {f"encoder#{key}": demo[key] for key in SIZES}
-    return sizes | {"encoder#statistics_mlp_dim": 2 * demo["hidden_size"]}
-
-
-def overlays(train: dict[str, dict], keys: dict, network: dict) -> dict[str, tuple]:
+def overlays(train: dict[str, dict], keys: dict) -> dict[str, tuple]:
     """Every overlay of a bundle on its demo, as a training workflow; and inference."""
     found = {name: (["train.json", "demo.json", f"{name}.json"], "train", keys | more) for name, more in train.items()}
     return found | {
         "train": (["train.json", "demo.json"], "train", keys),
-        "inference": (["inference.json", "demo.json"], "infer", {"dataset_dir": str(CT), **network}),
+        "inference": (["inference.json"], "infer", {"dataset_dir": str(CT)}),
     }
 
 
@@ -70,22 +53,15 @@ TASK = {
     "pretrain": {
         "shape": PRETRAIN["img_size"],
         "channels": 96,
-        "network": {},
-        "load": encoder(PRETRAIN)
-        | {"aligner#visual_size": 96, "aligner#text_size": 384, "aligner#projection_size": 128}
-        | {"aligner#align_layer": 0, "aligner#patch_projection": "linear"},
         "inference": {"sentences": ["There is a pleural effusion."]},
         "overlays": overlays(
             {name: {} for name in ("recommended", "anatomy", "evaluate", "multi_gpu_train", "multi_gpu_evaluate")},
             PHANTOM,
-            {},
         ),
     },
     "classify": {
-        "shape": CLASSIFY["img_size"],
+        "shape": PRETRAIN["img_size"],
         "channels": 6,
-        "network": {},
-        "load": encoder(CLASSIFY) | {"num_classes": 6},
         "inference": {"saliency": "all"},
         "overlays": overlays(
             {name: {} for name in ("ct_rate", "radchestct", "luna16", "cached", "finetune", "evaluate")}
@@ -93,16 +69,13 @@ TASK = {
             | {"external_radchestct": {"network_classes": "@classes", "merged_classes": {}}}
             | {"multi_gpu_train": {}, "multi_gpu_evaluate": {}},
             AS_ANY | {"num_views": 1, "resume": None},
-            {},
         ),
     },
     "segment": {
         "shape": SEGMENT["img_size"],
         "channels": 1 + len(SEGMENT["classes"]),
-        "network": {"feature_size": 4},
-        "load": encoder(SEGMENT) | {"feature_size": 4, "out_channels": 1 + len(SEGMENT["classes"])},
-        "inference": {"feature_size": 4, "checkpoint": "models/random.pt"},
-        "deploy": {k: SEGMENT[k] for k in ("pixdim", "img_size", "overlap")},
+        "inference": {"checkpoint": "models/random.pt", "overlap": SEGMENT["overlap"]},
+        "deploy": {"overlap": SEGMENT["overlap"]},
         "overlays": overlays(
             {name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}
             | {
@@ -110,7 +83,6 @@ TASK = {
                 for name in ("luna16", "btcv")
             },
             ORGANS,
-            {"feature_size": 4},
         )
         | {"deploy": (["deploy.json"], "infer", {"dataset_dir": str(CT), "checkpoint": "models/random.ts"})},
     },
@@ -262,12 +234,13 @@ def test_two_exports_of_different_versions_are_told(exported: dict) -> None:
 
 
 def test_deployment_needs_no_components(exported: dict, bare: tuple, tmp_path: Path) -> None:
-    """The script and ``deploy.json`` alone, by the command line, give the eager network's label map of a real CT."""
+    """The script, what describes it, and ``deploy.json`` segment a real CT as the eager network does."""
     folder = exported["segment"]["folder"]
     found(exported, "segment")
     (tmp_path / "models").mkdir()
     (tmp_path / "configs").mkdir()
-    shutil.copy(folder / "models" / "random.ts", tmp_path / "models" / "model.ts")
+    for suffix in (".ts", ".json"):
+        shutil.copy(folder / "models" / f"random{suffix}", tmp_path / "models" / f"model{suffix}")
     shutil.copy(folder / "configs" / "deploy.json", tmp_path / "configs")
     keys = {"dataset_dir": CT} | TASK["segment"]["deploy"]
     command = ["-m", "monai.bundle", "run", "--config_file", "configs/deploy.json", *options(keys)]

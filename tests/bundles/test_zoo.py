@@ -87,7 +87,7 @@ def test_packages_are_pinned_and_complete(name: str) -> None:
             elif isinstance(node, ast.ImportFrom):
                 imported.add(node.module.split(".")[0])
     configs = "".join(path.read_text() for path in (folder(name) / "configs").glob("*.json"))
-    imported |= set(re.findall(r"find_spec\('(\w+)'\)", configs))
+    imported |= set(re.findall(r'"package:(\w+)/', configs))
     distributions = packages_distributions()
     needed = {distributions[module][0].lower().replace("_", "-") for module in imported if module in distributions}
     needed |= {"itk"} if "ITKReader" in configs else set()  # MONAI's

@@ -13,15 +13,18 @@ import sys
 import zipfile
 from pathlib import Path
 
+import jsonschema
 import pytest
 import torch
 import yaml
-from monai.bundle import download_large_files
+from monai.bundle import ConfigParser, ckpt_export, download_large_files, verify_net_in_out
 from monai.bundle.scripts import _add_model_card_metadata
 from torch import nn
 
 import custom_components.run.export
+from custom_components.run.description import describe
 from custom_components.run.export import ExportError, components, content_hash, export, write_zip
+from custom_components.run.weights import save_weights
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[3]
@@ -154,6 +157,103 @@ def test_weights_of_unknown_origin_are_told_to_be(bundle: Path, tmp_path: Path) 
     weights(bundle)
     folder, _ = export(bundle, tmp_path / "out")
     assert "Trained on: not told by those who exported them." in (folder / "README.md").read_text()
+
+
+SMALL = {
+    "img_size": [16, 16, 16], "pixdim": [4.0, 4.0, 8.0], "hu_range": [-900, 900], "patch_size": [8, 8, 4],
+    "hidden_size": 24, "mlp_dim": 32, "num_layers": 4, "num_heads": 3, "hu_bins": 4, "scale_space": [4.0],
+    "statistics_mlp_dim": 8, "pos_embed": "simcrop",
+}  # fmt: skip
+OWN = {
+    "pretrain": {
+        "text_encoder": str(Path.home() / "models" / "bert"), "text_hidden_size": 20, "projection_size": 12,
+        "align_layer": 0, "patch_projection": "linear",
+    },
+    "classify": {"classes": ["nodule", "mass", "effusion"], "exclusive": True, "check_hu": False},
+    "segment": {"classes": ["heart", "liver"], "feature_size": 4},
+}  # fmt: skip
+
+
+def trained(name: str, folder: Path) -> Path:
+    """A bundle whose ``models`` hold weights of another size, spacing and classes than published."""
+    bundle = untrained(name, folder)
+    settings = SMALL | OWN[name]
+    parser = ConfigParser(json.loads((bundle / "configs" / "inference.json").read_text()) | settings)
+    network = parser.get_parsed_content("network_def")
+    description = describe(settings, bundle, license="CC-BY-NC-4.0")
+    save_weights(network.state_dict(), bundle / "models" / "model.pt", description)
+    return bundle
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_an_export_fits_its_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MONAI's commands, on the plain configs: no overlay, no override."""
+    folder, _ = export(trained(name, tmp_path), tmp_path / "out")
+    monkeypatch.chdir(folder)
+    files = {"meta_file": "configs/metadata.json", "config_file": "configs/inference.json"}
+    verify_net_in_out("network_def", **files, device="cpu")
+    ckpt_export("network_def", "models/model.ts", "models/model.pt", **files)
+    onto, extra = torch.rand(1, 1, *SMALL["img_size"]), {"metadata.json": ""}
+    scripted = torch.jit.load("models/model.ts", _extra_files=extra)(onto)
+    parser = ConfigParser(json.loads(Path("configs/inference.json").read_text()))
+    for key in SMALL.keys() | OWN[name].keys() - {"text_encoder"}:
+        assert parser.get_parsed_content(key) == (SMALL | OWN[name])[key]
+    network = parser.get_parsed_content("network_def").eval()
+    network.load_state_dict(torch.load("models/model.pt", weights_only=True))
+    torch.testing.assert_close(scripted, network(onto))
+
+    metadata = json.loads(Path("configs/metadata.json").read_text())
+    jsonschema.validate(metadata, json.loads((REPOSITORY / "tests/data/meta_schema_20240725.json").read_text()))
+    image, pred = (metadata["network_data_format"][k] for k in ("inputs", "outputs"))
+    image, pred = image["image"], pred["pred"]
+    classes = {
+        "pretrain": ["embedding"], "classify": OWN["classify"]["classes"], "segment": ["background", "heart", "liver"]
+    }[name]  # fmt: skip
+    assert image["spatial_shape"] == SMALL["img_size"] and pred["num_channels"] == scripted.shape[1]
+    assert pred["spatial_shape"] == (SMALL["img_size"] if name == "segment" else [])
+    assert list(pred["channel_def"].values()) == classes
+    assert "HU from -900 to 900" in metadata["image_classes"]
+    keys = ("description", "image_classes", "label_classes", "pred_classes", "network_data_format")
+    told = json.dumps([metadata[key] for key in keys])
+    told += Path("README.md").read_text().split("### Input")[1].split("\n## ")[0]
+    for gone in ("768", "left lung", "Medical material", "18 with", "224", "96 x", "336", "-1000"):
+        assert gone not in told, gone
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_an_exports_readme_tells_what_its_weights_must_be_used_with(name: str, tmp_path: Path) -> None:
+    folder, _ = export(trained(name, tmp_path), tmp_path / "out")
+    readme = (folder / "docs" / "README.md").read_text()
+    section = readme.split("## Weights\n")[1].split("\n## ")[0]
+    assert "Licence of the weights: CC-BY-NC-4.0." in section and "| `pixdim` | [4.0, 4.0, 8.0] |" in section
+    assert "16 x 16 x 16" in readme.split("### Input")[1].split("### Output")[0]
+    output = readme.split("### Output")[1].split("\n## ")[0]
+    expected = {
+        "pretrain": ["`pred`: 24 channels", "the 64 x 64 x 128 mm field"],
+        "classify": ["one logit per class: nodule, mass, effusion."],
+        "segment": ["one channel per class: background, heart, liver."],
+    }
+    assert all(words in output for words in expected[name]), output
+    if name == "pretrain":  # known by its fingerprint, wherever it lies
+        assert json.loads((folder / "models" / "model.json").read_text())["settings"]["text_encoder"] == "bert"
+
+
+def test_weights_of_another_description_are_refused(tmp_path: Path) -> None:
+    bundle = trained("classify", tmp_path)
+    (bundle / "models" / "model.pt").write_bytes(b"other")
+    with pytest.raises(ExportError, match="model.json describes other weights"):
+        export(bundle, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_export_without_weights_or_without_description_says_so(
+    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    export(bundle, tmp_path / "none")
+    assert "models has no model.pt: the export holds no weights" in caplog.text and "model.json" in caplog.text
+    weights(bundle)
+    export(bundle, tmp_path / "undescribed")
+    assert "model.pt: nothing beside it tells what it must be used with" in caplog.text
 
 
 @pytest.fixture

@@ -173,6 +173,39 @@ def test_a_cut_off_feature_is_made_again(cache: Callable, items: list[dict], tmp
     assert again.encoded == 1
 
 
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-20] ^= 1
+    file.write_bytes(content)
+
+
+def _zeros(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:150] + bytes(32) + content[182:])
+
+
+def _shorter(file: Path) -> None:
+    with open(file, "wb") as stream:  # a whole file, of another width
+        np.save(stream, np.ones(5, np.float32))
+
+
+def _nothing(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [_flip, _zeros, _shorter, _nothing])
+def test_a_damaged_feature_is_made_again(
+    cache: Callable, items: list[dict], tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    before = cache().encode(items).features
+    file = next(tmp_path.glob("cache/*/plain/scan0-*.npy"))
+    np.testing.assert_array_equal(np.load(file), before[0, 0])  # still NumPy's format
+    damage(file)
+    again = cache()
+    torch.testing.assert_close(again.encode(items).features, before)
+    assert again.encoded == 1
+
+
 def test_a_kill_loses_the_volume_in_work_alone(cache: Callable, items: list[dict]) -> None:
     killed = cache()
     real, calls = killed.network.features, []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import os
 from pathlib import Path
@@ -16,9 +17,10 @@ from torch.nn import functional as F
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
 from custom_components.run.published import import_unetr, import_weights
-from custom_components.run.weights import load_for_region, load_pretrained
+from custom_components.run.weights import description_of, load_for_region, load_pretrained
 from custom_components.unetr import SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
+from tests.conftest import BUNDLES
 
 HIDDEN, HEADS, MLP, DEPTH = 48, 3, 80, 12
 
@@ -186,6 +188,19 @@ def test_every_tensor_is_accounted_for(pth, tmp_path, capsys):
     assert "blocks.*.attn.qkv.weight" in printed and "144x48" in printed
     assert f"{len(written)} tensors taken, 5 tensors skipped, 0 tensors missing" in printed
     assert "img_size [12, 12, 8], patch_size [4, 6, 2], hidden_size 48, mlp_dim 80, num_layers 12" in printed
+
+
+def test_an_import_says_what_it_is_and_what_was_assumed(pth, tmp_path):
+    path, _ = pth
+    keys = {"pixdim": [1.5, 1.5, 3.0], "hu_range": [-1000, 1000]}
+    run(path, tmp_path / "encoder.pt", bundle_root=BUNDLES / "classify", license="Apache-2.0", **keys)
+    told = description_of(tmp_path / "encoder.pt")
+    sizes = {"patch_size": [4, 6, 2], "hidden_size": HIDDEN, "mlp_dim": MLP, "num_layers": DEPTH, "num_heads": HEADS}
+    statistics = {"hu_bins": 0, "scale_space": [], "statistics_mlp_dim": 0}
+    assert told["settings"] == keys | sizes | statistics | {"img_size": list(SIZE), "pos_embed": "simcrop"}
+    assert set(told["assumed"]) == {"pixdim", "hu_range", "img_size", "num_heads"}
+    assert told["source"] == {"file": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+    assert told["license"] == "Apache-2.0"
 
 
 def test_positions_of_no_formula_are_kept_and_said(pth, tmp_path, capsys):
@@ -367,6 +382,14 @@ def test_a_published_unetr_segments_as_before(tmp_path):
         "encoder2.blocks.1.1.conv3.conv.weight",
         "encoder3.blocks.0.1.conv3.conv.weight",
     }
+
+
+def test_an_imported_unetr_says_with_which_keys_it_was_imported(tmp_path):
+    torch.save({"state_dict": published_unetr(unetr())}, tmp_path / "unetr.pth")
+    settings = {"classes": ["left lung", "right lung"], "pixdim": [1.0, 1.0, 1.0]}
+    import_unetr(unetr(), tmp_path / "unetr.pth", tmp_path / "model.pt", BUNDLES / "segment", settings)
+    told = description_of(tmp_path / "model.pt")
+    assert told["settings"] == settings and told["assumed"] == list(settings)
 
 
 def test_a_unetr_of_other_classes_or_parts_is_told(tmp_path):

@@ -6,6 +6,7 @@ import math
 import os
 import random
 import shutil
+import zipfile
 
 import numpy as np
 import pytest
@@ -19,9 +20,9 @@ from torch import nn
 
 from custom_components.errors import InputError
 from custom_components.run.handlers import OptimizerSteps
-from custom_components.run.resume import Checkpointer, LossCheck
+from custom_components.run.resume import Checkpointer, KeepBest, LossCheck
 from custom_components.run.seeded import EpochSampler, SeededDataLoader
-from custom_components.run.weights import load_weights
+from custom_components.run.weights import described, description_of, load_weights
 
 
 class Network(nn.Module):
@@ -176,6 +177,59 @@ def test_a_truncated_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, 
     path.write_bytes(content[:50])
     with pytest.raises(InputError, match="checkpoint_previous.pt: not a readable .* start anew with --resume null"):
         restored(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["pickle", "weights", "directory"])
+@pytest.mark.parametrize("damage", ["bit", "block"])
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path, caplog, where, damage):
+    """A flipped bit, or zeros where the disk lost a block: the zip's checksums tell, which torch does not look at."""
+    path, previous = copies_of_finished(tmp_path)
+    expected, content = saved(path), bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as file:
+        name = "data.pkl" if where == "pickle" else "data/0"
+        info = next(info for info in file.infolist() if info.filename.endswith(name))
+        start = file.start_dir + 16 if where == "directory" else content.index(file.read(info), info.header_offset)
+    content[start] ^= 4
+    if damage == "block":
+        content[start : start + 64] = bytes(64)
+    path.write_bytes(content)
+    trainer = restored(tmp_path)
+    assert trainer.state.iteration == 8
+    assert warnings(caplog)[0].startswith(f"{path}: not a readable checkpoint")
+    trainer.run()
+    assert_same(path, expected)
+
+
+def test_a_damaged_checkpoint_that_is_named_is_refused(tmp_path):
+    path, _ = copies_of_finished(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[content.index(saved(path)["network"]["trained.0.weight"].numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(content)
+    for read in (lambda: restored(tmp_path, resume=path), lambda: load_weights(Network(), path)):
+        with pytest.raises(InputError, match="checkpoint.pt: not a readable checkpoint .* is damaged"):
+            read()
+
+
+def test_a_checkpoint_and_the_weights_beside_it_describe_themselves(tmp_path):
+    told = {"settings": {"pixdim": [1.0, 1.0, 1.0]}, "license": None}
+    make_trainer(tmp_path, description=told).run()
+    assert saved(tmp_path / "checkpoint.pt")["description"] == told
+    assert description_of(tmp_path / "checkpoint.pt") == told
+    assert described(tmp_path / "encoder.pt") == told["settings"]
+    assert set(saved(tmp_path / "encoder.pt")) == {"weight", "bias"}
+
+
+def test_the_best_weights_describe_themselves(tmp_path):
+    network, evaluator = Network(), Engine(lambda *_: None)
+    best = KeepBest(
+        network, evaluator, "dice", str(tmp_path / "model.pt"), description={"settings": {"classes": ["a"]}}
+    )
+    evaluator.state.metrics = {"dice": 0.5}
+    trainer = Engine(lambda *_: None)
+    trainer.state.epoch = 1
+    best.compare(evaluator, trainer)
+    assert described(tmp_path / "model.pt") == {"classes": ["a"]}
+    best.restore()
 
 
 def test_a_kill_between_the_two_renames_leaves_the_checkpoint_before(tmp_path):
