@@ -5,6 +5,7 @@ columns, paths and splits are arguments, which the configs name. Nothing here im
 that wants only the list starts fast.
 """
 
+import csv
 import io
 import json
 import logging
@@ -298,7 +299,7 @@ def mask_file_name(finding: str) -> str:
     return finding.lower().replace(" ", "_") + ".nii.gz"
 
 
-def scans(path: str | os.PathLike) -> list[dict]:
+def scans(path: str | os.PathLike, scans_file: str | os.PathLike | None = None) -> list[dict]:
     """Items `{"image": path, "name": stem}` of a CT file, of a DICOM folder, of a folder of such files and folders, or
     of a list: a .csv or .txt file whose first column holds their paths, relative ones from the list's own folder.
 
@@ -306,10 +307,16 @@ def scans(path: str | os.PathLike) -> list[dict]:
     path, or as listed. Names are unique: file names without their ending, or with it where two files differ in nothing
     else, or with their folders where a list has one name in several. Hidden files are passed over.
 
+    Args:
+        scans_file: such a list, in place of `path`. What it holds is data, whatever it looks like: MONAI evaluates
+            values of keys that begin with `$`, `@` or `%`, and never sees this.
+
     Raises:
-        InputError: `path` does not exist, or holds nothing that can be a CT by its name.
+        InputError: `path` does not exist, or holds nothing that can be a CT by its name; `scans_file` is no list.
     """
-    path = Path(path).expanduser()
+    if scans_file is not None and Path(scans_file).suffix.lower() not in (".csv", ".txt"):
+        raise InputError(f"scans_file {scans_file} is no list: give a .txt file, a scan a line, or a .csv file")
+    path = Path(path if scans_file is None else scans_file).expanduser()
     if not path.exists():
         raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
     if path.is_file() and path.suffix.lower() in (".csv", ".txt"):
@@ -590,12 +597,14 @@ def _warn_once(message: str) -> None:
 
 
 def _first_cells(path: Path) -> list[str]:
-    """First cell of each line of a text or CSV file."""
+    """First cell of each line of a CSV file; each line of another file, whose names may hold commas."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text in UTF-8 ({error}): save it so, a name a line") from error
-    return [line.split(",")[0].strip().strip('"') for line in lines]
+    if path.suffix.lower() != ".csv":
+        return [line.strip().strip('"') for line in text.splitlines()]
+    return [row[0].strip() if row else "" for row in csv.reader(io.StringIO(text, newline=""))]
 
 
 def _excluded(path: str | os.PathLike | None) -> set[str]:
