@@ -227,6 +227,7 @@ def msd(
     exclude: str | os.PathLike | None = None,
     seed: int = 42,
     labelled: bool = False,
+    key: str = "split",
 ) -> list[dict]:
     """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
 
@@ -240,6 +241,7 @@ def msd(
         split: which list of the file.
         data_fraction, exclude, seed: as in :func:`volumes`; each item counts as a patient of its own.
         labelled: whether every item must have a label, which those of BTCV's `test` list do not.
+        key: that names the split, for the message where there is none.
 
     Raises:
         InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; an item
@@ -252,7 +254,8 @@ def msd(
     lists = _json_lists(path)
     if not lists.get(split):
         raise InputError(
-            f"datalist {path} has no {split} list (it has {', '.join(lists) or 'none'}): choose one of them"
+            f"{key} is {split}, and datalist {path} has no such list (it has {', '.join(lists) or 'none'}): set {key} "
+            "to one of them"
         )
 
     items = []

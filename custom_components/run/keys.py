@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from fire.parser import DefaultParseValue
 from jsonschema import Draft202012Validator, TypeChecker, ValidationError, validators
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.scripts import create_workflow
@@ -406,10 +407,14 @@ class _Check:
                     f"{key} {text!r} begins with {text[0]}, which MONAI takes for code: begin a path with ./, put a "
                     "text in a file, or an expression in a config file of your own"
                 )
-        for key, spec in self.schema.keys.items() if self.run.files is None else ():
-            if key in self.config and is_text(spec) and not holds_component(self.config[key]):
+        for key, spec in self.schema.keys.items():
+            # MONAI has written into lists, and of a workflow without create_workflow nobody knows what was given
+            lost = self.run.files is None or (
+                not isinstance(self.run.given.get(key, ""), str) and key not in self.run.spoken
+            )
+            if lost and key in self.config and is_text(spec) and not holds_component(self.config[key]):
                 if any(ID_SEP_KEY in text and not is_reference(text) for text in texts(self.config[key])):
-                    yield f"{key} holds # or ::, of which MONAI makes the other here: give it through create_workflow"
+                    yield f"{key} holds # or ::, of which MONAI makes the other here: give it in a config file"
 
     def reword(self) -> bool:
         """Texts as written, and words as what they mean, in the config; whether any changed."""
@@ -440,8 +445,10 @@ class _Check:
             value = self.merged.get(key)
             return literal(value if rewritten(value) == found else found)
         value, asked = self.run.given[key], self.run.spoken.get(key)
-        is_list = {"array", "object"} & set(types(spec)) and isinstance(value, (list, tuple, dict))
-        return literal(value if asked is None or (is_list and asked.startswith(("[", "(", "{"))) else asked)
+        if asked is not None:
+            parts = {"array", "object"} & set(types(spec)) and asked.startswith(("[", "(", "{"))
+            value = DefaultParseValue(asked) if parts else asked  # MONAI has written into the list that fire made
+        return literal(value)
 
     # values
 
@@ -530,7 +537,7 @@ def reference(bundle: Path) -> str:
         "```",
         "Give a key as `--key value`, or in an overlay of your own. A key that is not here is refused; one of your own "
         f"begins with `{OWN}`.",
-        "The command line knows `null`, `true` and `false`. It takes a path or a text letter by letter, and refuses one "
+        "The command line knows `null`, `true` and `false`. It takes paths and texts letter by letter, and refuses one "
         "that begins with `$`, `@` or `%`: begin a path with `./`, and put expressions into config files.",
         "",
     ]
