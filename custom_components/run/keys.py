@@ -30,7 +30,7 @@ from fire.parser import DefaultParseValue
 from jsonschema import Draft202012Validator, TypeChecker, ValidationError, validators
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.scripts import create_workflow
-from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, EXPR_KEY, ID_REF_KEY, ID_SEP_KEY, MACRO_KEY
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, EXPR_KEY, ID_REF_KEY, ID_SEP_KEY, MACRO_KEY, MERGE_KEY
 
 from custom_components.errors import InputError
 from custom_components.files import replacing
@@ -58,7 +58,7 @@ class Running:
         names: ids of the workflow that may have any name, such as ``run_id``.
         files: the config files, where ``create_workflow``, thus ``run`` too, made the workflow; else None.
         given: keys given beside them, as MONAI took them.
-        dropped: keys that were given as None, which MONAI does not take.
+        asked: the same before MONAI took them, with those given as None, which it drops.
         spoken: of the command line, key -> the text that a person wrote.
     """
 
@@ -67,7 +67,7 @@ class Running:
     root: Path | None = None
     files: tuple[str, ...] | None = None
     given: Mapping[str, Any] = field(default_factory=dict)
-    dropped: Sequence[str] = ()
+    asked: Mapping[str, Any] = field(default_factory=dict)
     spoken: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,12 +87,12 @@ def running() -> Running | None:
             found.names = frozenset((own.init_id, own.run_id, own.final_id))
             found.root = own.config_root_path
         elif frame.f_code is create_workflow.__code__ and frame.f_locals.get("workflow_") is workflow is not None:
-            taken, asked = frame.f_locals["_args"], frame.f_locals["kwargs"]
+            taken = frame.f_locals["_args"]
             files = frame.f_locals["config_file"]
             files = files.split(",") if isinstance(files, str) and not Path(files).is_file() else files
             found.files = (files,) if isinstance(files, str) else tuple(files or ())
             found.given = {key: value for key, value in taken.items() if key not in ARGUMENTS}
-            found.dropped = [k for k, v in asked.items() if v is None and k not in ARGUMENTS and k not in taken]
+            found.asked = {k: v for k, v in frame.f_locals["kwargs"].items() if k not in ARGUMENTS}
         elif found and found.files is not None and frame.f_globals.get("__name__") == "fire.core":
             found.spoken = spoken(sys.argv[1:])
     return found
@@ -312,7 +312,13 @@ class _Check:
     # names
 
     def dropped(self) -> Iterator[str]:
-        for key in self.run.dropped:
+        """Keys that MONAI does not take as they were given."""
+        for key, value in self.run.asked.items():
+            if key.startswith(MERGE_KEY):
+                name = key.removeprefix(MERGE_KEY)
+                yield f"{key} replaces {name} outside of config files: give {name}#..., or {key} in a file"
+            if value is not None or key in self.run.given:
+                continue
             spec = self.schema.keys.get(key)
             if spec is None:
                 yield f"--{key} is no key of this bundle{like(key, self.known)}"

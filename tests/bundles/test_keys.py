@@ -154,7 +154,7 @@ WRONG = [
     ("pretrain", DEMO, {"train#trainer#max_epoch": 4}, ["train#trainer#max_epoch", "did you mean max_epochs?"]),
     ("pretrain", DEMO, {"train#max_epochs": 4}, ["train#max_epochs"]),
     ("pretrain", ["inference"], {"timeout_minutes": 4}, ["timeout_minutes", "inference.json"]),
-    ("pretrain", ["inference"], {"+sentences": ["a"]}, ["+sentences", "did you mean sentences?"]),
+    ("pretrain", ["inference"], {"+sentences": ["a"]}, ["+sentences", "replaces sentences"]),
     ("classify", DEMO, {"schedules": {"1.0": {"max_step": 4}}}, ["schedules#1.0", "did you mean max_steps?"]),
     ("classify", ["train", "cc_ccii"], {"learningrate": 0.1}, ["did you mean learning_rate?"]),
     ("segment", DEMO, {"validate#evaluator#networks": 1}, ["validate#evaluator#networks", "did you mean network?"]),
@@ -483,8 +483,8 @@ def test_a_validation_of_one_class_is_told_first(begin: Callable, tmp_path: Path
     (tmp_path / "mine.json").write_text(json.dumps({"labels": "labels.csv", "classes": ["Nodule"]}))
     folders = {key: str(tmp_path / key) for key in ("output_dir", "features_dir")}
     keys = {"dataset_dir": str(unreadable(tmp_path, names)), "pretrained": "null", "num_layers": 1, "num_workers": 0}
-    message = stops_at(begin("classify", ["train", f"{tmp_path}/mine.json"], **folders, **keys, schedules={}, max_steps=2,
-                             batch_size=2, warmup_steps=0, patience="null", learning_rate=0.1))  # fmt: skip
+    keys |= {"max_steps": 2, "batch_size": 2, "warmup_steps": 0, "patience": "null", "learning_rate": 0.1}
+    message = stops_at(begin("classify", ["train", f"{tmp_path}/mine.json"], **folders, **keys))
     assert "no class has both label values" in message and "validation" in message
 
 
