@@ -16,6 +16,7 @@ import functools
 import inspect
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -43,6 +44,8 @@ ARGUMENTS = frozenset(inspect.signature(ConfigWorkflow).parameters) | {"args_fil
 TRACKING = {key for settings in DEFAULT_EXP_MGMT_SETTINGS.values() for key in settings["configs"]}
 RESERVED = {"imports", "initialize", "run", "finalize", ConfigParser.meta_key} | TRACKING
 UNSAFE = (EXPR_KEY, ID_REF_KEY, MACRO_KEY)  # what MONAI evaluates where a text begins with it
+FLAG = re.compile("--|-[A-Za-z]")  # as fire tells flags from values
+OTHERS = {"atMostKey": "at most", "multipleOfKey": "a multiple of"}  # keywords that name another key
 SECTIONS = ("parts", "arguments")
 
 
@@ -105,9 +108,9 @@ def spoken(arguments: Sequence[str]) -> dict[str, str]:
     """
     found = {}
     for word, following in zip(arguments, [*arguments[1:], "--"], strict=True):
-        if word.startswith("--"):
-            key, equals, value = word[2:].partition("=")
-            if equals or not following.startswith("--"):
+        if FLAG.match(word):
+            key, equals, value = word.lstrip("-").partition("=")
+            if equals or not FLAG.match(following):
                 found[key.replace("-", "_")] = value if equals else following
     return found
 
@@ -161,14 +164,14 @@ def _wanted(kind: str, spec: Mapping[str, Any]) -> str:
         items = spec.get("items", {})
         count = f"{spec['minItems']} " if spec.get("minItems") == spec.get("maxItems", math.nan) else ""
         of = f" of {count}{_plural(wanted(items))}" if items else ""
-        return f"a list{of}" + (", ascending" if "ascending" in spec else "")
+        multiple = f", multiples of {spec['multipleOfKey']}" if "multipleOfKey" in spec else ""
+        return f"a list{of}{multiple}" + (", ascending" if "ascending" in spec else "")
     if kind == "object":
         known = spec.get("properties")
         return "a mapping" + (f" of {', '.join(known)}" if known else "")
     if kind == "string":
         return {"device": "a device of torch, such as cpu", "path": "a path"}.get(spec.get("format"), "a text")
-    if "atMostKey" in spec:
-        bounds.append(f"at most {spec['atMostKey']}")
+    bounds += [f"{word} {spec[key]}" for key, word in OTHERS.items() if key in spec]
     name = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "null"}[kind]
     return " ".join([name, " and ".join(bounds)]).strip()
 
@@ -480,11 +483,17 @@ class _Check:
                     continue
             if written == literals:
                 problems += self._errors(key, spec, values[key])
-        for key, value in values.items():
-            other = self.schema.keys[key].get("atMostKey")
-            if not problems and is_number(None, value) and is_number(None, values.get(other)) and value > values[other]:
-                problems.append(f"{key} is {value}, above {other}, {values[other]}: lower it, or raise {other}")
-        return problems
+        return problems or [told for key in values for told in self._beside(key, values)]
+
+    def _beside(self, key: str, values: Mapping[str, Any]) -> Iterator[str]:
+        """What is wrong with a value beside that of another key."""
+        spec, value = self.schema.keys[key], values[key]
+        limit, divisor = values.get(spec.get("atMostKey")), values.get(spec.get("multipleOfKey"))
+        if is_number(None, value) and is_number(None, limit) and value > limit:
+            name = spec["atMostKey"]
+            yield f"{key} is {value}, above {name}, {limit}: lower it, or raise {name}"
+        if value is not None and divisor is not None and np.any(np.mod(value, divisor)):
+            yield f"{key} is {value}, no multiple of {spec['multipleOfKey']}, {divisor}: change one of them"
 
     def _follows(self, key: str, above: tuple[str, ...] = ()) -> bool:
         """Whether a key follows from other keys alone, so that it is known before anything is built."""
@@ -513,8 +522,8 @@ def top(key: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON, cut where it is long."""
-    text = json.dumps(value, default=str)
+    """A value, cut where it is long."""
+    text = repr(value)
     return text if len(text) < 80 else f"{text[:77]}..."
 
 

@@ -186,6 +186,8 @@ WRONG = [
     ("pretrain", DEMO, {"device": "gpu"}, ["device gpu"]),
     ("pretrain", DEMO, {"device": 0}, ["device", "such as cpu"]),
     ("pretrain", DEMO, {"img_size": [80, 80]}, ["img_size", "3 integers"]),
+    ("pretrain", DEMO, {"img_size": [80, 80, 42]}, ["img_size", "no multiple of patch_size"]),
+    ("segment", DEMO, {"hidden_size": 97}, ["hidden_size", "no multiple of num_heads, 2"]),
     ("pretrain", DEMO, {"max_epochs": "$2 * 0.75"}, ["max_epochs", "1.5"]),
     ("pretrain", DEMO, {"max_epochs": "$oops"}, ["max_epochs", "oops", "NameError"]),
     ("pretrain", DEMO, {"max_epochs": "@learning_rate"}, ["max_epochs", "0.004"]),
@@ -245,7 +247,7 @@ def test_all_that_is_wrong_is_told_at_once(refused: Callable) -> None:
         ({"train#handler": []}, ["train#handler", "did you mean handlers?"]),
         ({"train": {"+handlers": []}}, ["train#+handlers"]),
         ({"loss": {"_target_": "custom_components.losses.SimCroPLos"}}, ["loss", "SimCroPLos"]),
-        ({"max_epochs": "2"}, ["max_epochs", '"2"']),
+        ({"max_epochs": "2"}, ["max_epochs", "'2'"]),
         ({"log_dir": 5}, ["log_dir", "path or null"]),
     ],
 )
