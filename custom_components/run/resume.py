@@ -309,7 +309,8 @@ class KeepBest:
     def forward_completed(self, evaluator: Engine) -> None:
         if self.loss is not None:
             output = evaluator.state.output
-            self.losses.append(self.loss(output[CommonKeys.PRED], output[CommonKeys.LABEL]).detach().float())
+            logits = output[CommonKeys.PRED].float()  # windows are kept in half precision
+            self.losses.append(self.loss(logits, output[CommonKeys.LABEL]).detach())
 
     def mean_loss(self) -> float:
         """Of the validation batches since the last look, of all processes; infinite where there is none."""
