@@ -600,12 +600,12 @@ def _warn_once(message: str) -> None:
 
 
 def _first_cells(path: Path) -> list[str]:
-    """First cell of each line of a CSV file; each line of another file, whose names may hold commas."""
+    """First cell of each line; of a .txt file the line, since paths may hold commas."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as text in UTF-8 ({error}): save it so, a name a line") from error
-    if path.suffix.lower() != ".csv":
+    if path.suffix.lower() == ".txt":
         return [line.strip().strip('"') for line in text.splitlines()]
     return [row[0].strip() if row else "" for row in csv.reader(io.StringIO(text, newline=""))]
 
@@ -613,6 +613,7 @@ def _first_cells(path: Path) -> list[str]:
 def _excluded(path: str | os.PathLike | None) -> set[str]:
     """Names in the first column, with and without folders, without file ending; a header matches no volume."""
     cells = [] if path is None else _first_cells(Path(path).expanduser())
+    cells += [cell.split(",")[0].strip() for cell in cells]
     return {name.removesuffix(".nii.gz") for cell in cells for name in (cell, Path(cell).name)}
 
 
