@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from custom_components.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 
 def world_size() -> int:
     """Number of processes that train together."""
@@ -91,8 +93,11 @@ def rank_zero_first() -> Iterator[None]:
         dist.barrier()
 
 
-def accumulation_steps(effective_batch_size: int, batch_size: int) -> int:
+def accumulation_steps(effective_batch_size: int, batch_size: int, num_items: int | None = None) -> int:
     """Forward passes per optimiser step, so that a step sees ``effective_batch_size`` items on all devices together.
+
+    Args:
+        num_items: of an epoch; a warning where one step takes them all.
 
     Raises:
         InputError: they do not divide.
@@ -105,6 +110,11 @@ def accumulation_steps(effective_batch_size: int, batch_size: int) -> int:
             f"effective_batch_size {effective_batch_size} is not divisible by batch_size {batch_size}{processes}: "
             f"set effective_batch_size to {below} or {below + together}, or lower batch_size"
         )
+    if num_items is not None and num_items <= effective_batch_size and rank() == 0:
+        logger.warning(
+            f"effective_batch_size {effective_batch_size} takes all {num_items} training volumes at once: an epoch is "
+            "one step of the optimiser; lower it for more"
+        )
     return effective_batch_size // together
 
 
@@ -114,6 +124,15 @@ def from_rank_zero(value: Any) -> Any:
     if world_size() > 1:
         dist.broadcast_object_list(values)
     return values[0]
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """What each process passes, in the order of ranks, on every process."""
+    values = [value]
+    if world_size() > 1:
+        values = [None] * world_size()
+        dist.all_gather_object(values, value)
+    return values
 
 
 def mean_over_ranks(mean: Tensor, count: int | Tensor) -> Tensor:

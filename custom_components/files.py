@@ -3,9 +3,12 @@
 import glob
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from custom_components.errors import InputError
 
 # of the files that hold the voxels of a header
 VOXEL_SUFFIXES = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz", ".raw.bz2")}
@@ -26,6 +29,23 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def check_folder(key: str, path: str | Path) -> None:
+    """Make sure that files can be written in the folder that ``key`` names, which need not be there yet.
+
+    Raises:
+        InputError: it is, or lies below, a file, or it cannot be written.
+    """
+    path = Path(path).absolute()
+    there = next(folder for folder in (path, *path.parents) if os.path.lexists(folder))
+    if not there.is_dir():
+        raise InputError(f"{key} {path}: {there} is no folder: give another, or move it away")
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise InputError(f"{key} {path} cannot be written ({error.strerror}): give a folder that can") from error
 
 
 def remove_temporary(path: str | Path) -> None:

@@ -90,14 +90,31 @@ def prompts(sentences: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]
     return found
 
 
-def queries(sentences: str | Sequence[str] | Mapping[str, str | Sequence[str]], report: str | None = None) -> list[str]:
-    """The sentences to look for: those of a report text if one is given, else ``sentences``, in any of their forms.
+def queries(
+    sentences: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+    report: str | None = None,
+    report_file: str | Path | None = None,
+) -> list[str]:
+    """The sentences to look for: those of a report if one is given, else ``sentences``, in any of their forms.
 
     Of a class with several sentences, its first: each is a map of the scan's size.
 
+    Args:
+        report, report_file: the report's text, or a file in UTF-8 that holds it.
+
     Raises:
-        InputError: there is no sentence, or the report is longer than one can be.
+        InputError: there is no sentence, or the report is longer than one can be; both reports are given; the file
+            cannot be read.
     """
+    if report_file is not None:
+        if report is not None:
+            raise InputError("report and report_file are given: give one of them")
+        try:
+            report = Path(report_file).expanduser().read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(
+                f"report_file {report_file} cannot be read as text in UTF-8 ({error}): save it so"
+            ) from error
     if report is not None:
         if len(report) > MAX_REPORT:
             raise InputError(
@@ -291,6 +308,8 @@ def load_text_encoder(
     """
     name_or_path = _located(name_or_path)
     keys = {"config": _load_config(name_or_path), "add_pooling_layer": False, "output_loading_info": True}
+    # else config.json may name a kernel of the hub, which is code
+    keys["attn_implementation"] = "sdpa"
     model, info = _read(name_or_path, "model", transformers.AutoModel.from_pretrained, **keys)
     if info["missing_keys"]:  # transformers would start these at random
         raise InputError(
@@ -352,8 +371,10 @@ def _read(name_or_path: str, what: str, load: Callable[..., Any], **keys: Any) -
                 f"where there is a network, fetch it once with 'hf download {name_or_path} --local-dir DIR', and set "
                 "text_encoder to DIR"
             )
-        cause = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"text_encoder {name_or_path}: no {what} could be loaded; {cure} ({cause[0]})") from error
+        cause = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if "weights_only" in str(error):  # torch's own words would advise to load it all the same
+            cause = "its weights are no tensors alone, and might run code"
+        raise InputError(f"text_encoder {name_or_path}: no {what} could be loaded; {cure} ({cause})") from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()

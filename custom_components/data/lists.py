@@ -5,6 +5,7 @@ columns, paths and splits are arguments, which the configs name. Nothing here im
 that wants only the list starts fast.
 """
 
+import csv
 import io
 import itertools
 import json
@@ -235,6 +236,7 @@ def msd(
     exclude: str | os.PathLike | None = None,
     seed: int = 42,
     labelled: bool = False,
+    key: str = "split",
 ) -> list[dict]:
     """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
 
@@ -248,6 +250,7 @@ def msd(
         split: which list of the file.
         data_fraction, exclude, seed: as in :func:`volumes`; each item counts as a patient of its own.
         labelled: whether every item must have a label, which those of BTCV's `test` list do not.
+        key: that names the split, for the message where there is none.
 
     Raises:
         InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; an item
@@ -262,7 +265,8 @@ def msd(
         raise InputError(f'datalist {path} is a plain list: say which split it is, as {{"{split}": [...]}}')
     if not lists.get(split):
         raise InputError(
-            f"datalist {path} has no {split} list (it has {', '.join(lists) or 'none'}): choose one of them"
+            f"{key} is {split}, and datalist {path} has no such list (it has {', '.join(lists) or 'none'}): set {key} "
+            "to one of them"
         )
 
     items: dict[str, dict] = {}
@@ -314,7 +318,7 @@ def mask_file_name(finding: str) -> str:
     return finding.lower().replace(" ", "_") + ".nii.gz"
 
 
-def scans(path: str | os.PathLike) -> list[dict]:
+def scans(path: str | os.PathLike, scans_file: str | os.PathLike | None = None) -> list[dict]:
     """Items `{"image": path, "name": name}` of a CT file, of a DICOM folder, of a folder of such files and folders, or
     of a list: a .csv or .txt file that holds a path a line, up to a comma, semicolon or tab that is no part of it;
     relative ones start from the list's own folder.
@@ -327,10 +331,16 @@ def scans(path: str | os.PathLike) -> list[dict]:
     path, or as listed. No two have the same name: it is the file's without its ending; or with it, where two files of
     one folder differ in nothing else; and with as many of its folders as tell it from others.
 
+    Args:
+        scans_file: such a list, in place of `path`. What it holds is data, whatever it looks like: MONAI evaluates
+            values of keys that begin with `$`, `@` or `%`, and never sees this.
+
     Raises:
-        InputError: `path` does not exist, or holds nothing that can be a CT by its name.
+        InputError: `path` does not exist, or holds nothing that can be a CT by its name; `scans_file` is no list.
     """
-    path = Path(path).expanduser()
+    if scans_file is not None and Path(scans_file).suffix.lower() not in (".csv", ".txt"):
+        raise InputError(f"scans_file {scans_file} is no list: give a .txt file, a scan a line, or a .csv file")
+    path = Path(path if scans_file is None else scans_file).expanduser()
     if not os.path.exists(path):
         raise InputError(f"{path} does not exist: give a CT file, a DICOM folder, or a folder that holds such")
     if path.is_file() and path.suffix.lower() in (".csv", ".txt"):
@@ -728,13 +738,17 @@ def _text(path: Path, what: str = "text") -> str:
 
 
 def _first_cells(path: Path) -> list[str]:
-    """First cell of each line of a text or CSV file."""
-    return [line.split(",")[0].strip().strip('"') for line in _text(path).splitlines()]
+    """First cell of each line; of a .txt file the line, since names may hold commas."""
+    text = _text(path)
+    if path.suffix.lower() == ".txt":
+        return [line.strip().strip('"') for line in text.splitlines()]
+    return [row[0].strip() if row else "" for row in csv.reader(io.StringIO(text, newline=""))]
 
 
 def _excluded(path: str | os.PathLike | None) -> set[str]:
     """Names in the first column, with and without folders, without file ending; a header matches no volume."""
     cells = [] if path is None else _first_cells(Path(path).expanduser())
+    cells += [cell.split(",")[0].strip() for cell in cells]
     return {name.removesuffix(".nii.gz") for cell in cells for name in (cell, Path(cell).name)}
 
 

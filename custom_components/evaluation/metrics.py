@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve, roc_auc_score
 from torch import Tensor
 
@@ -35,6 +36,19 @@ def mean_auroc(logits: Tensor, labels: Tensor) -> float:
             "give a longer validation list, or raise validation_share"
         )
     return float(roc_auc_score(truth[:, both], scores[:, both]))
+
+
+def check_selection(data: Sequence[Mapping[str, Any]], select_by: str) -> None:
+    """Make sure, before a volume is read, that validation items with ``label`` have the metric of ``select_by``.
+
+    Raises:
+        InputError: as :func:`mean_auroc` and :func:`selection_metric`; classes that exclude each other have no AUROC.
+    """
+    labels = torch.stack([torch.as_tensor(item["label"]) for item in data])
+    if selection_metric(select_by) is mean_auroc:
+        if labels.ndim == 1:
+            raise InputError("select_by is auroc, and the classes exclude each other: set select_by to accuracy")
+        mean_auroc(torch.zeros(labels.shape), labels)
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

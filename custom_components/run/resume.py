@@ -3,20 +3,20 @@
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Engine, Events
-from monai.engines import SupervisedTrainer
+from monai.engines import IterationEvents, SupervisedTrainer
 from monai.utils.enums import CommonKeys
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from custom_components.distributed import from_rank_zero, rank, world_size
+from custom_components.distributed import from_all_ranks, from_rank_zero, rank, world_size
 from custom_components.errors import InputError
 from custom_components.files import remove_temporary
 from custom_components.run.handlers import completes_step
@@ -282,6 +282,9 @@ class KeepBest:
     Args:
         evaluator, metric: the metric that counts; higher is better.
         patience: validations without improvement before the training ends; None never ends it.
+        loss: of predictions and labels of a validation batch, before they are postprocessed; between equal metrics, the
+            lower mean of it counts. With None the earlier epoch does.
+        interval: epochs between validations.
         description: of the weights, written beside them; see :func:`custom_components.run.description.describe`.
     """
 
@@ -290,14 +293,43 @@ class KeepBest:
     metric: str
     path: str
     patience: int | None = None
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None
+    interval: int = 1
     description: Mapping[str, Any] | None = None
     best: float = field(default=-math.inf, init=False)
+    best_loss: float = field(default=math.inf, init=False)
     epoch: int = field(default=0, init=False)
     waited: int = field(default=0, init=False)
+    losses: list[Tensor] = field(default_factory=list, init=False)
 
     def attach(self, trainer: Engine) -> None:
+        self.evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.forward_completed)
         self.evaluator.add_event_handler(Events.COMPLETED, self.compare, trainer)
+        trainer.add_event_handler(Events.STARTED, self.started)
         trainer.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
+
+    def started(self, engine: Engine) -> None:
+        if self.interval > engine.state.max_epochs:
+            raise InputError(
+                f"val_interval is {self.interval}, and the training has {engine.state.max_epochs} epochs, so that none "
+                "is validated: lower val_interval, or train longer"
+            )
+
+    def forward_completed(self, evaluator: Engine) -> None:
+        if self.loss is not None:
+            output = evaluator.state.output
+            logits = output[CommonKeys.PRED].float()  # windows are kept in half precision
+            self.losses.append(self.loss(logits, output[CommonKeys.LABEL]).detach())
+
+    def mean_loss(self) -> float:
+        """Of the validation batches since the last look, of all processes; infinite where there is none."""
+        losses, self.losses = self.losses, []
+        if self.loss is None:
+            return math.inf
+        mean = torch.stack(losses).mean() if losses else torch.tensor(math.nan)
+        means = [m for m in from_all_ranks((float(mean), len(losses))) if m[1]]
+        count = sum(n for _, n in means)
+        return sum(m * n for m, n in means) / count if count else math.inf
 
     def epoch_started(self, engine: Engine) -> None:
         if self.exhausted:  # resumed from the checkpoint of a training that had ended so
@@ -309,9 +341,9 @@ class KeepBest:
             raise InputError(
                 f"select_by is {self.metric!r}, and validation gives {', '.join(metrics)}: choose of these"
             )
-        value = float(metrics[self.metric])
-        if value > self.best:  # NaN, where no class is anywhere, is never better
-            self.best, self.epoch, self.waited = value, trainer.state.epoch, 0
+        value, loss = float(metrics[self.metric]), self.mean_loss()
+        if (value, -loss) > (self.best, -self.best_loss):  # NaN, where no class is anywhere, is never better
+            self.best, self.best_loss, self.epoch, self.waited = value, loss, trainer.state.epoch, 0
             if rank() == 0:
                 save_weights(self.network.state_dict(), self.path, self.description)
         else:
@@ -335,7 +367,8 @@ class KeepBest:
         self.network.load_state_dict(load_file(self.path))
 
     def state_dict(self) -> dict[str, float]:
-        return {"best": self.best, "epoch": self.epoch, "waited": self.waited}
+        return {"best": self.best, "best_loss": self.best_loss, "epoch": self.epoch, "waited": self.waited}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
         self.best, self.epoch, self.waited = state["best"], state["epoch"], state["waited"]
+        self.best_loss = state.get("best_loss", math.inf)

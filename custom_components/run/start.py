@@ -9,6 +9,7 @@ import re
 import sys
 import time
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +22,8 @@ from custom_components import distributed
 from custom_components.cpu import keep_freed
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
+from custom_components.files import check_folder
+from custom_components.run.keys import check_keys
 
 STAMP = "stamp.json"  # what custom_components.run.export leaves beside the modules
 
@@ -30,22 +33,32 @@ def start(
     seed: int | None = None,
     timeout_minutes: float | None = None,
     rank_zero_alone: bool = False,
+    keys: str = "train",
+    writes: Sequence[str] = (),
 ) -> None:
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
     Errors that a person can mend end in one line from here on (:class:`OneLineErrors`), the components are the bundle's
-    own (:func:`check_components`), and freed memory stays with the process where there is no GPU.
+    own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), and freed memory stays
+    with the process where there is no GPU.
 
     Args:
         seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
         timeout_minutes: under torchrun, how long a process waits for the others; None where one process works alone.
         rank_zero_alone: under torchrun, end all processes but one: the work is not divided.
+        keys: the section of ``configs/keys.json`` that says what the config's keys may be.
+        writes: the keys whose folders the run writes to.
 
     Raises:
-        InputError: the components are not this bundle's, or the config needs torchrun and was started without.
+        InputError: the components are not this bundle's, a key is wrong, a folder cannot be written, or the config
+            needs torchrun and was started without.
     """
     OneLineErrors()
     check_components(bundle_root)
+    values = check_keys(bundle_root, keys)
+    for key in writes:
+        if values.get(key) is not None:
+            check_folder(key, values[key])
     if rank_zero_alone:
         distributed.leave_to_rank_zero()
     if timeout_minutes is not None:

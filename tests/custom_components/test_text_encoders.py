@@ -257,8 +257,19 @@ def test_pickled_weights_with_code_are_refused(tmp_path):
     with pytest.raises(InputError, match="no model could be loaded") as told:
         load_text_encoder(str(tmp_path))
     assert "\n" not in str(told.value) and not (tmp_path / "executed").exists()
+    assert "weights_only" not in str(told.value) and "might run code" in str(told.value)
     torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "executed").exists()  # so it would have been
+
+
+def test_a_config_cannot_choose_a_kernel_of_the_hub(tmp_path):
+    bio_clinical_bert(tmp_path)
+    expected = load_text_encoder(str(tmp_path))
+    content = json.loads((tmp_path / "config.json").read_text())
+    for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal"):
+        write(tmp_path, config__json=content | {key: "someone/attention"})
+        model = load_text_encoder(str(tmp_path)).model
+        assert model.config._attn_implementation == expected.model.config._attn_implementation == "sdpa"
 
 
 def test_a_tokenizer_of_another_model_is_told(tmp_path):

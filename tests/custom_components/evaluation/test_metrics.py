@@ -15,6 +15,7 @@ from custom_components.evaluation.metrics import (
     accuracy,
     auroc_table,
     best_f1_thresholds,
+    check_selection,
     classification_metrics,
     difference_interval,
     interval,
@@ -145,6 +146,19 @@ def test_thresholds_are_those_of_highest_f1(data: tuple) -> None:
         best = max(f1_score(truth[:, c], score[:, c] >= t) for t in np.linspace(0, 1, 101))
         assert f1_score(truth[:, c], score[:, c] >= chosen[c]) == pytest.approx(best)
     assert best_f1_thresholds(np.zeros((3, 1)), np.full((3, 1), 0.2)) == [0.5]
+
+
+def test_a_selection_is_checked_before_a_volume_is_read() -> None:
+    def items(*labels: object) -> list[dict]:
+        return [{"image": "a.nii.gz", "label": label} for label in labels]
+
+    of_one, of_both = np.array([1, 0], np.float32), np.array([1, 1], np.float32)
+    check_selection(items(of_one, of_both), "auroc")
+    check_selection(items(0, 2), "accuracy")
+    with pytest.raises(InputError, match="no class has both label values among the 2 validation volumes"):
+        check_selection(items(of_one, of_one), "auroc")
+    with pytest.raises(InputError, match="set select_by to accuracy"):
+        check_selection(items(0, 2), "auroc")
 
 
 def test_selection_metric_is_known() -> None:

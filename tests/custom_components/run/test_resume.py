@@ -13,7 +13,7 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedTrainer
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
 from monai.optimizers import WarmupCosineSchedule
 from monai.transforms import Compose, RandScaleIntensityd
 from torch import nn
@@ -350,3 +350,52 @@ def test_a_full_disk_ends_the_training_and_keeps_the_checkpoint(tmp_path):
         trainer.run()
     assert saved(tmp_path / "checkpoint.pt")["trainer"]["epoch"] == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pt", "encoder.pt"]
+
+
+# the best weights
+
+
+def validated(folder, values: list[float], losses: list[float], **keys) -> KeepBest:
+    """What is kept of a training whose validations have these metrics and these losses."""
+    network = nn.Linear(1, 1, bias=False)
+    trainer = Engine(lambda engine, batch: nn.init.constant_(network.weight, engine.state.epoch))
+    evaluator = SupervisedEvaluator(
+        "cpu", [{"image": torch.zeros(1, 1), "label": torch.zeros(1, 1)}], nn.Identity(), decollate=False
+    )
+    best = KeepBest(network, evaluator, "dice", str(folder / "model.pt"), **keys)
+    if losses:
+        best.loss = lambda pred, label: torch.tensor(losses[trainer.state.epoch - 1])
+    best.attach(trainer)
+
+    def validate(engine: Engine) -> None:
+        evaluator.state.max_epochs = engine.state.epoch
+        evaluator.add_event_handler(
+            Events.EPOCH_COMPLETED, lambda e: e.state.metrics.update(dice=values[trainer.state.epoch - 1])
+        )
+        evaluator.run()
+
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, validate)
+    trainer.run([0], max_epochs=len(values))
+    assert torch.load(folder / "model.pt")["weight"].item() == best.epoch
+    return best
+
+
+def test_equal_validations_go_to_the_lower_loss(tmp_path):
+    best = validated(tmp_path, [0.5, 0.8, 0.8, 0.8, math.nan], [0.1, 0.6, 0.4, 0.5, 0.0])
+    assert (best.best, best.epoch) == (0.8, 3) and best.best_loss == pytest.approx(0.4)
+    resumed = KeepBest(best.network, best.evaluator, "dice", best.path)
+    resumed.load_state_dict(best.state_dict())
+    assert resumed.best_loss == best.best_loss
+    state = best.state_dict()
+    del state["best_loss"]  # of a checkpoint from before there was one
+    resumed.load_state_dict(state)
+    assert resumed.best_loss == math.inf
+
+
+def test_without_a_loss_equal_validations_go_to_the_first(tmp_path):
+    assert validated(tmp_path, [0.8, 0.8], []).epoch == 1
+
+
+def test_a_training_without_any_validation_does_not_begin(tmp_path):
+    with pytest.raises(InputError, match="val_interval is 3, and the training has 2 epochs"):
+        validated(tmp_path, [0.8, 0.8], [], interval=3)
