@@ -187,7 +187,7 @@ WRONG = [
     ("pretrain", DEMO, {"device": 0}, ["device", "such as cpu"]),
     ("pretrain", DEMO, {"img_size": [80, 80]}, ["img_size", "3 integers"]),
     ("pretrain", DEMO, {"img_size": [80, 80, 42]}, ["img_size", "no multiple of patch_size"]),
-    ("segment", DEMO, {"hidden_size": 97}, ["hidden_size", "no multiple of num_heads, 2"]),
+    ("segment", DEMO, {"hidden_size": 97, "num_heads": 2}, ["hidden_size", "no multiple of num_heads, 2"]),
     ("pretrain", DEMO, {"max_epochs": "$2 * 0.75"}, ["max_epochs", "1.5"]),
     ("pretrain", DEMO, {"max_epochs": "$oops"}, ["max_epochs", "oops", "NameError"]),
     ("pretrain", DEMO, {"max_epochs": "@learning_rate"}, ["max_epochs", "0.004"]),
