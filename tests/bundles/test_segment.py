@@ -227,7 +227,7 @@ CONTRADICTIONS = {
     "spacing": ({"pixdim": [1.0, 1.0, 1.0]}, ["pixdim [4.0, 4.0, 8.0]", "pixdim is [1.0, 1.0, 1.0]"]),
     "window": ({"hu_range": [-500, 500]}, ["hu_range [-1000, 1000]", "hu_range is [-500, 500]"]),
     "order": ({"classes": CLASSES[::-1]}, [f"classes {CLASSES}", f"classes is {CLASSES[::-1]}"]),
-    "region": ({"img_size": [40, 40, 20]}, ["img_size [80, 80, 20]", "img_size is [40, 40, 20]"]),
+    "region": ({"img_size": [40, 40, 20]}, ["img_size [80, 80, 40]", "img_size is [40, 40, 20]"]),
 }
 
 
