@@ -71,7 +71,8 @@ class Checkpointer:
     ``..._previous``. Both are whole files at any moment. Order and random numbers follow from the position in the
     training (:class:`custom_components.run.seeded.SeededDataLoader`), so a resumed run ends with the weights of one
     that was never interrupted. Frozen parameters are not stored; a resumed run must have the same. For optimiser and
-    schedule the config's values hold, and not the checkpoint's: ``max_epochs`` may be raised.
+    schedule the config's values hold, and not the checkpoint's: ``max_epochs`` may be raised. What was kept is restored
+    once, when the trainer is made: weights that others set later, as in federated rounds, are trained on as they are.
     Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share.
 
     Args:
@@ -101,9 +102,10 @@ class Checkpointer:
     loss_check: LossCheck | None = None
     description: Mapping[str, Any] | None = None
     resumed: bool = field(default=False, init=False)
+    position: dict[str, int] | None = field(default=None, init=False)  # the last one kept
 
     def __post_init__(self) -> None:
-        self.path = Path(self.path)
+        self.path = self.source = Path(self.path)
         self.previous = self.path.with_name(f"{self.path.stem}_previous{self.path.suffix}")
         self.weights = {self.path.with_name(k): v for k, v in (self.weights or {}).items() if v is not None}
         self.resume = None if self.resume == "null" else self.resume  # the command line gives null as a word
@@ -120,15 +122,18 @@ class Checkpointer:
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
-
-    def started(self, engine: SupervisedTrainer) -> None:
         modules = {name: item for name, item in self.objects.items() if isinstance(item, nn.Module)}
         self.frozen = {name: fingerprint(module) for name, module in modules.items()}
+        if self.resume is not None:
+            self.restore()
+
+    def started(self, engine: SupervisedTrainer) -> None:
         if rank() == 0:
             for path in (self.path, *self.weights, *(path.with_suffix(".json") for path in self.weights)):
                 remove_temporary(path)
-        if self.resume is not None:
-            self.restore(engine)
+        # ignite counts anew where a training is run again that has ended
+        if self.position is not None and not engine.state.iteration:
+            self._restore_position(engine)
         self.saved_at = time.monotonic()
 
     def iteration_completed(self, engine: SupervisedTrainer) -> None:
@@ -144,8 +149,6 @@ class Checkpointer:
         """Write the checkpoint; at the end of an epoch first the weights for others, so that it never stands alone."""
         if self.loss_check is not None:
             self.loss_check()
-        if rank() > 0:
-            return
         modules = [item for item in self.objects.values() if isinstance(item, nn.Module)]
         if not all(p.isfinite().all() for module in modules for p in module.parameters() if p.requires_grad):
             raise InputError(
@@ -154,14 +157,16 @@ class Checkpointer:
             )
         loader = engine.data_loader
         epoch, batch = divmod(engine.state.iteration, engine.state.epoch_length)
-        position = {
+        self.position = {
             "iteration": engine.state.iteration,
             "epoch": epoch,
             "items": batch * loader.batch_size * world_size(),  # of the running epoch, that were trained on
             "epoch_items": len(loader.dataset),
         }
+        if rank() > 0:
+            return
         content = {name: _state(item) for name, item in self.objects.items()}
-        content |= {"trainer": position, "recipe": self.recipe, "frozen": self.frozen}
+        content |= {"trainer": self.position, "recipe": self.recipe, "frozen": self.frozen}
         if self.description is not None:
             content["description"] = dict(self.description)
         if batch == 0:
@@ -173,8 +178,8 @@ class Checkpointer:
         self.resumed = True
         self.saved_at = time.monotonic()
 
-    def restore(self, engine: SupervisedTrainer) -> None:
-        """Resume from a checkpoint, if there is one."""
+    def restore(self) -> None:
+        """Fill the objects from a checkpoint, if there is one."""
         # a disk may show other files to other machines: rank 0 chooses
         path, content = self._read() if rank() == 0 else (None, None)
         path = from_rank_zero(path)
@@ -196,7 +201,7 @@ class Checkpointer:
                     f"{path}: its {name} does not fit the config; resume with the keys it was trained with, or "
                     "start anew with --resume null or another --models_dir"
                 ) from error
-        self._restore_position(path, engine, content["trainer"])
+        self.source, self.position = path, content["trainer"]
         self.resumed = True
 
     def _read(self) -> tuple[Path | None, Any]:
@@ -223,8 +228,8 @@ class Checkpointer:
         if changed:
             logger.warning(f"{path}: going on by another recipe ({changes})")
 
-    def _restore_position(self, path: Path, engine: SupervisedTrainer, saved: Mapping[str, int]) -> None:
-        loader, state = engine.data_loader, engine.state
+    def _restore_position(self, engine: SupervisedTrainer) -> None:
+        path, saved, loader, state = self.source, self.position, engine.data_loader, engine.state
         batch, odd = divmod(saved["items"], loader.batch_size * world_size())
         if batch and (odd or saved["epoch_items"] != len(loader.dataset)):
             logger.warning(

@@ -117,6 +117,35 @@ def copies_of(trainer, folder):
     return copies
 
 
+def test_a_checkpoint_is_restored_once_and_never_over_weights_set_later(tmp_path):
+    """Federated rounds set weights between making the trainer and running it, and between two runs."""
+    make_trainer(tmp_path, max_epochs=1).run()
+    kept = saved(tmp_path / "checkpoint.pt")["network"]
+    trainer = make_trainer(tmp_path, max_epochs=2)
+    own = {name: value.clone() for name, value in trainer.network.state_dict().items() if name in kept}
+    torch.testing.assert_close(own, kept)
+    seen = []
+    trainer.add_event_handler(
+        Events.ITERATION_STARTED, lambda: seen.append(float(trainer.network.trained[0].weight.mean()))
+    )
+    for epochs in (2, 3):
+        trainer.state.max_epochs = epochs
+        with torch.no_grad():
+            trainer.network.trained[0].weight.fill_(epochs)
+        seen.clear()
+        trainer.run()
+        assert seen[0] == pytest.approx(epochs) and trainer.state.epoch == epochs
+
+
+def test_a_finished_training_that_is_run_again_trains_no_further(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.run()
+    expected = saved(tmp_path / "checkpoint.pt")
+    trainer.add_event_handler(Events.ITERATION_STARTED, pytest.fail)
+    trainer.run()
+    assert_same(tmp_path / "checkpoint.pt", expected)
+
+
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_from_each_checkpoint_a_training_goes_on_exactly(tmp_path, num_workers):
     """In the midst of epochs too, and whatever has drawn random numbers in between."""
