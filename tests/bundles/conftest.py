@@ -86,7 +86,8 @@ def run_here(bundle: Path, defaults: dict, tmp_path: Path, monkeypatch: pytest.M
 
     def call(configs: list[str], run_id: str | None = None, **keys: object) -> None:
         files = [f"configs/{name}" for name in configs]
-        keys = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"} | defaults | keys
+        of_training = {k: v for k, v in defaults.items() if configs[0] == "train.json" or k == "dataset_dir"}
+        keys = {"models_dir": tmp_path / "models", "output_dir": tmp_path / "eval"} | of_training | keys
         keys = {k: str(v) if isinstance(v, Path) else "$None" if v is None else v for k, v in keys.items()}
         monai.bundle.run(run_id, config_file=files, logging_file=False, **keys)
 

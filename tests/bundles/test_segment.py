@@ -24,7 +24,7 @@ from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, demo_encode
 BUNDLE = Path(__file__).parents[2] / "bundles" / "segment"
 TRAIN = ["train.json", "demo.json"]
 COHORT = {"dataset_dir#num_train": 4, "dataset_dir#num_valid": 3, "datalist#num_validation": 1}
-TINY = COHORT | {"max_epochs": 2, "val_interval": 1, "warmup_epochs": 0, "feature_size": 4}
+TINY = COHORT | {"max_epochs": 2, "val_interval": 1, "warmup_epochs": 0, "batch_size": 1, "feature_size": 4}
 DEMO = json.loads((BUNDLE / "configs" / "demo.json").read_text())
 CLASSES = DEMO["classes"]
 
@@ -384,7 +384,7 @@ OVERFIT = {
     "img_size": [48, 48, 16], "patch_size": [8, 8, 4], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96,
     "num_samples": 4, "warmup_epochs": 0, "learning_rate": 0.003,
     "num_layers": 3, "num_heads": 2, "hu_bins": 32, "scale_space": [4.0, 8.0, 14.0], "statistics_mlp_dim": 96,
-    "crop#ratios": None, "loss#weight": None, "loss#lambda_dice": 1.0,
+    "batch_size": 1, "loss#weight": None, "loss#lambda_dice": 1.0,
 }  # fmt: skip
 
 

@@ -50,6 +50,18 @@ def commands(name: str) -> list[list[str]]:
 
 
 @each_bundle
+def test_no_config_has_a_key_twice(name: str) -> None:
+    """JSON's readers take the last one, and say nothing."""
+
+    def once(pairs: list[tuple]) -> dict:
+        assert len({key for key, _ in pairs}) == len(pairs), [key for key, _ in pairs]
+        return dict(pairs)
+
+    for file in (folder(name) / "configs").glob("*.json"):
+        json.loads(file.read_text(), object_pairs_hook=once)
+
+
+@each_bundle
 def test_names(name: str) -> None:
     """A folder name that the zoo's tools can split from its version, and a name for people."""
     assert re.fullmatch(r"[a-z][a-z0-9_]*", name) and "_v" not in name
