@@ -286,7 +286,7 @@ def msd(
     excluded = _excluded(exclude)
     paths = [Path(item["image"]) for item in items.values()]
     # a file that is not there keeps its ending in its name
-    kept = [i for i, image in enumerate(paths) if _stem(image).removesuffix(".nii.gz") not in excluded]
+    kept = [i for i, image in enumerate(paths) if stem(image).removesuffix(".nii.gz") not in excluded]
     if not kept:
         raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
     items = [item | {"name": name} for item, name in zip(items.values(), _unique_names(paths), strict=True)]
@@ -418,7 +418,7 @@ def _voxel_files(header: Path) -> list[str]:
 def _unique_names(paths: Sequence[Path]) -> list[str]:
     """A name of each path that no other has, in any case of its letters, and which says where it lies if it must."""
     paths = [Path(os.path.abspath(path)) for path in paths]
-    stems = [_stem(path) for path in paths]
+    stems = [stem(path) for path in paths]
     if _repeated([f"{path.parent}/{stem}" for path, stem in zip(paths, stems, strict=True)]):
         stems = [path.name for path in paths]
     parents = [path.parent.parts[1:] for path in paths]
@@ -773,7 +773,7 @@ def _is_dicom_file(path: Path) -> bool:
         return file.read(132)[128:] == b"DICM"
 
 
-def _stem(path: Path) -> str:
+def stem(path: Path) -> str:
     """Name of a CT file without its ending (.nii.gz is one); the whole name of a folder."""
     suffix = next((suffix for suffix in CT_SUFFIXES if path.name.lower().endswith(suffix)), "")
     return path.name[: -len(suffix)] or path.name if suffix and path.is_file() else path.name

@@ -15,6 +15,7 @@ from monai.data import MetaTensor
 from monai.transforms import MapLabelValue, MapTransform
 from torch import Tensor
 
+from custom_components.data.lists import stem
 from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, read_volume
 from custom_components.errors import InputError
 
@@ -29,6 +30,7 @@ class LoadCTd(MapTransform):
     dropped. Values have the slope and intercept of the file's own header applied. They are float32, but a file that
     holds plain int16 or uint8 stays so, and if it is not compressed it stays on disk: only voxels that are used are
     read. Where a header is blank (no orientation, or an identity affine), a warning names what is assumed.
+    An item without a ``name`` gets the file's, without its ending.
     For label maps use :class:`LoadLabeld`: one without any label would be refused here.
 
     Args:
@@ -75,6 +77,7 @@ class LoadCTd(MapTransform):
                 if low < self.hu_range[0] or high > self.hu_range[1]:
                     image.clamp_(*self.hu_range)
             data[key] = image
+            data.setdefault("name", stem(path))  # MONAI Label and Deploy send a path alone
         return data
 
 

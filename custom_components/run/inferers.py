@@ -79,7 +79,7 @@ class ReadableLoader:
     """Batches of one from a data set, passing over items that fail; a progress bar shows how far it is.
 
     Args:
-        dataset: whose items have a ``name``.
+        dataset: whose items have a ``name`` when they are read, by which their results are called.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
@@ -97,8 +97,12 @@ class ReadableLoader:
         self._what = "read"
         attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
         loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
+        names: set[str] = set()
         for item, name, failure in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
+            if failure is None and item["name"] in names:  # given without names, which are then the files' own
+                failure = f"{name} has the name of another scan, {item['name']}: give each item a name of its own", ""
             if failure is None:
+                names.add(item["name"])
                 yield list_data_collate([item])
             else:
                 self._pass_over(name, *failure)
@@ -135,7 +139,7 @@ class ReadableLoader:
 
 def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
     """An item with its name, or that name with the reason why there is none and the trace of it."""
-    name = dataset.data[index]["name"]
+    name = dataset.data[index].get("name", str(dataset.data[index].get("image")))
     try:
         return dataset[index], name, None
     except Exception as error:

@@ -17,7 +17,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from ignite.engine import Events
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
+from monai.fl.client import MonaiAlgo
+from monai.fl.utils.constants import ExtraItems
+from monai.fl.utils.exchange_object import ExchangeObject
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom_components.probe import LinearProbe
@@ -391,6 +395,30 @@ def test_resuming_on_another_encoder_is_refused(bundle: Path, refuses: Callable,
     write_encoder(tmp_path / "encoder.pt", seed=1)
     keys = TINY | {"models_dir": bundle / "models", "pretrained": tmp_path / "encoder.pt", "fractions": [1.0]}
     refuses(TRAIN, keys, "checkpoint.pt", "another recipe", "pretrained was ", "and is")
+
+
+def test_a_federated_client_trains_from_the_weights_it_is_given(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MONAI's client, two rounds."""
+    monkeypatch.chdir(bundle)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folders = {"models_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")}
+    keys = TINY | folders | {"dataset_dir": "data/phantom", "compare_after_training": False, "fractions": [1.0]}
+    client = MonaiAlgo(
+        str(bundle),
+        config_train_filename=[f"configs/{name}" for name in TRAIN],
+        train_kwargs=keys,
+        config_evaluate_filename=None,
+    )
+    client.initialize({ExtraItems.CLIENT_NAME: "site"})
+    network, seen = client.trainer.network, []
+    client.trainer.add_event_handler(Events.STARTED, lambda: seen.append(network.bias.mean().item()))
+    for value in (1.0, 2.0):
+        given = {name: torch.full_like(tensor, value) for name, tensor in network.state_dict().items()}
+        client.train(ExchangeObject(weights=given))
+    assert seen == [1.0, 2.0] and client.trainer.state.epoch == 2
 
 
 def test_old_weights_load_and_what_is_assumed_is_told(

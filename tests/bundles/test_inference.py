@@ -97,3 +97,16 @@ def test_every_line_has_a_result_or_a_reason(
     by_itk = np.array(itk.imread(str(labels)).TransformIndexToPhysicalPoint([23, 19, 11])) * [-1, -1, 1]
     np.testing.assert_allclose(nib.load(labels).affine, skewed, atol=1e-6)
     np.testing.assert_allclose(by_itk, (skewed @ [23, 19, 11, 1])[:3], atol=0.2)
+
+
+def test_items_that_are_a_path_alone(
+    run_here: Callable, bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """As MONAI Label and Deploy send them; two of one name would be one result."""
+    paths = [str(write(tmp_path / case / "ct.nii.gz")) for case in ("one", "two")]
+    with pytest.raises(Exception, match="1 of 2 scans") as raised:
+        run_here(
+            ["inference.json"], **KEYS, models_dir=bundle / "models", **{"dataset#data": [{"image": p} for p in paths]}
+        )
+    assert "has the name of another scan, ct" in capsys.readouterr().err and "ct.nii.gz" in str(raised.value)
+    assert [path.parent.name for path in (tmp_path / "eval").rglob("labels.nii.gz")] == ["ct"]
