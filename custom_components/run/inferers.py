@@ -97,12 +97,14 @@ class ReadableLoader:
         self._what = "read"
         attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
         loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
-        names: set[str] = set()
+        given = {item["name"] for item in self.dataset.data if "name" in item}
+        names = set(given)
         for item, name, failure in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
-            if failure is None and item["name"] in names:  # given without names, which are then the files' own
-                failure = f"{name} has the name of another scan, {item['name']}: give each item a name of its own", ""
-            if failure is None:
+            if failure is None and name not in given:  # its name is the file's, by LoadCTd
+                if item["name"] in names:
+                    failure = f"{name} has the name of another scan, {item['name']}: give each item a name", ""
                 names.add(item["name"])
+            if failure is None:
                 yield list_data_collate([item])
             else:
                 self._pass_over(name, *failure)

@@ -72,7 +72,8 @@ class Checkpointer:
     training (:class:`custom_components.run.seeded.SeededDataLoader`), so a resumed run ends with the weights of one
     that was never interrupted. Frozen parameters are not stored; a resumed run must have the same. For optimiser and
     schedule the config's values hold, and not the checkpoint's: ``max_epochs`` may be raised. What was kept is restored
-    once, when the trainer is made: weights that others set later, as in federated rounds, are trained on as they are.
+    once, at the first start, and never over weights that others have set since the trainer was made, as federated
+    clients do.
     Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share.
 
     Args:
@@ -103,6 +104,7 @@ class Checkpointer:
     description: Mapping[str, Any] | None = None
     resumed: bool = field(default=False, init=False)
     position: dict[str, int] | None = field(default=None, init=False)  # the last one kept
+    made: list[int] | None = field(default=None, init=False)  # until the first start
 
     def __post_init__(self) -> None:
         self.path = self.source = Path(self.path)
@@ -122,15 +124,27 @@ class Checkpointer:
         engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
-        modules = {name: item for name, item in self.objects.items() if isinstance(item, nn.Module)}
-        self.frozen = {name: fingerprint(module) for name, module in modules.items()}
-        if self.resume is not None:
-            self.restore()
+        self.made = self._writes()
+
+    def _writes(self) -> list[int]:
+        """How often each tensor of the modules has been written to, as torch counts."""
+        modules = [item for item in self.objects.values() if isinstance(item, nn.Module)]
+        return [tensor._version for module in modules for tensor in module.state_dict(keep_vars=True).values()]
 
     def started(self, engine: SupervisedTrainer) -> None:
+        modules = {name: item for name, item in self.objects.items() if isinstance(item, nn.Module)}
+        self.frozen = {name: fingerprint(module) for name, module in modules.items()}
         if rank() == 0:
             for path in (self.path, *self.weights, *(path.with_suffix(".json") for path in self.weights)):
                 remove_temporary(path)
+        if self.made is not None and self.resume is not None:
+            if self._writes() == self.made:
+                self.restore()
+            elif self.path.is_file():
+                logger.warning(
+                    f"{self.path}: not resumed from, since weights were set from outside: training on from them"
+                )
+        self.made = None
         # ignite counts anew where a training is run again that has ended
         if self.position is not None and not engine.state.iteration:
             self._restore_position(engine)
