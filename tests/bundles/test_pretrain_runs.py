@@ -315,7 +315,7 @@ def test_two_processes_train_as_one_does_also_after_one_was_killed(
     told = [(tmp_path / f"machine{i}.txt").read_text() for i in (0, 1)]
     assert sum("epoch 2/2" in text for text in told) == sum("going on in epoch" in text for text in told) == 1
     assert {p.name for p in (tmp_path / "m").iterdir()} == {
-        "checkpoint.pt", "checkpoint_previous.pt", "encoder.pt", "model.pt"
+        "checkpoint.pt", "checkpoint_previous.pt", "encoder.pt", "encoder.json", "model.pt", "model.json"
     }  # fmt: skip
     assert len(list((tmp_path / "e" / "tensorboard").iterdir())) == 2, "one file of events per run, not per process"
 
