@@ -730,7 +730,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("evidence"), help="folder of cohorts, runs and results")
     parser.add_argument(
-        "--variants", nargs="+", choices=[*VARIANTS, "all"], default=list(CORE), metavar="NAME",
+        "--variants", nargs="+", choices=[*VARIANTS, "all"], metavar="NAME",
         help="some of those that --list names, or all; without it the main ones",
     )  # fmt: skip
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of training; the cohort is shared")
@@ -744,6 +744,7 @@ def main() -> None:
     parser.add_argument("--max_epochs", type=int, help="of every pre-training, without warm-up")
     parser.add_argument("--keys", type=json.loads, default={}, help="stage -> keys of all its runs, as JSON")
     given = parser.parse_args()
+    given.variants = given.variants or (["all"] if given.list else CORE)
     if "all" in given.variants:
         given.variants = list(VARIANTS)
     sizes = {name: getattr(given, name) for name in ("num_train", "num_valid", "max_epochs", "keys")}
