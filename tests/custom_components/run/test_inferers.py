@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 
 import pytest
 import torch
@@ -110,8 +109,7 @@ def test_a_scan_that_the_network_fails_at_does_not_stop_the_next(capsys):
     assert done == [12, 4]
     assert [name for name, _ in loader.failures] == ["scan2", "scan4", "scan-1"]
     printed = capsys.readouterr().err
-    # that of scan2: memory and bad input need none; a logger may hold a stream that another test has closed
-    assert len(re.findall(r"(?<!--- Logging error ---\n)Traceback", printed)) == 1
+    assert printed.count("Traceback") == 1  # that of scan2: memory and bad input need none
     assert "skipped: scan4: not enough memory" in printed
     with pytest.raises(InputError, match="3 of 5 scans could not be read or processed"):
         loader.report()
