@@ -14,7 +14,8 @@ data/ how scans and reports come in, and how results go out:
     read.py         a CT or a label map from disk, with every check
     lists.py        reports, labels, MSD-style lists, folders of scans -> MONAI datalists
     save.py         maps, labels and probabilities to disk
-    volume.py       voxels of every file format, and what a plausible CT is: without torch
+    volume.py       NIfTI, and what a plausible CT is: without torch
+    nrrd.py  metaimage.py  dicom.py        the other formats; decompress.py: compressed slices, in a process of its own
     sources.py      public data sets as their publishers ship them
     prepare.py      raw data set -> analysis-ready volumes
     phantom.py      the demo's cohort
@@ -22,6 +23,7 @@ data/ how scans and reports come in, and how results go out:
 
 run/ what a training or an inference needs beyond MONAI's engines:
     start.py        the first call of every config
+    keys.py         keys against the bundle's schema, and the key reference
     inferers.py     autocast, windows, scans that cannot be read
     handlers.py     progress, optimiser steps, clipping
     resume.py       checkpoints, best weights, losses that are not finite

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -28,8 +27,6 @@ from custom_components.vit import SimCroPEncoder
 
 VOCAB_SIZE, PAD, MASK = 40, 0, 1
 BUNDLES = Path(__file__).parents[1] / "bundles"
-# a bundle's logging.conf leaves handlers whose stream ended with the test that ran the bundle
-logging.raiseExceptions = False
 
 
 @pytest.fixture(autouse=True)

@@ -20,10 +20,14 @@ logger = logging.getLogger(__name__)
 
 
 def plain(value: Any) -> Any:
-    """A value as JSON gives it back: tuples and arrays are lists."""
-    return json.loads(
-        json.dumps(value, default=lambda thing: thing.tolist() if hasattr(thing, "tolist") else str(thing))
-    )
+    """A value as JSON gives it back: tuples and arrays as lists, paths, devices and what else there is as text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return plain(value.tolist())
+    return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
 def sha256(path: str | Path) -> str:

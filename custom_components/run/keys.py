@@ -35,6 +35,7 @@ from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, EXPR_KEY, ID_REF_KEY, 
 
 from custom_components.errors import InputError
 from custom_components.files import replacing
+from custom_components.run.description import plain
 
 SCHEMA = "keys.json"
 OWN = "my_"  # a person's own keys begin so
@@ -180,17 +181,6 @@ def _plural(words: str) -> str:
     for one, many in (("an integer", "integers"), ("a number", "numbers"), ("a text", "texts"), ("a list", "lists")):
         words = words.replace(one, many)
     return words
-
-
-def plain(value: Any) -> Any:
-    """A value as JSON has it: tuples as lists, paths and devices as text, arrays and their numbers as Python's."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
-        return [plain(item) for item in value]
-    if isinstance(value, (np.generic, np.ndarray, torch.Tensor)):
-        return value.tolist()
-    return str(value) if isinstance(value, (Path, torch.device)) else value
 
 
 def like(word: str, options: Sequence[str] | set[str]) -> str:

@@ -104,13 +104,13 @@ class Checkpointer:
     description: Mapping[str, Any] | None = None
     resumed: bool = field(default=False, init=False)
     position: dict[str, int] | None = field(default=None, init=False)  # the last one kept
+    restored: Path | None = field(default=None, init=False)  # where it came from
     made: list[int] | None = field(default=None, init=False)  # until the first start
 
     def __post_init__(self) -> None:
-        self.path = self.source = Path(self.path)
+        self.path = Path(self.path)
         self.previous = self.path.with_name(f"{self.path.stem}_previous{self.path.suffix}")
         self.weights = {self.path.with_name(k): v for k, v in (self.weights or {}).items() if v is not None}
-        self.resume = None if self.resume == "null" else self.resume  # the command line gives null as a word
         self.recipe = dict(self.recipe or {})
 
     def attach(self, engine: SupervisedTrainer) -> None:
@@ -215,7 +215,7 @@ class Checkpointer:
                     f"{path}: its {name} does not fit the config; resume with the keys it was trained with, or "
                     "start anew with --resume null or another --models_dir"
                 ) from error
-        self.source, self.position = path, content["trainer"]
+        self.restored, self.position = path, content["trainer"]
         self.resumed = True
 
     def _read(self) -> tuple[Path | None, Any]:
@@ -243,7 +243,7 @@ class Checkpointer:
             logger.warning(f"{path}: going on by another recipe ({changes})")
 
     def _restore_position(self, engine: SupervisedTrainer) -> None:
-        path, saved, loader, state = self.source, self.position, engine.data_loader, engine.state
+        path, saved, loader, state = self.restored or self.path, self.position, engine.data_loader, engine.state
         batch, odd = divmod(saved["items"], loader.batch_size * world_size())
         if batch and (odd or saved["epoch_items"] != len(loader.dataset)):
             logger.warning(

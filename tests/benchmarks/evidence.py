@@ -106,7 +106,7 @@ VARIANTS = {
     "supervised": Variant("supervised ceiling, all labels", supervised=True),
     "no_signal": Variant("recommended, reports shuffled", shuffled=True),
 }
-# what an hour on two cores is enough for, a seed; --variants all names the others too
+# what runs unless --variants names others, or all
 CORE = (
     REFERENCE,
     "random",
@@ -285,10 +285,10 @@ class Plan:
     def _pretrain(self, variant: str, seed: int) -> tuple[str, Sequence[str], dict[str, Any]]:
         return "pretrain", OVERLAYS, self._pretrain_keys(variant, seed)
 
-    def _encoder_keys(self, variant: str, seed: int, bundle: str) -> dict[str, Any]:
-        """The keys that make the other bundle's encoder the variant's."""
+    def _encoder_keys(self, variant: str, seed: int) -> dict[str, Any]:
+        """The keys that make classify's encoder the variant's, where no weights tell them."""
         parser = configured("pretrain", OVERLAYS, self._pretrain_keys(variant, seed))
-        definition = configured(bundle, ("train.json",), {})["encoder_def"].values()
+        definition = configured("classify", ("train.json",), {})["encoder_def"].values()
         names = [value[1:] for value in definition if isinstance(value, str) and value.startswith("@")]
         return {name: parser.get_parsed_content(name) for name in names}
 
@@ -304,7 +304,7 @@ class Plan:
         }
         if variant != REFERENCE:  # the bundle's controls do not depend on the variant
             keys["contenders"] = {"simcrop": {}}
-        return "classify", ("train.json", "demo.json"), keys | self._encoder_keys(variant, seed, "classify")
+        return "classify", ("train.json", "demo.json"), keys
 
     def _supervised(self, variant: str, seed: int) -> tuple[str, Sequence[str], dict[str, Any]]:
         """From scratch, with the steps, batches and learning rate of pre-training."""
@@ -324,18 +324,16 @@ class Plan:
             "compare_after_training": False,
         }
         overlays = ("train.json", "demo.json", "finetune.json")
-        return "classify", overlays, keys | self._encoder_keys(variant, seed, "classify")
+        return "classify", overlays, keys | self._encoder_keys(variant, seed)
 
     def _segment(self, variant: str, seed: int) -> tuple[str, Sequence[str], dict[str, Any]]:
-        encoder = self._encoder_keys(variant, seed, "segment")
         keys = {
             "dataset_dir#dataset_dir": str(self.out / "cohort_segment"),
             "pretrained": str(self.folder(variant, seed, "pretrain") / "models" / "encoder.pt"),
-            "pretrained_img_size": encoder.pop("img_size"),  # that key is of the region, which is the bundle's
         }
         if variant != REFERENCE:  # from scratch is once enough
             keys["contenders"] = {"pretrained": {}}
-        return "segment", ("train.json", "demo.json"), keys | encoder
+        return "segment", ("train.json", "demo.json"), keys
 
 
 def deal_reports_anew(cohort: Path, target: Path, seed: int) -> None:

@@ -74,7 +74,8 @@ TASK = {
     "segment": {
         "shape": SEGMENT["img_size"],
         "channels": 1 + len(SEGMENT["classes"]),
-        "inference": {"checkpoint": "models/random.pt", "overlap": SEGMENT["overlap"]},
+        # in float32, as deploy.json computes
+        "inference": {"checkpoint": "models/random.pt", "overlap": SEGMENT["overlap"], "amp": False},
         "deploy": {"overlap": SEGMENT["overlap"]},
         "overlays": overlays(
             {name: {} for name in ("evaluate", "multi_gpu_train", "multi_gpu_evaluate")}
@@ -256,6 +257,6 @@ def test_deployment_needs_no_components(exported: dict, bare: tuple, tmp_path: P
     labels, same, ours = (np.asarray(image.dataobj) for image in (scripted, eager, inference))
     assert len(np.unique(labels)) > 1 and labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, same)
-    # inference.json keeps logits in half precision; those of a random network lie close together
-    assert labels.shape == ours.shape and (labels != ours).mean() < 3e-3
+    # inference.json keeps logits in half precision, which decides a tie now and then
+    assert labels.shape == ours.shape and (labels != ours).mean() < 5e-4
     np.testing.assert_allclose(scripted.affine, inference.affine, atol=1e-3)

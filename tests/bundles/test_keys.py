@@ -1,6 +1,7 @@
 """Keys that are wrong end a run in one line, before any work; those that are right mean what they say."""
 
 import json
+import logging
 import os
 import runpy
 import subprocess
@@ -64,6 +65,7 @@ def refused(begin: Callable) -> Callable:
 @pytest.fixture
 def command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable:
     """``python -m monai.bundle run ...`` as a shell starts it, but in this process; returns what it prints."""
+    monkeypatch.setattr(logging.root, "handlers", list(logging.root.handlers))  # the bundle's own end with the test
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(sys, "path", list(sys.path))
 
