@@ -63,9 +63,9 @@ def write_encoder(path: Path, seed: int = 0) -> None:
 
 
 def documented_overlays(bundle: Path) -> list[dict]:
-    """The overlays that a README shows under Your own data."""
-    section = (bundle / "docs" / "README.md").read_text().split("### Your own data\n")[1].split("\n### ")[0]
-    return [json.loads(block) for block in re.findall(r"(?ms)^```\n(\{.*?^\})\n```", section)]
+    """The overlays that the page on one's own data shows, in its order."""
+    page = (bundle / "docs" / "own_data.md").read_text()
+    return [json.loads(block) for block in re.findall(r"(?ms)^```\n(\{.*?^\})\n```", page)]
 
 
 @pytest.fixture

@@ -254,14 +254,19 @@ def test_classes_that_exclude_each_other(run_here: Callable, cc_ccii: Path, tmp_
     assert (recipe["max_steps"], recipe["batch_size"], recipe["warmup_steps"]) == (200, 29, 20)
 
 
-@pytest.mark.parametrize("example", range(2), ids=["csv", "MSD"])
-def test_ones_own_data_by_the_readmes_overlays(bundle: Path, run_here: Callable, tmp_path: Path, example: int) -> None:
+@pytest.mark.parametrize("example", range(3), ids=["smallest", "patients", "MSD"])
+def test_ones_own_data_by_the_documented_overlays(
+    bundle: Path, run_here: Callable, tmp_path: Path, example: int
+) -> None:
     mine = tmp_path / "mine" / "scans"
     mine.mkdir(parents=True)
     volumes = sorted((bundle / "data" / "phantom" / "dataset" / "train_fixed").rglob("*_1.nii.gz"))[:24]
     for i, volume in enumerate(volumes):
         shutil.copy(volume, mine / f"{i}.nii.gz")
-    rows = [{"scan": i, "patient_id": f"p{i // 2}", "Nodule": i % 2, "fluid": i // 2 % 2} for i in range(24)]
+    rows = [
+        {"scan": i, "patient_id": f"p{i // 2}", "Nodule": i % 2, "fluid": i // 2 % 2, "Effusion": i // 2 % 2}
+        for i in range(24)
+    ]
     pd.DataFrame(rows).to_csv(tmp_path / "mine" / "labels.csv", index=False)
     entries = [{"image": f"scans/{i}.nii.gz", "label": i % 3} for i in range(24)]
     lists = {"training": entries[:12], "validation": entries[12:], "testing": []}
@@ -271,7 +276,7 @@ def test_ones_own_data_by_the_readmes_overlays(bundle: Path, run_here: Callable,
     keys = TINY | {"max_steps": 4, "validation_share": overlay.get("validation_share", 0.0)}  # the demo has its own
     run_here([*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine")
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
-    assert (metrics["volumes"], metrics["selected_on_test"]) == [(4, False), (12, True)][example]
+    assert (metrics["volumes"], metrics["selected_on_test"]) == [(5, False), (4, False), (12, True)][example]
     run_here(["inference.json"], dataset_dir=CT)
     assert list(pd.read_csv(tmp_path / "eval" / "predictions.csv"))[2:] == overlay["classes"]
 

@@ -172,7 +172,7 @@ def test_evaluate_without_labels_and_masks(bundle: Path, run_here: Callable, tmp
 
 
 def write_own_data(bundle: Path, folder: Path) -> None:
-    """The phantoms as the README's three examples of one's own data have them."""
+    """The phantoms as the examples of one's own data have them."""
     phantoms = bundle / "data" / "phantom" / "dataset"
     reports = pd.read_csv(phantoms / "radiology_text_reports" / "train_reports.csv").fillna("")
     labels = pd.read_csv(phantoms / "multi_abnormality_labels" / "train_predicted_labels.csv")
@@ -183,6 +183,7 @@ def write_own_data(bundle: Path, folder: Path) -> None:
     paths = "scans/" + reports["VolumeName"]
     table = {
         "study": reports["VolumeName"].str.removesuffix(".nii.gz"), "patient_id": range(8), "report": texts,
+        "scan": reports["VolumeName"].str.removesuffix(".nii.gz"),
         "Nodule": labels["Lung nodule"], "fluid": [i % 2 for i in range(8)],
     }  # fmt: skip
     pd.DataFrame(table).to_csv(folder / "reports.csv", index=False)
@@ -193,24 +194,26 @@ def write_own_data(bundle: Path, folder: Path) -> None:
     (folder / "datalist.json").write_text(json.dumps({"training": entries[:4], "validation": entries[4:]}))
 
 
-@pytest.mark.parametrize("example", range(3), ids=["csv", "json lines", "MSD"])
-def test_ones_own_data_by_the_readmes_overlays(bundle: Path, run_here: Callable, tmp_path: Path, example: int) -> None:
+@pytest.mark.parametrize("example", range(4), ids=["smallest", "labels", "json lines", "MSD"])
+def test_ones_own_data_by_the_documented_overlays(
+    bundle: Path, run_here: Callable, tmp_path: Path, example: int
+) -> None:
     write_own_data(bundle, tmp_path / "mine")
     (bundle / "configs" / "my_data.json").write_text(json.dumps(documented_overlays(bundle)[example]))
     keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir")} | {"max_epochs": 1}
-    keys |= {"dataset_dir": tmp_path / "mine"} | ({"validation_share": 0.5} if example == 0 else {})
+    keys |= {"dataset_dir": tmp_path / "mine"} | ({"validation_share": 0.5} if example < 2 else {})
     run_here([*TRAIN, "my_data.json"], **keys)
     checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
     assert checkpoint["trainer"]["iteration"] == 1
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert metrics["volumes"] == 4 and metrics["masked_token_accuracy"]
-    assert ("Effusion" in metrics.get("presence_auc", {})) == (example == 0)  # the example that has labels
+    assert ("Effusion" in metrics.get("presence_auc", {})) == (example == 1)  # the example that has labels
 
 
 def test_training_alone_needs_no_validation_data(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     write_own_data(bundle, tmp_path / "mine")
     (tmp_path / "mine" / "valid.jsonl").unlink()
-    (bundle / "configs" / "my_data.json").write_text(json.dumps(documented_overlays(bundle)[1]))
+    (bundle / "configs" / "my_data.json").write_text(json.dumps(documented_overlays(bundle)[2]))
     keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir")} | {"max_epochs": 1}
     run_here([*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine", evaluate_after_training=False)
     assert (tmp_path / "models" / "encoder.pt").is_file()

@@ -19,7 +19,17 @@ import torch
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, demo_encoder, run, told, write_encoder
+from tests.bundles.conftest import (
+    CT,
+    LEFT_LUNG,
+    LUNGS,
+    RIGHT_LUNG,
+    demo_encoder,
+    documented_overlays,
+    run,
+    told,
+    write_encoder,
+)
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "segment"
 TRAIN = ["train.json", "demo.json"]
@@ -367,6 +377,28 @@ def test_published_recipe() -> None:
 def test_verify_net_in_out_at_published_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(BUNDLE)
     verify_net_in_out("network_def", "configs/metadata.json", "configs/inference.json", device="cpu")
+
+
+def test_ones_own_data_by_the_documented_overlays(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    """Four phantoms as a list of one's own, whose lungs and heart are 1 and 2."""
+    phantoms = bundle / "data" / "phantom"
+    items = json.loads((phantoms / "segmentation.json").read_text())["training"][:4]
+    entries = []
+    for i, item in enumerate(items):
+        label = nib.load(phantoms / item["label"])
+        values = np.asarray(label.dataobj)
+        organs = np.select([np.isin(values, [2, 3, 5, 6]), values == 4], [1, 2]).astype(np.uint8)
+        entries.append({"image": f"imagesTr/{i:02}.nii.gz", "label": f"labelsTr/{i:02}.nii.gz"})
+        for part in entries[-1].values():
+            (tmp_path / part).parent.mkdir(exist_ok=True)
+        shutil.copy(phantoms / item["image"], tmp_path / entries[-1]["image"])
+        nib.save(nib.Nifti1Image(organs, label.affine), tmp_path / entries[-1]["label"])
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": entries[:3], "validation": entries[3:]}))
+    for name, overlay in zip(("my_data", "my_trial"), documented_overlays(bundle), strict=True):
+        (bundle / "configs" / f"{name}.json").write_text(json.dumps(overlay))
+    keys = {"dataset_dir": tmp_path, "max_epochs": 1, "warmup_epochs": 0, "val_interval": 1, "num_workers": 0}
+    run_here(["train.json", "my_data.json", "my_trial.json"], **keys)
+    assert set(json.loads((tmp_path / "eval" / "metrics.json").read_text())["dice"]["per_class"]) == {"lungs", "heart"}
 
 
 def write_list(folder: Path, image: Path, labels: np.ndarray, affine: np.ndarray) -> Path:

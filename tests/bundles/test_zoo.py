@@ -8,6 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterable
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -43,9 +45,11 @@ def readme(name: str) -> str:
     return (folder(name) / "docs" / "README.md").read_text()
 
 
-def commands(name: str) -> list[list[str]]:
-    """Every command line in a README's code blocks, split as a shell splits it."""
-    blocks = "".join(re.findall(r"(?ms)^```\n(.*?)^```", readme(name))).replace("\\\n", " ")
+def commands(pages: Iterable[Path]) -> list[list[str]]:
+    """Every command line in the code blocks of these pages, split as a shell splits it."""
+    blocks = "".join(
+        block.replace("\\\n", " ") for page in pages for block in re.findall(r"(?ms)^```\n(.*?)^```", page.read_text())
+    )
     return [shlex.split(line) for line in blocks.splitlines() if "monai.bundle" in line]
 
 
@@ -159,19 +163,52 @@ def test_readme_holds_in_every_place_where_it_is_shown(name: str) -> None:
     assert (folder(name) / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
 
 
+def named_files_and_keys_exist(bundle: Path, command: list[str]) -> None:
+    option = command.index("--config_file")
+    files = ast.literal_eval(command[option + 1]) if "[" in command[option + 1] else [command[option + 1]]
+    paths = [bundle / file for file in files]
+    assert all(path.is_file() or path.name.startswith("my_") for path in paths), command
+    parser = ConfigParser(config=ConfigParser.load_config_files([path for path in paths if path.is_file()]))
+    for part in command[command.index("monai.bundle") :]:
+        key = part[2:].split("=")[0] if part.startswith("--") else None
+        if key and key not in MONAI_ARGUMENTS:
+            assert key in parser, f"{key} in {command}"
+
+
 @each_bundle
-def test_readme_names_configs_and_keys_that_exist(name: str) -> None:
-    assert commands(name)
-    for command in commands(name):
-        option = command.index("--config_file")
-        files = ast.literal_eval(command[option + 1]) if "[" in command[option + 1] else [command[option + 1]]
-        paths = [folder(name) / file for file in files]
-        assert all(path.is_file() or path.name.startswith("my_") for path in paths), command
-        parser = ConfigParser(config=ConfigParser.load_config_files([path for path in paths if path.is_file()]))
-        for part in command[command.index("monai.bundle") :]:
-            key = part[2:].split("=")[0] if part.startswith("--") else None
-            if key and key not in MONAI_ARGUMENTS:
-                assert key in parser, f"{key} in {command}"
+def test_docs_name_configs_and_keys_that_exist(name: str) -> None:
+    found = commands((folder(name) / "docs").glob("*.md"))
+    assert len(found) > 5
+    for command in found:
+        named_files_and_keys_exist(folder(name), command)
+
+
+FRONT = REPOSITORY / "README.md"
+
+
+def test_front_page_is_short_and_its_lines_run() -> None:
+    text = FRONT.read_text()
+    assert len(text.split()) <= 1000
+    for link in re.findall(r"\]\((?!https://)([^)#]*)", text):
+        assert (REPOSITORY / link).is_file() or (REPOSITORY / link).is_dir(), link
+    for command in commands([FRONT]):
+        named_files_and_keys_exist(folder("pretrain"), command)
+
+
+def test_front_page_repeats_what_the_pages_behind_it_say() -> None:
+    """Its table has no number of its own."""
+    behind = "".join(path.read_text() for name in BUNDLES for path in (folder(name) / "docs").glob("*.md"))
+    table = FRONT.read_text().split("## What came out")[1].split("\n\n")[1]
+    numbers = re.findall(r"\d\.\d{3}", table)
+    assert len(numbers) > 15 and [number for number in numbers if number not in behind] == []
+
+
+def test_one_version_everywhere() -> None:
+    told = {name: metadata(name)["version"] for name in BUNDLES}
+    told["pyproject"] = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["version"]
+    told["citation"] = re.search(r"(?m)^version: (.+)$", (REPOSITORY / "CITATION.cff").read_text())[1]
+    told["changes"] = re.search(r"(?m)^## (\S+)$", (REPOSITORY / "CHANGELOG.md").read_text())[1]
+    assert len(set(told.values())) == 1, told
 
 
 @each_bundle
