@@ -62,28 +62,37 @@ def spacing_of(image: Tensor) -> tuple[float, float, float]:
 
 
 def loss_curves(log_dir: str | Path, path: str | Path) -> None:
-    """One panel per scalar of a TensorBoard folder, over iterations, with a running mean."""
+    """One panel per scalar of a TensorBoard folder, over iterations, with a running mean, and its held-out values."""
     events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0}).Reload()
-    tags = events.Tags()["scalars"]
+    tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("held_out/")]
     if not tags:
         return
-    figure = Figure(figsize=(3.6 * len(tags), 3.0), layout="constrained")
+    curves = {tag: _curve(events, tag) for tag in events.Tags()["scalars"]}
+    figure = Figure(figsize=(3.2 * len(tags), 3.0), layout="constrained")
     for axes, tag in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags, strict=True):
-        curve: list[tuple[int, float]] = []
-        for event in events.Scalars(tag):
-            # a resumed or repeated run goes over the same iterations again: the last word counts
-            while curve and curve[-1][0] >= event.step:
-                curve.pop()
-            curve.append((event.step, event.value))
-        steps, values = np.array(curve).T
+        steps, values = curves[tag]
         window = max(1, len(values) // 50)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
         axes.plot(steps, values, color="#9ecae1", linewidth=0.8)
-        axes.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.6)
-        axes.set_title(tag, fontsize=10)
+        axes.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.6, label="training")
+        if (held_out := tag.replace("loss/", "held_out/")) in curves and held_out != tag:
+            axes.plot(*curves[held_out], "o--", color="#d95f02", markersize=4, linewidth=1.2, label="held out")
+            axes.legend(fontsize=8)
+        axes.set_title(tag.replace("loss/", "loss: "), fontsize=10)
         axes.set_xlabel("iteration", fontsize=9)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def _curve(events: EventAccumulator, tag: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a scalar; where a resumed or repeated run went over the same steps again, its last word."""
+    curve: list[tuple[int, float]] = []
+    for event in events.Scalars(tag):
+        while curve and curve[-1][0] >= event.step:
+            curve.pop()
+        curve.append((event.step, event.value))
+    steps, values = np.array(curve).T
+    return steps, values
 
 
 class SentencePaneld(MapTransform):

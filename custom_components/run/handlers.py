@@ -1,14 +1,20 @@
-"""What a training does beside its steps: weight decay, learning rate, losses' parts, progress, last step, clipping."""
+"""What a training does beside its steps: weight decay, learning rate, its losses, progress, clipping."""
 
+import logging
 import math
+import shutil
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from ignite.engine import Engine, Events
+from monai.data import DataLoader
 from monai.engines import IterationEvents, SupervisedTrainer
+from monai.networks import eval_mode
 from monai.utils.enums import CommonKeys
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -16,6 +22,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
 
 from custom_components.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -74,22 +82,77 @@ class LossParts:
         engine.add_event_handler(IterationEvents.LOSS_COMPLETED, self.loss_completed)
 
     def loss_completed(self, engine: SupervisedTrainer) -> None:
-        engine.state.output["losses"], self.values = self.values, {}
+        engine.state.output["losses"] = self.take()
+
+    def take(self) -> dict[str, Tensor]:
+        """The values since the last call."""
+        values, self.values = self.values, {}
+        return values
+
+
+@dataclass
+class HeldOutLoss:
+    """The loss and its parts on held-out items, every ``interval`` epochs, as ``engine.state.metrics["held_out/..."]``.
+
+    The trainer's own way from a batch to its loss, with the network in eval mode. Means over batches: give the
+    training's batch size, since a contrastive loss falls with the number of its negatives.
+
+    Args:
+        dataloader: the same batches, with the same masks, each time (:class:`SeededDataLoader`).
+        parts: of the trainer's loss.
+    """
+
+    dataloader: DataLoader
+    parts: LossParts
+    interval: int = 1
+
+    def attach(self, engine: SupervisedTrainer) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.epoch_completed)
+
+    @torch.no_grad()
+    def epoch_completed(self, engine: SupervisedTrainer) -> None:
+        sums: Counter[str] = Counter()
+        with eval_mode(engine.network):
+            for batch in self.dataloader:
+                prepared = engine.prepare_batch(batch, engine.state.device, engine.non_blocking)
+                images, targets, args, kwargs = (*prepared, (), {})[:4]  # some return two
+                output = engine.inferer(images, engine.network, *args, **kwargs)
+                sums["total"] += engine.loss_function(output, targets).item()
+                sums.update({name: value.item() for name, value in self.parts.take().items()})
+        means = {name: value / len(self.dataloader) for name, value in sums.items()}
+        engine.state.metrics.update({f"held_out/{name}": mean for name, mean in means.items()})
+        logger.info(f"epoch {engine.state.epoch}, held out: " + ", ".join(f"{k} {v:.3f}" for k, v in means.items()))
 
 
 class TrainingProgress:
-    """One bar over the whole training: epoch, the loss, its parts where :class:`LossParts` gives them, time left."""
+    """One line that says what trains where, and one bar over the whole training: epoch, time left, the loss, and its
+    parts where :class:`LossParts` gives them; in a narrow terminal by the first letters of their names."""
+
+    BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
+    NARROW = "{desc} {percentage:3.0f}% {elapsed}<{remaining}{postfix}"
+    WIDE_COLUMNS = 110
 
     def __init__(self) -> None:
         self.bar: tqdm | None = None
         # a log file needs a line now and then, a terminal needs motion
-        self.seconds = 0.5 if sys.stderr.isatty() else 10.0
+        self.terminal = sys.stderr.isatty()
+        self.seconds = 0.5 if self.terminal else 10.0
         self.shown = -math.inf
 
     def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.started)
         engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.COMPLETED | Events.TERMINATE, self.completed)
+
+    def started(self, engine: SupervisedTrainer) -> None:
+        network = getattr(engine.network, "_orig_mod", engine.network)  # where the trainer has compiled it
+        network = getattr(network, "module", network)  # where processes share it
+        trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
+        logger.info(
+            f"{type(network).__name__}, {trained:.3g} million trained parameters, on {engine.state.device}: "
+            f"{engine.state.max_epochs} epochs of {engine.state.epoch_length} batches"
+        )
 
     def epoch_started(self, engine: Engine) -> None:
         if self.bar is None:
@@ -101,9 +164,13 @@ class TrainingProgress:
         if time.monotonic() - self.shown < self.seconds and engine.state.iteration < self.bar.total:
             return
         self.shown = time.monotonic()
-        losses = {"total": engine.state.output[CommonKeys.LOSS]} | engine.state.output.get("losses", {})
-        self.bar.set_description(f"epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False)
-        self.bar.set_postfix({k: f"{v.item():.3f}" for k, v in losses.items()}, refresh=False)
+        narrow = self.terminal and shutil.get_terminal_size().columns < self.WIDE_COLUMNS
+        self.bar.bar_format = self.NARROW if narrow else self.BAR
+        parts = engine.state.output.get("losses", {})
+        losses = {"loss": engine.state.output[CommonKeys.LOSS], **{k[:3] if narrow else k: v for k, v in parts.items()}}
+        shown = [f"{name} {value.item():.3g}" for name, value in losses.items()]
+        self.bar.set_description_str(f"epoch {engine.state.epoch}/{engine.state.max_epochs}", refresh=False)
+        self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update(engine.state.iteration - self.bar.n)
 
     def completed(self) -> None:

@@ -4,16 +4,19 @@ import errno
 import importlib
 import itertools
 import json
+import logging
 import os
 import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
+from monai.bundle import ConfigParser
 from monai.utils import set_determinism
 from tqdm import tqdm
 
@@ -24,6 +27,8 @@ from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder
 from custom_components.run.keys import check_keys
+
+logger = logging.getLogger(__name__)
 
 STAMP = "stamp.json"  # what custom_components.run.export leaves beside the modules
 
@@ -56,6 +61,8 @@ def start(
     OneLineErrors()
     check_components(bundle_root)
     values = check_keys(bundle_root, keys)
+    one_console()
+    tell(bundle_root, keys, values, writes)
     for key in writes:
         if values.get(key) is not None:
             check_folder(key, values[key])
@@ -66,6 +73,36 @@ def start(
     keep_freed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if seed is not None:
         set_determinism(seed)
+
+
+class AboveBars(logging.StreamHandler):
+    """A console handler whose lines go above the progress bars, and not into them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+
+
+def one_console() -> None:
+    """Let the root logger's console handlers be :class:`AboveBars`."""
+    for handler in list(logging.root.handlers):
+        if type(handler) is logging.StreamHandler:
+            above = AboveBars(handler.stream)
+            above.setLevel(handler.level)
+            above.setFormatter(handler.formatter)
+            logging.root.removeHandler(handler)
+            logging.root.addHandler(above)
+
+
+def tell(bundle_root: str | Path, section: str, values: Mapping[str, Any], writes: Sequence[str]) -> None:
+    """Log the first line of a run: which bundle and config, what it reads, and where its results go."""
+    if not values or int(os.environ.get("RANK", 0)) > 0:
+        return
+    metadata = ConfigParser.load_config_file(Path(bundle_root, "configs", "metadata.json"))
+    data = values.get("dataset_dir")
+    data = data.get("dataset_dir", data["_target_"]) if isinstance(data, Mapping) else data
+    folders = dict.fromkeys(str(values[key]) for key in writes if values.get(key) is not None)
+    reads = f"reads {data}, " if data is not None else ""
+    logger.info(f"{metadata['name']} {metadata['version']}, {section}: {reads}writes {', '.join(folders)}")
 
 
 def check_components(bundle_root: str | Path) -> None:

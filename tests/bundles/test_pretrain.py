@@ -42,6 +42,7 @@ TINY = {
     "effective_batch_size": 4,
     "checkpoint_interval": 1,
     "eval_batch_size": 4,
+    "val_interval": 1,
 }
 
 
@@ -64,10 +65,14 @@ def test_demo_leaves_weights_curves_and_figures(bundle: Path) -> None:
     assert "blocks.0.attn.qkv.weight" in encoder and "pos_embed" in encoder
     scalars = EventAccumulator(str(bundle / "eval" / "tensorboard")).Reload().Tags()["scalars"]
     assert {"lr", "loss/total", "loss/volume", "loss/alignment", "loss/report"} <= set(scalars)
+    assert {"held_out/total", "held_out/volume", "held_out/alignment", "held_out/report"} <= set(scalars)
     for figure in ("losses.png", "reconstructions.png", "sentences.png"):
         assert (bundle / "eval" / figure).stat().st_size > 10_000
     bar = (bundle / "stderr.txt").read_text()
-    assert "epoch 2/2" in bar and "alignment=" in bar and "<" in bar  # tqdm's elapsed<left
+    assert "epoch 2/2" in bar and " alignment " in bar and "<" in bar  # tqdm's elapsed<left
+    log = (bundle / "stdout.txt").read_text()
+    assert "SimCroP pre-training" in log.split(" train: reads ")[0] and "million trained parameters, on cpu" in log
+    assert "epoch 2, held out: total " in log and "iteration 0" not in log and "ignite" not in log
 
 
 def test_demo_table(bundle: Path) -> None:
@@ -95,6 +100,7 @@ def test_trains_and_evaluates_on_real_anatomy(run_here: Callable, tmp_path: Path
 
 
 def test_same_seed_same_losses(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    """Without the looks at held-out volumes, which so leave no trace in the training."""
     keys = TINY | {"dataset_dir": bundle / "data" / "phantom", "evaluate_after_training": False}
     keys = {k: v for k, v in keys.items() if not k.startswith("dataset_dir#")}
     run_here(TRAIN, **keys)

@@ -13,7 +13,7 @@ from monai.engines import SupervisedTrainer
 from torch import nn
 
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
-from custom_components.run.handlers import LossParts, TrainingProgress, decay_groups
+from custom_components.run.handlers import HeldOutLoss, LossParts, TrainingProgress, decay_groups
 from tests.custom_components.run.test_resume import make_trainer
 
 
@@ -61,9 +61,48 @@ def test_progress_shows_epoch_steps_and_each_loss_without_a_second_look_at_the_b
     )
     trainer.run()
     shown = capsys.readouterr().err
-    assert "epoch 1/1" in shown and "2/2" in shown and "total=12.000, volume=4.000" in shown
+    assert "epoch 1/1" in shown and "100%" in shown and "loss 12 volume 4" in shown
     assert trainer.state.output["losses"] == {"volume": 4.0}  # a part without weight is not called
     assert not trainer.state.output["losses"]["volume"].requires_grad and len(seen) == 2
+
+
+def test_held_out_losses_are_means_over_batches_in_eval_mode(caplog):
+    weights = {"volume": 3, "alignment": 0, "report": 0}
+    loss = SimCroPLoss(weights, MaskedVolumeLoss(), SimilarityAlignmentLoss(), MaskedReportLoss())
+    network, modes = Volume(), []
+    network.register_forward_pre_hook(lambda module, args: modes.append((module.training, torch.is_grad_enabled())))
+    batches = [{"image": torch.tensor([value]), "label": torch.zeros(1)} for value in (1.0, 2.0)]
+    parts = LossParts(loss)
+    trainer = SupervisedTrainer(
+        device=torch.device("cpu"),
+        max_epochs=3,
+        train_data_loader=batches[:1],
+        network=network,
+        optimizer=torch.optim.SGD(network.parameters(), lr=0.0),
+        loss_function=loss,
+        train_handlers=[parts, HeldOutLoss(batches, parts, interval=2)],
+        decollate=False,
+    )
+    with caplog.at_level("INFO"):
+        trainer.run()
+    assert modes == [(True, True), (True, True), (False, False), (False, False), (True, True)]
+    assert trainer.state.metrics == {"held_out/total": 7.5, "held_out/volume": 2.5}
+    assert "epoch 2, held out: total 7.500, volume 2.500" in caplog.text
+    assert trainer.state.output["losses"] == {"volume": 1.0}
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(80, "rep 10.3"), (120, "report 10.3")])
+def test_progress_fits_the_terminal(columns, shown, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    losses = {"volume": 0.698, "alignment": 2.107, "report": 10.342, "instance": 1.656}
+    losses = {name: torch.tensor(value) for name, value in losses.items()}
+    engine = Engine(lambda *_: {"loss": torch.tensor(4.624), "losses": losses})
+    TrainingProgress().attach(engine)
+    engine.network, engine.state.device = nn.Linear(1, 1), torch.device("cpu")
+    engine.run([1.0], max_epochs=20)
+    last = capsys.readouterr().err.split("\r")[-1].strip()
+    assert shown in last and "ins" in last and "<" in last and len(last) <= columns
 
 
 def test_progress_reads_losses_only_when_it_shows_them():
@@ -76,6 +115,7 @@ def test_progress_reads_losses_only_when_it_shows_them():
             return read[-1]
 
     engine = Engine(lambda _, value: {"loss": torch.tensor(value).as_subclass(Loss)})
+    engine.network, engine.state.device = nn.Linear(1, 1), torch.device("cpu")
     TrainingProgress().attach(engine)
     engine.run([1.0, 2.0, 3.0, 4.0, 5.0], max_epochs=1)
     assert read == [1.0, 5.0]

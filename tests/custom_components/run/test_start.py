@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -13,11 +14,12 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset
 from monai.transforms import Lambdad
+from tqdm import tqdm
 
 import custom_components
 from custom_components.errors import InputError
 from custom_components.run.export import export
-from custom_components.run.start import OneLineErrors, check_components, start
+from custom_components.run.start import OneLineErrors, check_components, one_console, start
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[3]
@@ -220,3 +222,18 @@ def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
             file.write("events")
 
     assert told(write, monkeypatch, capsys).startswith("error: the disk is full ([Errno 28] No space left on device)")
+
+
+def test_log_lines_go_above_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    """A line that comes while a bar is drawn starts on a line of its own, and the bar comes again below it."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(levelname)s %(message)s"))
+    monkeypatch.setattr(logging.root, "handlers", [handler])
+    one_console()
+    one_console()  # once is enough
+    with tqdm(total=2, file=sys.stdout, ncols=40) as bar:
+        bar.update(1)
+        logging.getLogger("some.module").warning("a line")
+    shown = capsys.readouterr().out
+    before, after = shown.split("WARNING a line\n")
+    assert before.endswith(" \r") and "50%" in after
