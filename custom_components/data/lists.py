@@ -197,6 +197,8 @@ def volumes(
         # It was drawn before any patient was left out: an exclusion does not reshuffle it.
         chosen = _chosen({row["patient"] for row in rows}, order, data_fraction)
         rows = [row for row in rows if row["patient"] in chosen]
+    if what == "labels":
+        _tell_absent(rows, split, classes, exclusive)
 
     missing = []
     for row in rows:
@@ -290,7 +292,7 @@ def msd(
     if not kept:
         raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
     items = [item | {"name": name} for item, name in zip(items.values(), _unique_names(paths), strict=True)]
-    items = [items[i] for i in sorted(_chosen(set(kept), _order(range(len(items)), seed), data_fraction))]
+    items = [items[i] for i in sorted(_chosen(set(kept), _shuffled(range(len(items)), seed), data_fraction))]
 
     missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
     if missing:
@@ -649,7 +651,7 @@ def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dic
     """Split -> rows of one table: as its rows say, or `test_share` of the patients for testing."""
     if any(row["split"] for row in rows):
         return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
-    order = _order([row["patient"] for row in rows], seed)
+    order = _order(rows, seed)
     held_out = set(order[len(order) - round(test_share * len(order)) :])
     testing = [row for row in rows if row["patient"] in held_out]
     return {"train": [row for row in rows if row["patient"] not in held_out], "test": testing}
@@ -663,14 +665,41 @@ def _select(
         source = split if part(split) else "test" if split == "valid" else "valid"
         return source, part(source), None
     every = part("train") or []
-    order = _order([row["patient"] for row in every], seed)
+    order = _order(every, seed)
     held_out = set(order[len(order) - max(1, round(validation_share * len(order))) :] if validation_share else ())
     own = part(f"train_{data_fraction:g}") if split == "train" and data_fraction < 1 else None
     rows = [row for row in own or every if (row["patient"] in held_out) == (split == "valid")]
     return "train", rows, None if own or split == "valid" else order
 
 
-def _order(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
+def _order(rows: Sequence[Mapping[str, object]], seed: int) -> list[Hashable]:
+    """Patients in a random order, any stretch of which has its share of each finding, as far as whole patients allow.
+
+    A patient counts for the rarest of his findings, so that the rare ones, which a small stretch would lack, are spread
+    most evenly.
+    """
+    order = _shuffled([row["patient"] for row in rows], seed)
+    findings: dict[Hashable, np.ndarray] = {}
+    for row in rows:
+        if (label := row.get("label")) is not None:
+            found = np.nan_to_num(label) if isinstance(label, np.ndarray) else np.eye(label + 1)[label]
+            before = findings.get(row["patient"], np.zeros(0))
+            width = max(len(found), len(before))
+            findings[row["patient"]] = np.maximum(*(np.pad(v, (0, width - len(v))) for v in (found, before)))
+    if not order or len(findings) < len(order):
+        return order
+    width = max(map(len, findings.values()))
+    present = np.stack([np.pad(findings[patient], (0, width - len(findings[patient]))) for patient in order]) > 0
+    count = np.where(present, present.sum(0), len(order) + 1)
+    rarest = np.where(present.any(1), count.argmin(1), width)
+    place, random = np.empty(len(order)), np.random.RandomState(seed)
+    for finding in np.unique(rarest):
+        those = np.flatnonzero(rarest == finding)
+        place[those] = (np.arange(len(those)) + random.uniform(size=len(those))) / len(those)
+    return [order[i] for i in place.argsort(kind="stable")]
+
+
+def _shuffled(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
     return np.random.RandomState(seed).permutation(sorted(set(owners))).tolist()
 
 
@@ -681,6 +710,19 @@ def _chosen(left: set[Hashable], order: Sequence[Hashable], data_fraction: float
     # Without the small number, rounding would take 8 of 100 patients for 0.07 * 100 = 7.000000000000001.
     count = math.ceil(data_fraction * len(left) - 1e-9)
     return set([owner for owner in order if owner in left][:count])
+
+
+def _tell_absent(rows: Sequence[Mapping[str, object]], split: str, classes: Sequence[str], exclusive: bool) -> None:
+    """Warn of classes that no volume of a split has, or all of them."""
+    labels = np.stack([row["label"] for row in rows])
+    labels = np.eye(len(classes))[labels] if exclusive else labels
+    absent = [name for name, column in zip(classes, labels.T, strict=True) if not column.any()]
+    always = [name for name, column in zip(classes, labels.T, strict=True) if column.all()]
+    for names, how in ((absent, "has none of"), (always, "has nothing but")):
+        if names:
+            _warn_once(
+                f"split {split}, {len(rows)} volumes, {how}: {', '.join(names)}; raise data_fraction or its share"
+            )
 
 
 def _first(files: Files, folder: Path, key: str | None = None) -> Path | None:

@@ -381,6 +381,40 @@ def test_splits_by_patient_are_nested_and_disjoint(cohort: dict) -> None:
     assert split("train")[0]["label"].shape == (2,)
 
 
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_every_split_has_its_share_of_a_rare_finding(tmp_path: Path, exclusive: bool) -> None:
+    """20 of 400 patients have it: 4 in a test set of a fifth, 2 in a tenth of what is left. By chance alone, a tenth
+    has none of it in one seed of eight."""
+    rows = []
+    for i in range(400):
+        (tmp_path / f"{i}.nii.gz").touch()
+        kinds = {"label": 2 * (i < 20) or i % 2} if exclusive else {"rare": int(i < 20), "common": i % 2}
+        rows.append({"file": i, **kinds})
+    pd.DataFrame(rows).to_csv(tmp_path / "labels.csv", index=False)
+    keys = {"dataset_dir": tmp_path, "labels": tmp_path / "labels.csv", "validation_share": 0.1, "test_share": 0.2}
+    keys |= {"classes": ["none", "common", "rare"] if exclusive else ["rare", "common"], "exclusive": exclusive}
+    for seed in range(8):
+        for split, fraction, volumes_, expected in (
+            ("test", 1, 80, 4),
+            ("valid", 1, 32, 1.6),
+            ("train", 0.1, 29, 1.44),
+        ):
+            items = own(split, **keys, data_fraction=fraction, seed=seed)
+            rare = sum((item["label"] == 2) if exclusive else item["label"][0] for item in items)
+            assert len(items) == volumes_ and abs(rare - expected) < 1.7, (seed, split)
+            assert rare > 0 and (exclusive or 0.35 < np.mean([item["label"][1] for item in items]) < 0.65)
+
+
+def test_a_finding_that_no_volume_of_a_split_has_is_told(cohort: dict, caplog: pytest.LogCaptureFixture) -> None:
+    own("train", **cohort)
+    assert not [record for record in caplog.records if "has none of" in record.getMessage()]
+    frame = pd.read_csv(cohort["labels"])
+    frame["mass"] = 0
+    frame.to_csv(cohort["labels"], index=False)
+    own("train", **cohort)
+    assert "split train, 81 volumes, has none of: mass" in caplog.text
+
+
 def test_without_a_validation_share_the_test_volumes_are_validated_on(cohort: dict) -> None:
     cohort["validation_share"] = 0.0
     valid, test = (own(split, **cohort) for split in ("valid", "test"))
