@@ -35,7 +35,9 @@ UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter, as co
 LAST = (0x7FE00010, 0xFFFAFFFA, 0xFFFCFFFC)  # voxels, and what may follow them: signatures, padding
 # what slices of one patient in one place have in common, whatever their series says
 ONE = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
-OTHERS = re.compile("^(Enhanced )?(MR|PET|RT|Nuclear|Positron|Ultrasound|Raw|Encapsulated) |SR|Segmentation|Presentation")
+OTHERS = re.compile(
+    "^(Enhanced )?(MR|PET|RT|Nuclear|Positron|Ultrasound|Raw|Encapsulated) |SR|Segmentation|Presentation"
+)
 PROJECTIONS = {"LOCALIZER", "MIP", "MINIP", "PROJECTION IMAGE"}
 HU_TYPES = ("None", "HU", "HU_MOD", "US")  # US is unspecified
 # what tells volumes of one folder apart, in the order in which a person would name it
@@ -165,7 +167,9 @@ def _slices_alone(folder: Path, images: list[Image]) -> list[Image]:
             slices = [image for image in slices if id(image) not in lying_across]
     if left_out := sorted({image.path.name for image in images} - {image.path.name for image in slices}):
         if not slices:
-            raise Unfit(f"{folder} holds 0 readable DICOM series of CT, but localizers or projections: give the slices' folder")
+            raise Unfit(
+                f"{folder} holds 0 readable DICOM series of CT, but localizers or projections: give the slices' folder"
+            )
         logger.warning(
             f"{folder}: left out {', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}, no slice but "
             "a localizer, a projection or a picture of a screen"
@@ -261,7 +265,9 @@ def _volume(folder: Path, images: list[Image]) -> Raw:
             f"{folder} has slices whose rescaling makes all values one (RescaleSlope 0): export it again", "not_hu"
         )
     if other := {image.text("RescaleType") for image in images} - set(HU_TYPES):
-        raise Unfit(f"{folder} has slices of {', '.join(sorted(other))} (RescaleType), not of HU: give the CT", "not_hu")
+        raise Unfit(
+            f"{folder} has slices of {', '.join(sorted(other))} (RescaleType), not of HU: give the CT", "not_hu"
+        )
 
     order = np.argsort(positions @ normal, kind="stable")
     images, positions, rescaling = [images[i] for i in order], positions[order], rescaling[order]

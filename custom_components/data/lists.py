@@ -437,6 +437,8 @@ def _unique_names(paths: Sequence[Path]) -> list[str]:
                 names[i] = "_".join([*parents[i][-depths[i] :], stems[i]])
             groups += [[group[i] for i in same] for same in _repeated([names[i] for i in group])]
     taken: set[str] = set()
+    # not every character can be written to a table or a picture
+    names = ["".join(c if c.isprintable() else "_" for c in name) for name in names]
     for i, name in enumerate(names):  # a_b/c and a/b_c are alike by now, as are a and A
         numbers = itertools.count(2)
         while _folded(names[i]) in taken:

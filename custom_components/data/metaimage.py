@@ -128,7 +128,9 @@ def _affine(header: dict[str, str], ndims: int) -> tuple[np.ndarray, str]:
         affine[:3, 3] = origin[:3]
     found = {"ElementSpacing": spacing, "TransformMatrix": matrix}
     lacks = " and ".join(f"no {key}" for key, value in found.items() if value is None)
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ in_mm(affine, header.get("DistanceUnits", "mm")), lacks  # its +x is left and +y posterior
+    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ in_mm(
+        affine, header.get("DistanceUnits", "mm")
+    ), lacks  # its +x is left and +y posterior
 
 
 def _voxels(path: Path, header: dict[str, str], dtype: np.dtype, count: int, start: int) -> np.ndarray:

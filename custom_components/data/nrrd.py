@@ -52,6 +52,8 @@ def read_nrrd(path: Path) -> Raw:
     sizes, directions = header["sizes"].tolist(), header.get("spacedirections")
     if len(sizes) != header["dimension"] or directions is not None and len(directions) != len(sizes):
         raise ValueError(f"its header contradicts itself: dimension {header['dimension']}, sizes {sizes}")
+    if directions is not None and directions.shape[1] != 3:  # as where all are none
+        raise ValueError("its space directions are no directions in space")
     in_space = _spatial(sizes, directions, header.get("kinds"))
     if sum(in_space) < 3 <= len(sizes):
         raise ValueError(f"it has {sum(in_space)} axes in the patient, by its space directions or kinds")
@@ -122,7 +124,9 @@ def _affine(header: dict, directions: np.ndarray | None, axes: list[int]) -> tup
     space = SPACES.get(space.upper(), space.lower())
     if space not in TO_RAS and not lacks:
         lacks = f"the space {space!r}" if space else "no space"
-    return np.diag([*TO_RAS.get(space, TO_RAS["left-posterior-superior"]), 1.0]) @ in_mm(affine, *units or ["mm"]), lacks
+    return np.diag([*TO_RAS.get(space, TO_RAS["left-posterior-superior"]), 1.0]) @ in_mm(
+        affine, *units or ["mm"]
+    ), lacks
 
 
 def _voxels(path: Path, header: dict, dtype: np.dtype, count: int, start: int) -> np.ndarray:

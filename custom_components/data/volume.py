@@ -47,7 +47,16 @@ PADDING, MAX_NOISE = -1200.0, 0.05
 MAX_ZEROS = 0.15  # of voxels that are water to the digit, which noise forbids: what was never written, or padding
 MAX_HU = 1e6  # of a single voxel, before what is damaged spreads by interpolation
 # in mm, of what a header may give lengths in
-UNITS = {"mm": 1.0, "millimeter": 1.0, "millimetre": 1.0, "cm": 10.0, "m": 1e3, "meter": 1e3, "um": 1e-3, "micron": 1e-3}
+UNITS = {
+    "mm": 1.0,
+    "millimeter": 1.0,
+    "millimetre": 1.0,
+    "cm": 10.0,
+    "m": 1e3,
+    "meter": 1e3,
+    "um": 1e-3,
+    "micron": 1e-3,
+}
 
 
 class Unfit(InputError):
