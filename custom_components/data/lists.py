@@ -50,6 +50,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+NO_REPORT = r"not given\.?|n/?a|nan|none|null|-+"  # as CT-RATE, and tables that pandas wrote, say none
 SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
 # at the start of a line or sentence in any case, elsewhere capitalised: "no significant findings: ..." is no heading
 HEADING = re.compile(
@@ -504,7 +505,7 @@ def read_table(path: Path) -> pd.DataFrame:
             raise ValueError(f"it has the column {repeated[0]!r} twice")
         with warnings.catch_warnings():  # of cells beyond the header, which would be lost
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            # a volume may be called NA, and a report say None: what is empty alone is no value
+            # a volume may be called NA: what is empty alone is no value
             options = {"dtype": str, "index_col": False, "keep_default_na": False, "na_values": [""]}
             return pd.read_csv(io.StringIO(text), sep=separator, **options)
     except InputError:
@@ -590,7 +591,7 @@ def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mappin
     texts = {}
     for key, header in _present(path, frame, {key: (header,) for key, header in sections.items()}).items():
         text = frame[header].fillna("").str.strip()
-        texts[key] = text.mask(text.str.fullmatch(r"not given\.?", case=False), "").tolist()  # as CT-RATE says none
+        texts[key] = text.mask(text.str.fullmatch(NO_REPORT, case=False), "").tolist()
     if "report" in texts:
         parted = [_sections(report) for report in texts["report"]]
         plain = [name for name, part, text in zip(names, parted, texts["report"], strict=True) if text and part is None]

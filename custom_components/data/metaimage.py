@@ -57,9 +57,8 @@ def read_metaimage(path: Path) -> Raw:
         raise Unfit(f"{path} holds {kind}, not one number a voxel: export it as a CT", "wrong_dimensions")
     big = any(_true(header, key) for key in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
     dtype = np.dtype(TYPES[kind]).newbyteorder(">" if big else "<")
-    if header.get("ObjectType", "Image") != "Image" or header.get("Modality") in NO_CT:
-        found = header["Modality"] if header.get("Modality") in NO_CT else header["ObjectType"]
-        raise Unfit(f"{path} is no CT, by its header ({found}): give a CT", "unreadable")
+    if (kind := header.get("ObjectType", "Image")) != "Image" or (kind := header.get("Modality")) in NO_CT:
+        raise Unfit(f"{path} is no CT, by its header ({kind}): give a CT")
     if names == ["LOCAL"]:
         parts = [(path, start)]
     else:
@@ -128,9 +127,8 @@ def _affine(header: dict[str, str], ndims: int) -> tuple[np.ndarray, str]:
         affine[:3, 3] = origin[:3]
     found = {"ElementSpacing": spacing, "TransformMatrix": matrix}
     lacks = " and ".join(f"no {key}" for key, value in found.items() if value is None)
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ in_mm(
-        affine, header.get("DistanceUnits", "mm")
-    ), lacks  # its +x is left and +y posterior
+    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])  # its +x is left and +y posterior
+    return to_ras @ in_mm(affine, header.get("DistanceUnits", "mm")), lacks
 
 
 def _voxels(path: Path, header: dict[str, str], dtype: np.dtype, count: int, start: int) -> np.ndarray:

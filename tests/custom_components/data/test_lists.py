@@ -839,11 +839,11 @@ def test_a_column_that_stands_there_twice(tmp_path: Path, header: str) -> None:
 
 
 def test_words_that_pandas_takes_for_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "t.csv").write_text("name,findings\nNA,None\nnan,\nnull,NA\n,A nodule.\n , \n,\n")
+    (tmp_path / "t.csv").write_text("name,findings\nNA,None\nnan,\nnull,NA seen.\n,A nodule.\n , \n,\n")
     for name in ("NA", "nan", "null"):
         (tmp_path / name).touch()
     items = lists.volumes(tmp_path, "t.csv", "train", images="{name}", findings_column="findings")
-    assert [(item["name"], item["findings"]) for item in items] == [("NA", "None"), ("nan", ""), ("null", "NA")]
+    assert [(item["name"], item["findings"]) for item in items] == [("NA", ""), ("nan", ""), ("null", "NA seen.")]
     assert "1 rows name no volume (name is empty), and are not used" in caplog.text
 
 
