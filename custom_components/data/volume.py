@@ -180,7 +180,8 @@ def check_voxels(path: str | os.PathLike, raw: Raw, check_hu: bool = True) -> np
             "rescale slope and intercept, once (those of CT-RATE's first version are in its metadata CSV)",
             "not_hu",
         )
-    if check_hu and (zeros := float(np.mean(sample == 0))) > MAX_ZEROS:
+    zeros, below = float(np.mean(sample == 0)), np.mean((sample > AIR[1]) & (sample < 0))
+    if check_hu and zeros > MAX_ZEROS and below > MIN_TISSUE:  # without any fat or lung it is clipped at 0
         raise Unfit(
             f"{path} is exactly 0 HU in {zeros:.0%} of its voxels, where no tissue is without noise: part of it was "
             "never written, or what lies outside of the image is to be air (-1000)",
