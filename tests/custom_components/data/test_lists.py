@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import logging
+import os
 import re
 import subprocess
 import sys
