@@ -14,6 +14,22 @@ from custom_components.errors import InputError
 VOXEL_SUFFIXES = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz", ".raw.bz2")}
 
 
+def read_text(path: str | Path) -> str:
+    """All of a text file in UTF-8, without the mark that some editors begin it with.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file: a pipe would be waited for, and a device never ends.
+        ValueError: it is not UTF-8; or holds zeros, as every second byte of plain words in UTF-16 is one.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise OSError(f"it is {'a folder' if path.is_dir() else 'a pipe or a device'}")
+    text = path.read_text(encoding="utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it holds zero bytes, as UTF-16 does")
+    return text
+
+
 @contextmanager
 def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path``, in a folder that is made if need be, for the block to write.

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import html
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
@@ -23,7 +24,10 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from custom_components.errors import InputError
+from custom_components.files import read_text
 
+# what is left of HTML where reports were copied out of a web page
+LINE_BREAK, ENTITY = re.compile(r"(?i)</?(?:br|p|div|li)\s*/?>"), re.compile(r"&#?\w{1,10};")
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d{1,2}[.)])\s+")
 HEADING = re.compile(r"^[A-Z][A-Z /&,-]{2,40}:\s*")
 GLUED = re.compile(r"(?<=[a-z)])\.(?=[A-Z])")
@@ -40,12 +44,13 @@ def split_sentences(text: str) -> list[str]:
 
     pySBD leaves "2.3 x 1.8 cm", "Dr." and "vs." whole. Lines and bullets end a sentence too, an upper-case heading
     ("LUNGS:") and a bullet's mark are dropped, two sentences without a space between are parted, and what has no letter
-    in it is no sentence. The last sentence needs no full stop.
+    in it is no sentence. The last sentence needs no full stop. "&gt;" and "<br>" of HTML are what they stand for.
     """
+    text = ENTITY.sub(lambda found: html.unescape(found[0]), LINE_BREAK.sub("\n", text[:MAX_REPORT]))
     segmenter = pysbd.Segmenter(language="en", clean=False)
     abbreviations = set(segmenter.language_module.Abbreviation.ABBREVIATIONS)
     sentences = []
-    for line in filter(str.strip, text[:MAX_REPORT].splitlines()):
+    for line in filter(str.strip, text.splitlines()):
         line = LONG_REFERENCE.sub(". ", GLUED.sub(". ", line))
         sentences += [s for piece in _pieces(line, abbreviations) for s in segmenter.segment(piece)]
     sentences = [HEADING.sub("", BULLET.sub("", sentence)).strip() for sentence in sentences]
@@ -110,8 +115,8 @@ def queries(
         if report is not None:
             raise InputError("report and report_file are given: give one of them")
         try:
-            report = Path(report_file).expanduser().read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
+            report = read_text(Path(report_file).expanduser())
+        except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
             raise InputError(
                 f"report_file {report_file} cannot be read as text in UTF-8 ({error}): save it so"
             ) from error

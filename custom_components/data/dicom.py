@@ -4,9 +4,11 @@ Values come as stored, compressed or not: MONOCHROME1, which only tells how to d
 """
 
 import logging
+import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +23,7 @@ from pydicom.pixels import pixel_array
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
 
 from custom_components.data.decompress import decompressed
-from custom_components.data.volume import MAX_VOXELS, Raw, Unfit, open_file, reading
+from custom_components.data.volume import MAX_VOXELS, METAL, Raw, Unfit, is_hu, open_file, reading
 
 logger = logging.getLogger(__name__)
 
@@ -31,10 +33,18 @@ SAME = 0.01  # mm within which two slices lie at one place
 EVEN = 0.1  # of the spacing, within which slices lie at even distances
 UNDEFINED = 0xFFFFFFFF  # length of an element that ends with a delimiter, as compressed voxels do
 LAST = (0x7FE00010, 0xFFFAFFFA, 0xFFFCFFFC)  # voxels, and what may follow them: signatures, padding
+# what slices of one patient in one place have in common, whatever their series says
+ONE = ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID")
+OTHERS = re.compile(
+    "^(Enhanced )?(MR|PET|RT|Nuclear|Positron|Ultrasound|Raw|Encapsulated) |SR|Segmentation|Presentation"
+)
+PROJECTIONS = {"LOCALIZER", "MIP", "MINIP", "PROJECTION IMAGE"}
+HU_TYPES = ("None", "HU", "HU_MOD", "US")  # US is unspecified
 # what tells volumes of one folder apart, in the order in which a person would name it
 SERIES = ("SeriesNumber", "SeriesDescription", "SeriesInstanceUID")
 ACQUISITIONS = ("AcquisitionNumber", "TemporalPositionIdentifier", "TemporalPositionIndex")
-CONDITIONS = ("NominalPercentageOfCardiacPhase", "ContrastBolusAgent", "KVP", "ConvolutionKernel", "ImageType")
+ACQUISITIONS += ("NominalPercentageOfCardiacPhase", "KVP", "ConvolutionKernel")
+CONDITIONS = ("ContrastBolusAgent", "ImageType")
 CONDITIONS += ("AcquisitionDateTime", "AcquisitionTime", "ContentTime")
 
 
@@ -70,11 +80,21 @@ def read_dicom(folder: Path, select: Mapping[str, Any] | None = None) -> Raw:
     Raises:
         Unfit: no CT or several; a slice is damaged, missing, or without its place, spacing or rescaling.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # pydicom's, of values against the standard: those that count are checked here
+    # pydicom's warnings, of values against the standard: those that count are checked here
+    with warnings.catch_warnings(), _silent(logging.getLogger("pydicom")):
+        warnings.simplefilter("ignore")
         images = _selected(folder, _slices_alone(folder, _ct_images(folder)), select or {})
         _refuse_series(folder, images)
         return _volume(folder, images)
+
+
+@contextmanager
+def _silent(other: logging.Logger) -> Iterator[None]:
+    before, other.disabled = other.disabled, True
+    try:
+        yield
+    finally:
+        other.disabled = before
 
 
 def _ct_images(folder: Path) -> list[Image]:
@@ -92,17 +112,28 @@ def _ct_images(folder: Path) -> list[Image]:
             kind, modality = header.get("SOPClassUID"), header.get("Modality")
             if not kind and not modality:
                 raise EOFError("it names neither its SOPClassUID nor its Modality")
-            if kind in CT_CLASSES or modality == "CT":
+            if _is_ct(header):
                 images += _images(path, header)
             else:
-                others[modality or kind.name] += 1
+                others[kind.name if kind and modality in (None, "", "CT") else modality] += 1
     if not images:
+        if strangers and not others:
+            others["no DICOM"] = len(strangers)
         found = ", ".join(f"{count} of {what}" for what, count in others.items())
         raise Unfit(f"{folder} holds 0 readable DICOM series of CT{f' ({found})' * bool(found)}: give the CT's folder")
     endings = {image.path.suffix.lower() for image in images}
     if damaged := [path for path in strangers if path.suffix.lower() in endings]:
         raise Unfit(f"{damaged[0]} is no DICOM file, as those beside it are: download it again, or take it away")
     return images
+
+
+def _is_ct(header: Dataset) -> bool:
+    """By its class and by its modality, of which one may be absent."""
+    kind, modality = header.get("SOPClassUID"), header.get("Modality")
+    if kind in CT_CLASSES:
+        return modality in (None, "", "CT")
+    # reports and raw data of a CT are no images
+    return modality == "CT" and "Rows" in header and not (kind and OTHERS.search(kind.name))
 
 
 def _images(path: Path, header: Dataset) -> list[Image]:
@@ -118,12 +149,12 @@ def _images(path: Path, header: Dataset) -> list[Image]:
 
 
 def _slices_alone(folder: Path, images: list[Image]) -> list[Image]:
-    """Without localizers, which say so or lie across the others, and without pictures of a screen."""
+    """Without localizers and projections, which say so or lie across the others, and pictures of a screen."""
     captured = [str(image.get("SOPClassUID")).startswith(SECONDARY_CAPTURE) for image in images]
     slices = [
         image
         for image, screen in zip(images, captured, strict=True)
-        if "LOCALIZER" not in image.text("ImageType") and (all(captured) or not screen)
+        if not PROJECTIONS & set(image.text("ImageType").upper().split("\\")) and (all(captured) or not screen)
     ]
     placed = [image for image in slices if image.get("ImageOrientationPatient") is not None]
     if len(placed) > 2:
@@ -136,10 +167,12 @@ def _slices_alone(folder: Path, images: list[Image]) -> list[Image]:
             slices = [image for image in slices if id(image) not in lying_across]
     if left_out := sorted({image.path.name for image in images} - {image.path.name for image in slices}):
         if not slices:
-            raise Unfit(f"{folder} holds 0 readable DICOM series of CT, but localizers: give the slices' folder")
+            raise Unfit(
+                f"{folder} holds 0 readable DICOM series of CT, but localizers or projections: give the slices' folder"
+            )
         logger.warning(
             f"{folder}: left out {', '.join(left_out[:3])}{', ...' * (len(left_out) > 3)}, no slice but "
-            "a localizer or a picture of a screen"
+            "a localizer, a projection or a picture of a screen"
         )
     return slices
 
@@ -176,6 +209,9 @@ def _refuse_series(folder: Path, images: Sequence[Image]) -> None:
     if count > 1:
         apart = (k for k in SERIES if len({image.text(k) for image in images}) == count)
         raise _several(folder, images, next(apart), f"{count} readable DICOM series")
+    for keyword in ONE:
+        if len(values := {image.text(keyword) for image in images if image.get(keyword)}) > 1:
+            raise _several(folder, images, keyword, f"slices of {len(values)} volumes")
 
 
 def _present(folder: Path, images: Sequence[Image], keyword: str) -> None:
@@ -219,12 +255,18 @@ def _volume(folder: Path, images: list[Image]) -> Raw:
     if np.abs(along @ along.T - np.eye(2)).max() > 0.01:
         raise Unfit(f"{folder} has an ImageOrientationPatient that is no two axes at right angles: export it again")
     between_rows, between_columns = _same(folder, images, "PixelSpacing", 2)
+    if min(between_rows, between_columns) <= 0:
+        raise Unfit(f"{folder} has a PixelSpacing of {between_rows:g} x {between_columns:g} mm: export it again")
     normal = np.cross(*along)
     positions = _numbers(folder, images, "ImagePositionPatient", 3)
     rescaling = np.hstack([_numbers(folder, images, key) for key in ("RescaleSlope", "RescaleIntercept")])
     if not rescaling[:, 0].all():
         raise Unfit(
             f"{folder} has slices whose rescaling makes all values one (RescaleSlope 0): export it again", "not_hu"
+        )
+    if other := {image.text("RescaleType") for image in images} - set(HU_TYPES):
+        raise Unfit(
+            f"{folder} has slices of {', '.join(sorted(other))} (RescaleType), not of HU: give the CT", "not_hu"
         )
 
     order = np.argsort(positions @ normal, kind="stable")
@@ -235,6 +277,8 @@ def _volume(folder: Path, images: list[Image]) -> Raw:
     if len(kept) < len(images):
         logger.warning(f"{folder}: {len(images) - len(kept)} slices are there twice, and count once")
         voxels, positions, rescaling = voxels[kept], positions[kept], rescaling[kept]
+        images = [images[i] for i in kept]
+    voxels = _padded_by_air(voxels, images, rescaling)
 
     step = normal * float(images[0].get("SliceThickness") or 1)
     if len(kept) > 1:
@@ -256,8 +300,33 @@ def _volume(folder: Path, images: list[Image]) -> Raw:
         voxels *= rescaling[:, 0, None, None]
         voxels += rescaling[:, 1, None, None]
         slope, intercept = 1.0, 0.0
+        _refuse_odd_slices(folder, images, voxels, rescaling)
     # DICOM's +x is left and +y posterior
     return Raw(voxels.transpose(2, 1, 0), np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, slope, intercept, version)
+
+
+def _padded_by_air(voxels: np.ndarray, images: Sequence[Image], rescaling: np.ndarray) -> np.ndarray:
+    """What is outside of the scanner's circle may be stored as 63536, for -2000: air is what is there."""
+    for i, (image, (slope, intercept)) in enumerate(zip(images, rescaling, strict=True)):
+        value = image.get("PixelPaddingValue")
+        if isinstance(value, int) and value * slope + intercept > METAL[0]:
+            limits = np.iinfo(voxels.dtype)
+            voxels[i][voxels[i] == value] = np.clip(round((-1000 - intercept) / slope), limits.min, limits.max)
+    return voxels
+
+
+def _refuse_odd_slices(folder: Path, images: Sequence[Image], hu: np.ndarray, rescaling: np.ndarray) -> None:
+    """Slices whose rescaling is not that of most, and makes no HU of them where it does of the others."""
+    values, which = np.unique(rescaling, axis=0, return_inverse=True)
+    rows, columns = (max(1, size // 64) for size in hu.shape[1:])
+    fits = [is_hu(hu[which.ravel() == i, ::rows, ::columns].ravel()) for i in range(len(values))]
+    odd = np.flatnonzero(~np.array(fits)[which.ravel()])
+    if 0 < len(odd) < len(images) / 4:
+        raise Unfit(
+            f"{folder} has slices that are not HU by their RescaleSlope and RescaleIntercept, as others are, such as "
+            f"{images[odd[0]].path.name}: export it again",
+            "not_hu",
+        )
 
 
 def _refuse_acquisitions(folder: Path, images: Sequence[Image], depths: np.ndarray) -> None:
@@ -280,6 +349,8 @@ def _voxels(folder: Path, images: Sequence[Image], rows: int, columns: int) -> n
         colours = images[first].text("PhotometricInterpretation")
         if images[first].get("SamplesPerPixel") != 1 or colours not in ("MONOCHROME1", "MONOCHROME2"):
             raise Unfit(f"{path} holds colours ({colours}), not one number a voxel: give the CT's own slices")
+        if images[first].get("HighBit") != images[first].get("BitsStored") - 1:
+            raise Unfit(f"{path} stores its voxels in other bits than the standard has (HighBit): export it again")
         with reading(path):
             with open_file(path) as file:
                 header = dcmread(file)
@@ -299,8 +370,8 @@ def _voxels(folder: Path, images: Sequence[Image], rows: int, columns: int) -> n
             if isinstance(found[path], str):
                 raise ValueError(found[path])
             frames = found[path].reshape(-1, rows, columns)
-            if len(frames) != int(images[own[0]].get("NumberOfFrames") or 1) or len(frames) != len(own):
-                raise EOFError(f"it has {len(frames)} frames, and tells of {len(own)}")
+            if len(frames) != (told := int(images[own[0]].get("NumberOfFrames") or 1)) or len(frames) != len(own):
+                raise EOFError(f"it has {len(frames)} frames, tells of {told}, and says of {len(own)} where they lie")
             for i in own:
                 slices[i] = frames[images[i].frame]
     return np.stack(slices)

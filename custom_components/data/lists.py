@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import unicodedata
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -24,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from custom_components.errors import InputError
-from custom_components.files import VOXEL_SUFFIXES
+from custom_components.files import VOXEL_SUFFIXES, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ CT_SUFFIXES: tuple[str, ...] = NIFTI_SUFFIXES + ITK_SUFFIXES
 # what people keep beside scans and nobody takes for one; any other entry of a folder is read, or refused by name
 DOCUMENTS: tuple[str, ...] = (".txt", ".md", ".csv", ".tsv", ".json", ".pdf")
 # first line of a list of scans; any other is a path, so that a mistyped one is not taken for a header
+CELL_OF_LINES = re.compile(r'(?<![^,;\t\r\n])"(?:[^"]|"")*"(?![^,;\t\r\n])')
 LIST_HEADER = re.compile(
     r"(?i)(?:ct|nifti|dicom|image|scan|volume|series|file|folder|path)?[ _-]?(?:path|file|name)?s?"
 )
@@ -48,6 +50,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
     "test": ("test", "testing"),
 }
 _SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
+NO_REPORT = r"not given\.?|n/?a|nan|none|null|-+"  # as CT-RATE, and tables that pandas wrote, say none
 SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
 # at the start of a line or sentence in any case, elsewhere capitalised: "no significant findings: ..." is no heading
 HEADING = re.compile(
@@ -370,7 +373,10 @@ def scans(path: str | os.PathLike, scans_file: str | os.PathLike | None = None) 
 
 def _listed(path: Path) -> list[Path]:
     """What a list names, each path once, without its header."""
-    lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    text = _text(path)
+    if path.suffix.lower() == ".csv":  # a cell of several lines, such as a comment, is no line of the list
+        text = CELL_OF_LINES.sub(lambda cell: " ".join(cell[0].splitlines()), text)
+    lines = [line.strip() for line in text.splitlines() if line.strip(" \t,;")]
     paths = [_path_in(line, path.parent) for line in lines]
     if paths and LIST_HEADER.fullmatch(paths[0].name) and not os.path.lexists(paths[0]):
         del paths[0]
@@ -434,11 +440,13 @@ def _unique_names(paths: Sequence[Path]) -> list[str]:
                 names[i] = "_".join([*parents[i][-depths[i] :], stems[i]])
             groups += [[group[i] for i in same] for same in _repeated([names[i] for i in group])]
     taken: set[str] = set()
+    # not every character can be written to a table or a picture
+    names = ["".join(c if c.isprintable() else "_" for c in name) for name in names]
     for i, name in enumerate(names):  # a_b/c and a/b_c are alike by now, as are a and A
         numbers = itertools.count(2)
-        while names[i].casefold() in taken:
+        while _folded(names[i]) in taken:
             names[i] = f"{name}_{next(numbers)}"
-        taken.add(names[i].casefold())
+        taken.add(_folded(names[i]))
     return names
 
 
@@ -446,8 +454,13 @@ def _repeated(names: Sequence[str]) -> list[list[int]]:
     """Of each name that stands there more than once, in any case of its letters: where."""
     places: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(names):
-        places[name.casefold()].append(place)
+        places[_folded(name)].append(place)
     return [same for same in places.values() if len(same) > 1]
+
+
+def _folded(name: str) -> str:
+    """What is one name to some file systems: in any case of its letters, with accents as letters or as marks."""
+    return unicodedata.normalize("NFC", name.casefold())
 
 
 def _json_lists(path: Path) -> dict[str, list[dict]]:
@@ -488,9 +501,15 @@ def read_table(path: Path) -> pd.DataFrame:
                 [json.loads(line, object_pairs_hook=_no_key_twice) for line in text.split("\n") if line.strip()]
             )
         header = text.split("\n", 1)[0]
+        separator = max(",;\t", key=header.count)
+        names = Counter(name.strip().casefold() for name in next(csv.reader([header], delimiter=separator), ()))
+        if repeated := [name for name, count in names.items() if name and count > 1]:
+            raise ValueError(f"it has the column {repeated[0]!r} twice")
         with warnings.catch_warnings():  # of cells beyond the header, which would be lost
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            return pd.read_csv(io.StringIO(text), dtype=str, sep=max(",;\t", key=header.count), index_col=False)
+            # a volume may be called NA: what is empty alone is no value
+            options = {"dtype": str, "index_col": False, "keep_default_na": False, "na_values": [""]}
+            return pd.read_csv(io.StringIO(text), sep=separator, **options)
     except InputError:
         raise
     # pandas' are ValueErrors
@@ -542,7 +561,11 @@ def _named(path: Path, id_column: str | None) -> tuple[pd.DataFrame, pd.Series]:
     frame = read_table(path)
     if len(frame.columns):
         ids = _present(path, frame, {"id": (id_column,)})["id"] if id_column else frame.columns[0]
-        frame = frame.dropna(subset=[ids]).reset_index(drop=True)
+        named = frame[ids].str.strip().fillna("") != ""
+        rest = frame[~named].drop(columns=[ids, "split"], errors="ignore")
+        if nameless := int((rest.fillna("").apply(lambda cells: cells.str.strip()) != "").any(axis=1).sum()):
+            _warn_once(f"{path}: {nameless} rows name no volume ({ids} is empty), and are not used")
+        frame = frame[named].reset_index(drop=True)
     if not len(frame):
         raise InputError(f"{path} names no volume: download it again, or give another table")
     return frame, frame[ids].str.strip().str.removesuffix(".nii.gz")
@@ -570,7 +593,7 @@ def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mappin
     texts = {}
     for key, header in _present(path, frame, {key: (header,) for key, header in sections.items()}).items():
         text = frame[header].fillna("").str.strip()
-        texts[key] = text.mask(text.str.fullmatch(r"not given\.?", case=False), "").tolist()  # as CT-RATE says none
+        texts[key] = text.mask(text.str.fullmatch(NO_REPORT, case=False), "").tolist()
     if "report" in texts:
         parted = [_sections(report) for report in texts["report"]]
         plain = [name for name, part, text in zip(names, parted, texts["report"], strict=True) if text and part is None]
@@ -650,6 +673,11 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
 def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dict]]:
     """Split -> rows of one table: as its rows say, or `test_share` of the patients for testing."""
     if any(row["split"] for row in rows):
+        splits: dict[Hashable, set[str]] = defaultdict(set)
+        for row in rows:
+            splits[row["patient"]].add(row["split"])
+        if several := [patient for patient, of in splits.items() if len(of) > 1]:
+            _warn_once(f"{len(several)} patients stand in several splits ({_some(several)}): scores will be too good")
         return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     order = _order(rows, seed)
     held_out = set(order[len(order) - round(test_share * len(order)) :])
@@ -767,11 +795,9 @@ def _warn_once(message: str) -> None:
 
 
 def _text(path: Path, what: str = "text") -> str:
-    """All of a text file. In UTF-16, every second byte of plain words is a zero, which no text has."""
+    """All of a text file."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds zero bytes, as UTF-16 does")
+        text = read_text(path)
     except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise InputError(
             f"{path} cannot be read as {what} in UTF-8 ({error}): save it so, or download it again"
@@ -818,4 +844,4 @@ def _is_dicom_file(path: Path) -> bool:
 def stem(path: Path) -> str:
     """Name of a CT file without its ending (.nii.gz is one); the whole name of a folder."""
     suffix = next((suffix for suffix in CT_SUFFIXES if path.name.lower().endswith(suffix)), "")
-    return path.name[: -len(suffix)] or path.name if suffix and path.is_file() else path.name
+    return path.name[: -len(suffix)] or path.name if suffix and os.path.isfile(path) else path.name

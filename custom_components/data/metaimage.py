@@ -15,8 +15,11 @@ from custom_components.data.volume import (
     Raw,
     Unfit,
     beside,
+    in_mm,
+    numbered,
     open_file,
     raw_voxels,
+    text_voxels,
     three_axes,
     with_guess,
 )
@@ -35,7 +38,8 @@ TYPES = {
     "MET_FLOAT": "f4",
     "MET_DOUBLE": "f8",
 }
-MAX_FILES = 10_000  # of one slice each
+RESCALING = {"Slope": 1, "Offset": 0}
+NO_CT = ("MET_MOD_MR", "MET_MOD_NM", "MET_MOD_US")
 
 
 def read_metaimage(path: Path) -> Raw:
@@ -53,8 +57,8 @@ def read_metaimage(path: Path) -> Raw:
         raise Unfit(f"{path} holds {kind}, not one number a voxel: export it as a CT", "wrong_dimensions")
     big = any(_true(header, key) for key in ("BinaryDataByteOrderMSB", "ElementByteOrderMSB"))
     dtype = np.dtype(TYPES[kind]).newbyteorder(">" if big else "<")
-    if not _true(header, "BinaryData", "True"):
-        raise ValueError("its voxels are stored as text")
+    if (kind := header.get("ObjectType", "Image")) != "Image" or (kind := header.get("Modality")) in NO_CT:
+        raise Unfit(f"{path} is no CT, by its header ({kind}): give a CT")
     if names == ["LOCAL"]:
         parts = [(path, start)]
     else:
@@ -65,7 +69,8 @@ def read_metaimage(path: Path) -> Raw:
     voxels = [_voxels(file, header, dtype, count, start) for file, start in parts]
     voxels = voxels[0] if len(voxels) == 1 else np.concatenate(voxels)
     affine, lacks = _affine(header, len(sizes))
-    return with_guess(Raw(voxels.reshape(shape, order="F"), affine, version="MetaImage"), lacks)
+    rescaling = (float(header.get(f"ElementToIntensityFunction{key}", value)) for key, value in RESCALING.items())
+    return with_guess(Raw(voxels.reshape(shape, order="F"), affine, *rescaling, version="MetaImage"), lacks)
 
 
 def _header(path: Path) -> tuple[dict[str, str], list[str], int]:
@@ -76,21 +81,21 @@ def _header(path: Path) -> tuple[dict[str, str], list[str], int]:
             key, equals, value = (part.strip() for part in line.decode("latin-1").partition("="))
             if not equals and key:
                 raise ValueError("its header is no list of 'name = value'")
-            header[key] = value
+            if key and header.setdefault(key, value) != value:
+                raise ValueError(f"its header has two values of {key}")
             if key == "ElementDataFile":
                 break
         else:
             raise ValueError("its header names no ElementDataFile")
-        names = [value]
-        if value.split()[0] == "LIST":
+        names = ["LOCAL" if value.upper() == "LOCAL" else value]
+        if value.split()[:1] == ["LIST"]:
             names = file.read().decode("latin-1").split("\n")
             names = [name.strip() for name in names if name.strip()]
             if not names:
                 raise ValueError("its header lists no file of voxels")
         elif "%" in value:  # ct%03d.raw 1 40 1
             pattern, *numbers = value.split()
-            first, last, step = (*map(int, numbers), 1, 1, 1)[:3]
-            names = [pattern % number for number in range(first, last + 1, step)[:MAX_FILES]]
+            names = numbered(pattern, *map(int, numbers))
         return header, names, file.tell()
 
 
@@ -109,7 +114,12 @@ def _affine(header: dict[str, str], ndims: int) -> tuple[np.ndarray, str]:
     matrix = field(2, "TransformMatrix", "Rotation", "Orientation")
     origin = field(1, "Offset", "Position", "Origin")
     affine = np.eye(4)
+    if spacing is not None and (spacing < 0).any():
+        raise ValueError(f"its ElementSpacing is {' '.join(f'{s:g}' for s in spacing)}")
     if matrix is not None:
+        lengths = np.linalg.norm(matrix, axis=1)
+        if (np.abs(lengths - 1) > 0.01)[lengths > 0].any():  # 0 is a spacing of 0, refused later
+            raise ValueError("its TransformMatrix is no matrix of directions")
         affine[:3, :3] = matrix[:3, :3].T  # a row an axis
     if spacing is not None:
         affine[:3, :3] *= spacing[:3]
@@ -117,10 +127,15 @@ def _affine(header: dict[str, str], ndims: int) -> tuple[np.ndarray, str]:
         affine[:3, 3] = origin[:3]
     found = {"ElementSpacing": spacing, "TransformMatrix": matrix}
     lacks = " and ".join(f"no {key}" for key, value in found.items() if value is None)
-    return np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine, lacks  # its +x is left and +y posterior
+    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])  # its +x is left and +y posterior
+    return to_ras @ in_mm(affine, header.get("DistanceUnits", "mm")), lacks
 
 
 def _voxels(path: Path, header: dict[str, str], dtype: np.dtype, count: int, start: int) -> np.ndarray:
+    if not _true(header, "BinaryData", "True"):
+        with open_file(path) as file:
+            file.seek(start)
+            return text_voxels(file.read(), dtype, count)
     size = count * dtype.itemsize
     skipped = int(header.get("HeaderSize", 0))  # -1: as much as there is before the voxels
     if not _true(header, "CompressedData"):

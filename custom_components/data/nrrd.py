@@ -1,9 +1,13 @@
 """NRRD files, attached (.nrrd) and detached (.nhdr): the header by pynrrd, the voxels to their length or checksum."""
 
 import bz2
+import io
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import nrrd
 import numpy as np
@@ -13,10 +17,13 @@ from nrrd.reader import _determine_datatype  # its table of type names has no pu
 from custom_components.data.volume import (
     Raw,
     beside,
+    in_mm,
+    numbered,
     numbers,
     open_file,
     packed_voxels,
     raw_voxels,
+    text_voxels,
     three_axes,
     with_guess,
 )
@@ -27,7 +34,7 @@ TO_RAS = {
     "left-posterior-superior": (-1, -1, 1),
 }
 SPACES = {"RAS": "right-anterior-superior", "LAS": "left-anterior-superior", "LPS": "left-posterior-superior"}
-MILLIMETRES = {"mm", "millimeter", "millimeters", "millimetre", "millimetres", ""}
+NO_UNIT = {"", "???", "none", "nan"}
 
 
 def read_nrrd(path: Path) -> Raw:
@@ -37,19 +44,53 @@ def read_nrrd(path: Path) -> Raw:
         Exception: of any kind, for a file that cannot be read whole.
     """
     with open_file(path) as file:
-        header = nrrd.read_header(file)
+        header = nrrd.read_header(_header_lines(file))
         start = file.tell()
-    header = {key.replace(" ", ""): value for key, value in header.items()}  # data file, datafile
+        header = {key.replace(" ", ""): value for key, value in header.items()}  # data file, datafile
+        names = _voxel_files(header, file)
     dtype = numbers(path, _determine_datatype(header))
     sizes, directions = header["sizes"].tolist(), header.get("spacedirections")
     if len(sizes) != header["dimension"] or directions is not None and len(directions) != len(sizes):
         raise ValueError(f"its header contradicts itself: dimension {header['dimension']}, sizes {sizes}")
+    if directions is not None and directions.shape[1] != 3:  # as where all are none
+        raise ValueError("its space directions are no directions in space")
     in_space = _spatial(sizes, directions, header.get("kinds"))
+    if sum(in_space) < 3 <= len(sizes):
+        raise ValueError(f"it has {sum(in_space)} axes in the patient, by its space directions or kinds")
     order = sorted(range(len(sizes)), key=lambda axis: not in_space[axis])
     shape = three_axes(path, (sizes[axis] for axis in order))
-    voxels = _voxels(path, header, dtype, math.prod(sizes), start).reshape(sizes, order="F")
+    parts = [(beside(path, name), 0) for name in names] or [(path, start)]
+    count, rest = divmod(math.prod(sizes), len(parts))
+    if rest:
+        raise ValueError(f"{len(parts)} files cannot hold {math.prod(sizes)} voxels")
+    voxels = [_voxels(file, header, dtype, count, begin) for file, begin in parts]
+    voxels = (voxels[0] if len(voxels) == 1 else np.concatenate(voxels)).reshape(sizes, order="F")
     affine, lacks = _affine(header, directions, order[:3])
     return with_guess(Raw(voxels.transpose(order).reshape(shape, order="F"), affine, version="NRRD"), lacks)
+
+
+def _header_lines(file: BinaryIO) -> Iterator[str]:
+    """Up to a list of files, which is no field."""
+    for line in file:
+        yield line.decode("utf-8", "surrogateescape")
+        if re.fullmatch(rb"data ?file: *LIST.*", line.strip()):
+            return
+
+
+def _voxel_files(header: dict, file: BinaryIO) -> list[str]:
+    """Names of the files that hold the voxels, if those do not follow the header."""
+    if "datafile" not in header:
+        return []
+    words = header["datafile"].split()
+    if words[:1] == ["LIST"]:
+        names = [name for line in file if (name := line.decode("utf-8", "surrogateescape").strip())]
+    elif "%" in header["datafile"]:
+        names, words = numbered(words[0], *map(int, words[1:4])), words[3:]
+    else:
+        return [header["datafile"]]
+    if not names or words[1:] not in ([], [str(header["dimension"] - 1)]):
+        raise ValueError(f"its voxels are in {len(names)} files, {header['datafile']}, and not in one a slice")
+    return names
 
 
 def _spatial(sizes: list[int], directions: np.ndarray | None, kinds: list[str] | None) -> list[bool]:
@@ -63,12 +104,16 @@ def _spatial(sizes: list[int], directions: np.ndarray | None, kinds: list[str] |
 
 def _affine(header: dict, directions: np.ndarray | None, axes: list[int]) -> tuple[np.ndarray, str]:
     """[4, 4] to RAS+ mm, and what the header lacks for it."""
-    units = {str(unit).lower() for key in ("spaceunits", "units") for unit in header.get(key, ())}
-    if other := units - MILLIMETRES - {"???", "none", "nan"}:
-        raise ValueError(f"its units are {', '.join(sorted(other))}, not mm")
+    units = {str(unit).lower() for key in ("spaceunits", "units") for unit in header.get(key, ())} - NO_UNIT
+    if len(units) > 1:
+        raise ValueError(f"its axes have different units, {', '.join(sorted(units))}")
     affine, lacks = np.eye(4), ""
     if directions is not None:
         affine[:3, :3] = directions[axes].T
+        if "spacings" in header and not np.allclose(
+            header["spacings"][axes], np.linalg.norm(directions[axes], axis=1), rtol=0.02
+        ):
+            raise ValueError("its spacings and its space directions contradict each other")
     elif "spacings" in header:
         affine[:3, :3] = np.diag(header["spacings"][axes])
         lacks = "no space directions"
@@ -79,13 +124,13 @@ def _affine(header: dict, directions: np.ndarray | None, axes: list[int]) -> tup
     space = SPACES.get(space.upper(), space.lower())
     if space not in TO_RAS and not lacks:
         lacks = f"the space {space!r}" if space else "no space"
-    return np.diag([*TO_RAS.get(space, TO_RAS["left-posterior-superior"]), 1.0]) @ affine, lacks
+    return np.diag([*TO_RAS.get(space, TO_RAS["left-posterior-superior"]), 1.0]) @ in_mm(
+        affine, *units or ["mm"]
+    ), lacks
 
 
 def _voxels(path: Path, header: dict, dtype: np.dtype, count: int, start: int) -> np.ndarray:
-    """[count], wherever and however the header says that they are stored."""
-    if "datafile" in header:
-        path, start = beside(path, header["datafile"]), 0
+    """[count], however the header says that they are stored in a file."""
     skipped = int(header.get("byteskip", 0))
     with open_file(path) as file:
         file.seek(start)
@@ -97,6 +142,10 @@ def _voxels(path: Path, header: dict, dtype: np.dtype, count: int, start: int) -
             case "raw":
                 offset = start + skipped if skipped >= 0 else size - count * dtype.itemsize
                 return raw_voxels(path, dtype, count, offset)
+            case "ascii" | "text" | "txt":
+                return text_voxels(file.read(), dtype, count)
+            case "hex":
+                return packed_voxels(io.BytesIO(bytes.fromhex(file.read().decode("ascii"))), dtype, count, size)
             case "gzip" | "gz":
                 stream = igzip.GzipFile(fileobj=file)
             case "bzip2" | "bz2":

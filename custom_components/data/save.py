@@ -152,7 +152,9 @@ class AppendProbabilitiesd(MapTransform):
             path = data["image"].meta.get("filename_or_obj", "")
             row = {"name": data["name"], "image": path, **dict(zip(self.classes, values, strict=True))}
             mode = "a" if self.started else "w"
-            pd.DataFrame([row]).to_csv(self.path, mode=mode, header=not self.started, index=False)
+            rows = pd.DataFrame([row])
+            # a name of bytes that are no UTF-8 stays what it is
+            rows.to_csv(self.path, mode=mode, header=not self.started, index=False, errors="surrogateescape")
             self.started = True
         return dict(data)
 

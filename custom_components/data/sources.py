@@ -44,7 +44,7 @@ def read_npz(path: str | os.PathLike, key: str | None, axcodes: str, spacing: Se
         if key is None and len(names) == 1:
             key = names[0]
         if key not in names:
-            raise KeyError(f"it has no array {key}, but {', '.join(names) or 'none'}")
+            raise ValueError(f"it has no array {key}, but {', '.join(names) or 'none'}")
         voxels = archive[key]
     if voxels.ndim > 3:
         voxels = voxels.squeeze()

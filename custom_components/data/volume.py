@@ -6,6 +6,7 @@ processes that do nothing but read start by the dozen, and the reader of another
 
 import math
 import os
+import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -28,18 +29,34 @@ EXTENT = (20.0, 2500.0)  # mm
 MAX_FIELD_OF_VIEW = 1000.0  # mm of every axis but the longest, which may be a whole patient's
 MAX_ORIGIN = 1e5  # mm
 MAX_RESCALING = 1e6
+MAX_FILES = 10_000  # of one slice each
 MIN_DETERMINANT = 0.5  # a voxel's volume over that of a box with its edges: 0.87 for a gantry tilted by 30 degrees
 DEFLATE_RATIO = 1032  # at which gzip and zlib pack at most
 
 # HU, and shares of voxels: extremes would pass what a few voxels of padding or metal have
 PERCENTILES = (0.5, 50, 99.5)
-AIR, MIN_AIR = (-1100.0, -500.0), 0.01
+AIR, MIN_AIR = (-1100.0, -750.0), 0.01
+HALF_AIR = (-650.0, -350.0)  # where it lies in HU x 0.5, whose padding of -2048 then is what air should be
 TISSUE, MIN_TISSUE = (-250.0, 250.0), 0.01
 # Bone gets rarer with its density, and beside little tissue there is less of it: tissue that is shifted to 1000, or a
 # skull to 0, are told by that.
-BONE, DENSE, LITTLE_TISSUE = (250.0, 750.0), (750.0, 1250.0), 0.04
+BONE, DENSE, LITTLE_TISSUE = (250.0, 750.0), (750.0, math.inf), 0.04
+METAL, MAX_METAL = (4000.0, math.inf), 0.005  # more of it is what wrapped around, or padding
 # What lies below air is padding, of one value; air that is shifted or scaled has noise.
-PADDING, MAX_NOISE = -1400.0, 0.05
+PADDING, MAX_NOISE = -1200.0, 0.05
+MAX_ZEROS = 0.15  # of voxels that are water to the digit, which noise forbids: what was never written, or padding
+MAX_HU = 1e6  # of a single voxel, before what is damaged spreads by interpolation
+# in mm, of what a header may give lengths in
+UNITS = {
+    "mm": 1.0,
+    "millimeter": 1.0,
+    "millimetre": 1.0,
+    "cm": 10.0,
+    "m": 1e3,
+    "meter": 1e3,
+    "um": 1e-3,
+    "micron": 1e-3,
+}
 
 
 class Unfit(InputError):
@@ -92,15 +109,20 @@ def is_hu(sample: np.ndarray) -> bool:
     def share(window: tuple[float, float]) -> float:
         return np.mean((sample > window[0]) & (sample < window[1]))
 
-    _, counts = np.unique(sample[sample < PADDING], return_counts=True)
-    noise = (counts.sum() - counts.max(initial=0)) / sample.size
+    def noise(window: tuple[float, float]) -> float:
+        """Share without that of the most frequent value, as which padding stands there."""
+        _, counts = np.unique(sample[(sample > window[0]) & (sample < window[1])], return_counts=True)
+        return (counts.sum() - counts.max(initial=0)) / sample.size
+
     return bool(
         np.isfinite(sample).all()
         and share(AIR) > MIN_AIR
+        and (noise(AIR) > MIN_AIR or share(AIR) > share(HALF_AIR))
         and share(TISSUE) > MIN_TISSUE
         and (share(TISSUE) > LITTLE_TISSUE or share(TISSUE) > 2 * share(BONE))
         and share(DENSE) < 0.01 + 3 * share(BONE)
-        and noise < MAX_NOISE
+        and share(METAL) < MAX_METAL
+        and noise((-math.inf, PADDING)) < MAX_NOISE
     )
 
 
@@ -135,9 +157,17 @@ def check_voxels(path: str | os.PathLike, raw: Raw, check_hu: bool = True) -> np
         Unfit: one voxel of all is NaN or infinite; all of the sample is the same; with `check_hu`, it is not HU.
     """
     voxels = raw.voxels
-    if voxels.dtype.kind == "f" and not np.isfinite([voxels.min(), voxels.max()]).all():  # NaN if any voxel is
-        count = int((~np.isfinite(voxels)).sum())
-        raise Unfit(f"{path} holds NaN or infinity in {count} of {voxels.size} voxels: export it again", "non_finite")
+    if voxels.dtype.kind == "f":
+        extremes = voxels.min(), voxels.max()  # NaN if any voxel is
+        if not np.isfinite(extremes).all():
+            count = int((~np.isfinite(voxels)).sum())
+            raise Unfit(
+                f"{path} holds NaN or infinity in {count} of {voxels.size} voxels: export it again", "non_finite"
+            )
+        if np.abs(extremes).max() > MAX_HU:
+            raise Unfit(
+                f"{path} has voxels from {extremes[0]:g} to {extremes[1]:g}, which are no HU: export it again", "not_hu"
+            )
     if not (1 / MAX_RESCALING < abs(raw.slope) < MAX_RESCALING and abs(raw.intercept) < MAX_RESCALING):
         raise Unfit(f"{path} has a rescaling of {raw.slope:g} x + {raw.intercept:g}: correct its header", "not_hu")
     sample = raw.sample()
@@ -148,6 +178,13 @@ def check_voxels(path: str | os.PathLike, raw: Raw, check_hu: bool = True) -> np
         raise Unfit(
             f"{path} has intensities from {low:g} to {high:g}, which are not HU (air is -1000, water 0): apply the "
             "rescale slope and intercept, once (those of CT-RATE's first version are in its metadata CSV)",
+            "not_hu",
+        )
+    zeros, below = float(np.mean(sample == 0)), np.mean((sample > AIR[1]) & (sample < 0))
+    if check_hu and zeros > MAX_ZEROS and below > MIN_TISSUE:  # without any fat or lung it is clipped at 0
+        raise Unfit(
+            f"{path} is exactly 0 HU in {zeros:.0%} of its voxels, where no tissue is without noise: part of it was "
+            "never written, or what lies outside of the image is to be air (-1000)",
             "not_hu",
         )
     return percentiles
@@ -163,7 +200,7 @@ def three_axes(path: Path, shape: Iterable[Any]) -> tuple[int, int, int]:
     while len(sizes) > 3 and sizes[-1] == 1:
         sizes = sizes[:-1]
     if len(sizes) != 3:
-        found = _sizes(sizes[:3]) + "".join(f", {size} channels" for size in sizes[3:4])
+        found = f"{_sizes(sizes[:3])}, {_sizes(sizes[3:])} channels" if len(sizes) > 3 else _sizes(sizes)
         raise Unfit(f"{path} is not one 3D volume ({found}): export a single volume", "wrong_dimensions")
     if min(sizes) < 0 or math.prod(sizes) > MAX_VOXELS:
         raise ValueError(f"its header tells of {_sizes(sizes)} voxels")
@@ -172,6 +209,8 @@ def three_axes(path: Path, shape: Iterable[Any]) -> tuple[int, int, int]:
 
 def first_line(error: BaseException) -> str:
     """Of what an error says, or its kind where it says nothing."""
+    if isinstance(error, KeyError):  # of a word that is looked up, says no more than it
+        return f"its {error.args[0]} is missing or unknown"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -226,9 +265,35 @@ def open_file(path: Path) -> BinaryIO:
 
 def beside(path: Path, name: str) -> Path:
     """The file of voxels that the header in `path` names."""
-    if not (data := path.parent / name).exists():
-        raise FileNotFoundError(f"its voxels, {name}, are not beside it")
+    data = path.parent / name
+    if not name or not os.path.exists(data) or data.is_dir():
+        raise FileNotFoundError(f"its voxels, {name or 'a file without a name'}, are not beside it")
     return data
+
+
+def numbered(pattern: str, first: int = 1, last: int = 1, step: int = 1) -> list[str]:
+    """Names of the files of one slice each that a header tells of by a pattern, such as ``ct%03d.raw``."""
+    if not re.fullmatch(r"[^%]*%0?\d?\dd[^%]*|[^%]*%d[^%]*", pattern) or step == 0:
+        raise ValueError(f"{pattern!r} with step {step} is no pattern of file names")
+    return [pattern % number for number in range(first, last + (1 if step > 0 else -1), step)[:MAX_FILES]]
+
+
+def text_voxels(content: bytes, dtype: np.dtype, count: int) -> np.ndarray:
+    """`count` voxels that are written as words."""
+    words = content.split()
+    if len(words) != count:
+        raise EOFError(f"its voxels are stored as text, of {len(words)} words, and its header tells of {count}")
+    voxels = np.array(words).astype(float)
+    if dtype.kind != "f" and (voxels != voxels.astype(dtype)).any():
+        raise ValueError(f"its voxels are no numbers of type {dtype}")
+    return voxels.astype(dtype)
+
+
+def in_mm(affine: np.ndarray, unit: str) -> np.ndarray:
+    """An affine whose header gives its lengths in a unit."""
+    if (name := unit.strip().lower().removesuffix("s")) not in UNITS:
+        raise ValueError(f"its lengths are in {unit!r}, not in mm")
+    return np.diag([*[UNITS[name]] * 3, 1.0]) @ affine
 
 
 def raw_voxels(path: Path, dtype: np.dtype, count: int, offset: int = 0) -> np.ndarray:
@@ -260,7 +325,8 @@ def packed_voxels(stream: BinaryIO, dtype: np.dtype, count: int, packed_size: in
 def numbers(path: Path, dtype: np.dtype) -> np.dtype:
     """The type itself, where it is one real number a voxel."""
     if dtype.kind not in "iuf":
-        found = "colours (RGB)" if dtype.names else "complex numbers" if dtype.kind == "c" else str(dtype)
+        found = {"V": "bits or blocks", "c": "complex numbers"}.get(dtype.kind, str(dtype))
+        found = "colours (RGB)" if dtype.names else found
         raise Unfit(f"{path} holds {found}, not one number a voxel: export it as a CT", "wrong_dimensions")
     return dtype
 
@@ -291,12 +357,20 @@ def read_nifti(path: str | os.PathLike) -> Raw:
             voxels = packed_voxels(stream, dtype, count, os.fstat(file.fileno()).st_size)
         else:
             voxels = raw_voxels(path, dtype, count, offset)
-    slope, intercept = header.get_slope_inter()
-    slope, intercept = 1.0 if slope is None else float(slope), float(intercept or 0.0)
-    raw = Raw(voxels.reshape(shape, order="F"), _nifti_affine(header), slope, intercept, "NIfTI")
+    raw = Raw(voxels.reshape(shape, order="F"), _nifti_affine(header), *_nifti_rescaling(header), "NIfTI")
     if not header["qform_code"] and not header["sform_code"]:
         return with_guess(raw, "no orientation (neither qform nor sform)")
     return with_guess(raw)
+
+
+def _nifti_rescaling(header: nib.Nifti1Header) -> tuple[float, float]:
+    """Slope and intercept; a slope of 0, or NaN for both as nibabel writes it, stand for none."""
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if slope == 0 or math.isnan(slope) and (math.isnan(intercept) or intercept == 0):
+        return 1.0, 0.0
+    if not math.isfinite(slope) or not math.isfinite(intercept):
+        raise ValueError(f"its header has a rescaling of {slope:g} x + {intercept:g}")
+    return slope, intercept
 
 
 def _nifti_affine(header: nib.Nifti1Header) -> np.ndarray:
@@ -306,17 +380,22 @@ def _nifti_affine(header: nib.Nifti1Header) -> np.ndarray:
         raise ValueError(f"its header has a spacing (pixdim) of {_sizes(f'{s:g}' for s in spacing)} mm")
     affine = np.asarray(header.get_best_affine(), float)
     if header["sform_code"] and header["qform_code"]:
+        by_sform = np.linalg.norm(affine[:3, :3], axis=0)
+        if not np.allclose(by_sform, spacing, rtol=0.2):  # a tilted gantry's sform is sheared
+            found = f"{_sizes(f'{s:g}' for s in by_sform)} mm by its sform, {_sizes(f'{s:g}' for s in spacing)} by its"
+            raise ValueError(f"its spacing is {found} qform (pixdim)")
         sides = [part[:3, :3] / np.linalg.norm(part[:3, :3], axis=0) for part in (affine, header.get_qform())]
         if (np.prod(sides, axis=0).sum(0) < 0.5).any():
             raise ValueError("its sform and qform turn the axes to different sides")
-    return affine
+    unit = int(header["xyzt_units"]) & 7
+    return in_mm(affine, {0: "mm", 1: "m", 2: "mm", 3: "um"}.get(unit, f"the unknown unit {unit}"))
 
 
 def with_guess(raw: Raw, lacks: str = "") -> Raw:
     """Says what the header leaves open: what it `lacks`, or that nobody filled it in, as an identity affine shows."""
     if not lacks and np.allclose(np.abs(raw.affine), np.eye(4), atol=1e-4):
         lacks = "an identity affine, as where nothing was filled in"
-    if lacks:
+    if lacks and np.isfinite(raw.affine).all() and np.linalg.det(raw.affine):  # others are refused later
         spacing = _sizes(f"{s:g}" for s in np.linalg.norm(raw.affine[:3, :3], axis=0))
         codes = "".join(nib.aff2axcodes(raw.affine))
         raw.guessed = f"its header has {lacks}: {spacing} mm and axes towards {codes} are assumed"

@@ -2,9 +2,12 @@
 
 import errno
 import math
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
@@ -95,11 +98,9 @@ class ReadableLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
         self._what = "read"
-        attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
-        loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
         given = {item["name"] for item in self.dataset.data if "name" in item}
         names = set(given)
-        for item, name, failure in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
+        for item, name, failure in tqdm(self._attempts(), self.description, unit="scan", total=len(self.dataset)):
             if failure is None and name not in given:  # its name is the file's, by LoadCTd
                 if item["name"] in names:
                     failure = f"{name} has the name of another scan, {item['name']}: give each item a name", ""
@@ -108,6 +109,32 @@ class ReadableLoader:
                 yield list_data_collate([item])
             else:
                 self._pass_over(name, *failure)
+
+    def _attempts(self) -> Iterator[tuple[Any, str, tuple[str, str] | None]]:
+        """What :func:`_attempt` says of each item, in their order, though a worker be killed."""
+
+        def attempts(indices: Sequence[int], num_workers: int) -> Iterator:
+            return iter(DataLoader(Dataset([*indices], attempt), num_workers, collate_fn=itemgetter(0)))
+
+        attempt, left = partial(_attempt, self.dataset), list(range(len(self.dataset)))
+        while left:
+            try:
+                for answer in attempts(left, self.num_workers):
+                    del left[0]
+                    with _untroubled():
+                        yield answer
+            except RuntimeError as error:  # torch's, of a worker that is no more
+                if "DataLoader worker" not in str(error):
+                    raise
+                # which scan it had, torch does not say: the next in turn, if it costs a worker of its own too
+                try:
+                    answer = next(attempts(left[:1], 1))
+                except RuntimeError:
+                    name = _name(self.dataset, left[0])
+                    answer = None, name, (f"{name} {KILLED}", "")
+                del left[0]
+                with _untroubled():
+                    yield answer
 
     def iteration(self, engine: SupervisedEvaluator, batch: dict[str, Any]) -> dict[str, Any] | None:
         """What the evaluator does with a batch, as its ``iteration_update``: a failure is that of one scan."""
@@ -139,9 +166,32 @@ class ReadableLoader:
             )
 
 
+KILLED = (
+    "ends the process that reads it, alone and beside others: crop it, or take a machine with more memory; or, if its "
+    "file is at fault, export it again"
+)
+
+
+@contextmanager
+def _untroubled() -> Iterator[None]:
+    """While a scan is processed, the death of a worker, which reads another, waits: torch would raise it here."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
+def _name(dataset: Dataset, index: int) -> str:
+    return dataset.data[index].get("name", str(dataset.data[index].get("image")))
+
+
 def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
     """An item with its name, or that name with the reason why there is none and the trace of it."""
-    name = dataset.data[index].get("name", str(dataset.data[index].get("image")))
+    name = _name(dataset, index)
     try:
         return dataset[index], name, None
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import time
@@ -114,6 +115,29 @@ def test_a_report_of_a_million_characters_is_bounded():
     assert time.process_time() - start < 2
     with pytest.raises(InputError, match="report has 1008000 characters"):
         queries("unused", report=report)
+
+
+def test_html_is_what_it_stands_for():
+    report = "A nodule &gt; 5&nbsp;mm.<br>No effusion.<BR/>Heart &amp; aorta normal.</p><p>R&D, a &not seen; x < y."
+    assert split_sentences(report) == [
+        "A nodule > 5\u00a0mm.",
+        "No effusion.",
+        "Heart & aorta normal.",
+        "R&D, a &not seen; x < y.",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["zeros", "pipe", "/dev/zero", "folder"])
+def test_a_report_file_that_is_none(tmp_path, kind):
+    path = Path(kind) if kind.startswith("/") else tmp_path / "report.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "zeros":
+        path.write_bytes(b"A nod\0ule is seen.")
+    with pytest.raises(InputError, match=f"report_file {path} cannot be read as text in UTF-8"):
+        queries("unused", report_file=path)
 
 
 def is_subsequence(short: str, long: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from monai.transforms import Orientationd, Spacingd
 from pydicom import Dataset, Sequence, dcmread
-from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, RLELossless, RTStructureSetStorage
+from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, MRImageStorage, RLELossless, RTStructureSetStorage
 from scipy.ndimage import map_coordinates
 
 from custom_components.data import decompress
@@ -93,12 +93,91 @@ def test_what_is_absent_is_not_guessed(series: Path, keyword: str, only: tuple[i
         ("ImagePositionPatient", [10, -20, 41], "mm off an even spacing"),
         ("RescaleSlope", 0, "rescaling"),
         ("SamplesPerPixel", 3, "1_003.dcm holds colours"),
+        ("StudyInstanceUID", "1.2.9", "slices of 2 volumes, StudyInstanceUID"),
+        ("FrameOfReferenceUID", "1.2.9", "slices of 2 volumes, FrameOfReferenceUID"),
+        ("RescaleIntercept", 1024, "slices that are not HU .* such as 1_003.dcm"),
+        ("RescaleType", "OD", "slices of OD .RescaleType"),
+        ("HighBit", 14, "1_003.dcm stores its voxels in other bits"),
     ],
 )
 def test_contradictions(series: Path, keyword: str, value: object, message: str) -> None:
     edit(series, lambda header, _: setattr(header, keyword, value), (3,))
     with pytest.raises(Unfit, match=message):
         read_dicom(series)
+
+
+@pytest.mark.parametrize("keyword", ["ConvolutionKernel", "KVP", "NominalPercentageOfCardiacPhase"])
+def test_every_other_slice_of_another_volume(series: Path, keyword: str) -> None:
+    values = ["B30", "B60"] if keyword == "ConvolutionKernel" else [40, 80]
+    edit(series, lambda header, i: setattr(header, keyword, values[i % 2]))
+    with pytest.raises(Unfit, match=f"2 acquisitions of one place, {keyword}"):
+        read_dicom(series)
+
+
+def test_slices_of_two_patients_are_no_volume(series: Path) -> None:
+    edit(series, lambda header, i: setattr(header, "PatientID", f"P{i // 6}"))
+    with pytest.raises(Unfit, match=r"slices of 2 volumes, PatientID P0 \(6 slices\), P1 \(6 slices\): choose one"):
+        read_dicom(series)
+    assert read_dicom(series, {"PatientID": "P1"}).voxels.shape == (20, 16, 6)
+
+
+def test_a_negative_spacing_is_refused(series: Path) -> None:
+    edit(series, lambda header, _: setattr(header, "PixelSpacing", [-2.5, 2]))
+    with pytest.raises(Unfit, match="PixelSpacing of -2.5 x 2 mm"):
+        read_dicom(series)
+
+
+def test_padding_that_wrapped_around_is_air(series: Path) -> None:
+    """-2000 is stored as 63536 where voxels have no sign."""
+
+    def change(header: Dataset, _: int) -> None:
+        stored = (header.pixel_array.astype(int) + 1024).astype(np.uint16)
+        stored[:4] = 63536
+        header.PixelRepresentation, header.RescaleIntercept = 0, -1024
+        header.add_new("PixelPaddingValue", "US", 63536)
+        header.PixelData = stored.tobytes()
+
+    edit(series, change)
+    expected = hu()
+    expected[:, :4] = -1000
+    np.testing.assert_array_equal(voxels(read_dicom(series)), expected)
+
+
+@pytest.mark.parametrize("modality, kind, found", [("CT", MRImageStorage, "MR Image Storage"), ("MR", None, "MR")])
+def test_class_and_modality_may_not_contradict(series: Path, modality: str, kind: str | None, found: str) -> None:
+    edit(
+        series, lambda header, _: (setattr(header, "Modality", modality), kind and setattr(header, "SOPClassUID", kind))
+    )
+    with pytest.raises(Unfit, match=f"0 readable DICOM series of CT .12 of {found}"):
+        read_dicom(series)
+
+
+def test_what_is_no_image_is_no_series(series: Path) -> None:
+    header = dcmread(series / "1_000.dcm")
+    del header.PixelData, header.Rows, header.Columns
+    header.SOPClassUID, header.SeriesInstanceUID = "1.2.840.10008.5.1.4.1.1.66", "1.9"  # raw data, of a CT
+    header.save_as(series / "raw.dcm")
+    assert_whole(read_dicom(series))
+
+
+def test_a_projection_is_no_volume(series: Path) -> None:
+    edit(series, lambda header, _: setattr(header, "ImageType", ["DERIVED", "SECONDARY", "AXIAL", "MIP"]))
+    with pytest.raises(Unfit, match="but localizers or projections"):
+        read_dicom(series)
+
+
+def test_files_without_the_mark_of_dicom_are_told(series: Path) -> None:
+    for path in series.iterdir():
+        path.write_bytes(path.read_bytes()[132:])
+    with pytest.raises(Unfit, match="12 of no DICOM"):
+        read_dicom(series)
+
+
+def test_pydicom_says_nothing_of_its_own(series: Path, caplog: pytest.LogCaptureFixture) -> None:
+    edit(series, lambda header, _: setattr(header, "SpecificCharacterSet", "FOO"))
+    caplog.clear()
+    assert_whole(read_dicom(series))
+    assert not caplog.messages
 
 
 def test_a_slanted_pair_of_axes_is_refused(series: Path) -> None:

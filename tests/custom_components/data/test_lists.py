@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pandas as pd
 import pytest
 from monai.bundle import ConfigParser
 
+from custom_components.data import lists
 from custom_components.data.lists import msd, scans
 from custom_components.data.volume import read_volume
 from custom_components.errors import InputError
@@ -769,6 +771,7 @@ def test_scans_beside_the_slices_of_a_series(tmp_path: Path) -> None:
         (["p1/ct.nii", "p2/CT.mha"], ["p1_ct", "p2_CT"]),
         (["p1_ct.nii", "p1/ct.nii", "p2/ct.nii"], ["p1_ct", "p1_ct_2", "p2_ct"]),
         (["a.nii", "A.nii", "A_2.nii"], ["a.nii", "A.nii_2", "A_2.nii"]),
+        (["e\u0301.nii", "\u00e9.nii"], ["e\u0301.nii", "\u00e9.nii_2"]),  # é as two characters, and as one
     ],
 )
 def test_names_are_unique_over_the_whole_list(tmp_path: Path, paths: list[str], names: list[str]) -> None:
@@ -807,6 +810,29 @@ def test_every_line_of_a_list_is_an_item(tmp_path: Path) -> None:
     assert found == [str(tmp_path / name) for name in dict.fromkeys(name for _, name in lines)]
 
 
+def test_what_a_spreadsheet_adds_to_a_list(tmp_path: Path) -> None:
+    for name in ("a.nii.gz", "b.nii.gz"):
+        (tmp_path / name).touch()
+    text = 'path,comment\r\n,\r\na.nii.gz,"two\r\nlines, ""quoted"""\r\n;;\r\nb.nii.gz,\r\n,,,\r\n'
+    (tmp_path / "list.csv").write_bytes(text.encode("utf-8-sig"))
+    assert [item["name"] for item in scans(tmp_path / "list.csv")] == ["a", "b"]
+
+
+def test_names_that_cannot_be_files_or_text(tmp_path: Path) -> None:
+    (tmp_path / "a.nii").touch()
+    (tmp_path / "list.txt").write_text("x" * 5000 + ".nii\na.nii\n")
+    assert [item["name"] for item in scans(tmp_path / "list.txt")] == ["x" * 5000 + ".nii", "a"]
+    (tmp_path / "dataset.json").write_text(json.dumps({"training": ["x" * 5000 + ".nii"]}))
+    with pytest.raises(InputError, match="1 files of training"):
+        msd(tmp_path)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (b"bad\xff.nii", b"new\nline.nii"):
+        with open(os.path.join(os.fsencode(folder), name), "wb"):
+            pass
+    assert [item["name"] for item in scans(folder)] == ["bad_", "new_line"]
+
+
 def test_scan_names_are_unique(tmp_path):
     for name in ["a.nii.gz", "a.mha", "a.mha.nii", "b.nii"]:
         (tmp_path / name).touch()
@@ -837,6 +863,41 @@ def test_a_list_of_scans(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("nothing here\n")
     with pytest.raises(InputError, match="empty.txt lists no CT"):
         scans(tmp_path / "empty.txt")
+
+
+@pytest.mark.parametrize("header", ["name,c,c", "name,C,c ", "name,c,note,Note"])
+def test_a_column_that_stands_there_twice(tmp_path: Path, header: str) -> None:
+    (tmp_path / "t.csv").write_text(f"{header}\na,1,0,0\n")
+    with pytest.raises(InputError, match="it has the column '(c|note)' twice"):
+        lists.volumes(tmp_path, "t.csv", "train", images="{name}", classes=["c"])
+
+
+def test_words_that_pandas_takes_for_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "t.csv").write_text("name,findings\nNA,None\nnan,\nnull,NA seen.\n,A nodule.\n , \n,\n")
+    for name in ("NA", "nan", "null"):
+        (tmp_path / name).touch()
+    items = lists.volumes(tmp_path, "t.csv", "train", images="{name}", findings_column="findings")
+    assert [(item["name"], item["findings"]) for item in items] == [("NA", ""), ("nan", ""), ("null", "NA seen.")]
+    assert "1 rows name no volume (name is empty), and are not used" in caplog.text
+
+
+def test_a_patient_on_both_sides_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a").touch()
+    (tmp_path / "t.csv").write_text("name,c,split\na,1,train\na,1,test\n")
+    lists.volumes(tmp_path, "t.csv", "train", images="{name}", classes=["c"])
+    assert "1 patients stand in several splits (a)" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "folder"])
+def test_a_text_that_never_ends_is_no_file(tmp_path: Path, kind: str) -> None:
+    path = Path(kind) if kind.startswith("/") else tmp_path / "list.txt"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    (tmp_path / "dataset.json").write_text('{"training": ["a"]}')
+    with pytest.raises(InputError, match="cannot be read as text in UTF-8 .it is a "):
+        msd(tmp_path, exclude=path)
 
 
 def test_a_list_in_latin_1_is_said(tmp_path: Path) -> None:

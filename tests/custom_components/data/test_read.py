@@ -195,6 +195,11 @@ def test_single_time_point_of_an_itk_file_is_a_volume(tmp_path):
         (phantom() - 8192, "which are not HU"),
         (np.where(np.indices((20, 16, 12)).sum(0) < 3, -3024, phantom() + 1024).astype(np.int16), "which are not HU"),
         ((phantom() / 1000).astype(np.float32), "which are not HU"),
+        (np.where(np.indices((20, 16, 12)).sum(0) < 3, 1e30, phantom()).astype(np.float32), "which are no HU"),
+        (np.where(np.arange(12) < 3, 0, phantom()).astype(np.int16), "is exactly 0 HU in 25% of its voxels"),
+        (np.where(phantom() < -940, 32767, phantom()).astype(np.int16), "which are not HU"),
+        (np.where(np.arange(12) < 3, 3071, phantom()).astype(np.int16), "which are not HU"),
+        (np.stack([phantom()[..., None]] * 3, -1), "not one 3D volume (20 x 16 x 12, 1 x 3 channels)"),
     ],
 )
 def test_bad_content(tmp_path, array, message):
@@ -278,6 +283,14 @@ def test_a_raw_that_is_shorter_than_its_header_says_is_named(tmp_path):
         ("scl_slope", 1e30, "rescaling of 1e+30"),
         ("scl_inter", np.nan, "cannot be read"),
         ("scl_inter", 1e30, "rescaling"),
+        ("scl_slope", np.inf, "rescaling of inf"),
+        (["scl_slope", "scl_inter"], (np.nan, -1024), "rescaling of nan x + -1024"),
+        ("xyzt_units", 1, "voxel spacing of 2000 x 2000 x 2500 mm"),
+        ("xyzt_units", 3, "voxel spacing of 0.002"),
+        ("xyzt_units", 7, "unknown unit 7"),
+        ("datatype", 1, "holds bits"),
+        ("datatype", 9999, "its 9999 is missing or unknown"),
+        ("pixdim", (1, 1, 1, 1, 1, 1, 1, 1), "2 x 2 x 2.5 mm by its sform, 1 x 1 x 1 by its qform"),
         ("vox_offset", np.nan, "cannot be read"),
         ("vox_offset", 16, "in the header"),
         ("vox_offset", 354, "cannot be read"),
@@ -301,10 +314,44 @@ def test_a_nifti_header_that_cannot_be_true(tmp_path, field, value, message, com
     image.header.set_qform(image.affine, code=1)
     content = bytearray(image.to_bytes())
     header = np.ndarray((), image.header.template_dtype, content)
-    header[field] = value
+    for key, new in zip(field, value, strict=True) if isinstance(field, list) else [(field, value)]:
+        header[key] = new
     path = tmp_path / ("ct.nii.gz" if compressed else "ct.nii")
     path.write_bytes(gzip.compress(content) if compressed else content)
     assert message in refusal(path)
+
+
+@pytest.mark.parametrize("slope, intercept", [(np.nan, np.nan), (0, 0), (0, -1024), (np.nan, 0)])
+def test_what_stands_for_no_rescaling_in_nifti(tmp_path, slope, intercept):
+    content = bytearray(nib.Nifti1Image(phantom(), np.diag([-2, -2, 2.5, 1])).to_bytes())
+    header = np.ndarray((), nib.Nifti1Header.template_dtype, content)
+    header["scl_slope"], header["scl_inter"] = slope, intercept
+    (tmp_path / "ct.nii").write_bytes(content)
+    np.testing.assert_array_equal(LoadCTd("image")({"image": tmp_path / "ct.nii"})["image"][0], phantom())
+
+
+@pytest.mark.parametrize("name", ["ct.nii", "ct.nhdr", "ct.mha"])
+@pytest.mark.parametrize("unit, factor", [("cm", 10), ("m", 1000), ("um", 0.001)])
+def test_other_units_are_mm_in_the_end(tmp_path, name, unit, factor):
+    spacing = np.array([2, 2, 2]) / factor
+    path = tmp_path / name
+    if name == "ct.nii":
+        if unit == "cm":
+            return  # which NIfTI has no code for
+        image = nib.Nifti1Image(phantom(), np.diag([*spacing, 1]))
+        image.header.set_xyzt_units({"m": "meter", "um": "micron"}[unit])
+        nib.save(image, path)
+    elif name == "ct.nhdr":
+        header = {"space": "RAS", "space directions": np.diag(spacing), "space units": [unit] * 3}
+        nrrd.write(str(path), phantom(), header | {"space origin": np.zeros(3)})
+    else:
+        write_itk(path, phantom().T)
+        words = " ".join(map(repr, spacing.tolist())).encode()
+        content = path.read_bytes().replace(b"ElementSpacing = 2 2 2", b"ElementSpacing = " + words)
+        path.write_bytes(content.replace(b"ElementDataFile", f"DistanceUnits = {unit}\nElementDataFile".encode()))
+    found = LoadCTd("image")({"image": path})["image"]
+    np.testing.assert_allclose(found.pixdim, 2, rtol=1e-5)
+    np.testing.assert_array_equal(found[0], phantom())
 
 
 @pytest.mark.parametrize("name", ["ct.nii", "ct.nii.gz"])
@@ -448,6 +495,15 @@ def test_a_fourth_axis_of_nrrd(tmp_path, kinds):
         ("ElementSpacing = 2 2", "cannot be read"),
         ("TransformMatrix = 1 0 0 0 1 0 0 0 0", "voxel spacing"),
         ("BinaryData = False", "stored as text"),
+        ("ElementSpacing = -2 2 2", "its ElementSpacing is -2 2 2"),
+        ("TransformMatrix = 2 0 0 0 2 0 0 0 2", "TransformMatrix is no matrix of directions"),
+        ("DistanceUnits = furlong", "its lengths are in 'furlong'"),
+        ("DistanceUnits = m", "voxel spacing of 2000"),
+        ("ElementToIntensityFunctionOffset = -1024", "not HU"),
+        ("Modality = MET_MOD_MR", "is no CT, by its header (MET_MOD_MR)"),
+        ("ObjectType = Tube", "is no CT, by its header (Tube)"),
+        ("ElementDataFile =", "its voxels, a file without a name"),
+        ("ElementDataFile = ct%s.raw 1 2 1", "no pattern of file names"),
         ("ElementDataFile = LIST", "cannot be read"),
         ("ElementDataFile = other.raw", "its voxels, other.raw, are not beside it"),
         ("ElementDataFile = ct%03d.raw 1 99999999 1", "cannot be read"),
@@ -465,6 +521,72 @@ def test_a_metaimage_header_that_cannot_be_true(tmp_path, name, line, message):
         lines.insert(-1, line.encode())
     path.write_bytes(b"\n".join(lines) + mark + voxels)
     assert message in refusal(path)
+
+
+def test_a_metaimage_that_says_a_thing_twice(tmp_path):
+    path = write_itk(tmp_path / "ct.mha", phantom())
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"DimSize", b"DimSize = 16 12 20\nDimSize", 1))
+    assert "two values of DimSize" in refusal(path)
+
+
+def test_a_metaimage_with_a_rescaling_or_as_text(tmp_path):
+    path = write_itk(tmp_path / "ct.mha", phantom().T + 1024)
+    content = path.read_bytes()
+    rescaled = b"ElementToIntensityFunctionSlope = 1\nElementToIntensityFunctionOffset = -1024\nElementDataFile = local"
+    path.write_bytes(content.replace(b"ElementDataFile = LOCAL", rescaled))
+    np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom())
+    head = content.partition(b"LOCAL\n")[0].replace(b"BinaryData = True", b"BinaryData = False") + b"LOCAL\n"
+    path.write_bytes(head + " ".join(map(str, phantom().ravel("F"))).encode())
+    np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom())
+
+
+def as_nrrd(path: Path, voxels: bytes, tail: str = "", **fields: str) -> Path:
+    header = {"type": "short", "dimension": "3", "space": "RAS", "sizes": "20 16 12", "endian": "little"}
+    header |= {"space directions": "(2,0,0) (0,2.5,0) (0,0,3)", "space origin": "(0,0,0)", "encoding": "raw"}
+    lines = [f"{key}: {value}" for key, value in (header | fields).items() if value]
+    path.write_bytes("\n".join(["NRRD0004", *lines, tail, ""]).encode() + voxels)
+    return path
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "text", "hex"])
+def test_nrrd_in_words(tmp_path, encoding):
+    voxels = phantom().tobytes("F").hex() if encoding == "hex" else " ".join(map(str, phantom().ravel("F")))
+    path = as_nrrd(tmp_path / "ct.nrrd", voxels.encode(), encoding=encoding)
+    np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom())
+    as_nrrd(path, voxels[: len(voxels) // 2].encode(), encoding=encoding)
+    assert "cannot be read" in refusal(path)
+
+
+def test_a_nrrd_of_one_file_a_slice(tmp_path):
+    for z in range(12):
+        (tmp_path / f"é {z:03d}.raw").write_bytes(phantom()[..., z].tobytes("F"))
+    listed = "\n".join(f"é {z:03d}.raw" for z in range(12))
+    path = as_nrrd(tmp_path / "ct.nhdr", b"", f"data file: LIST\n{listed}")
+    np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom())
+    for z in range(12):
+        (tmp_path / f"é {z:03d}.raw").rename(tmp_path / f"ct{z:03d}.raw")
+    as_nrrd(path, b"", "data file: ct%03d.raw 0 11 1 2")
+    np.testing.assert_array_equal(LoadCTd("image")({"image": path})["image"][0], phantom())
+    as_nrrd(path, b"", "data file: ct%03d.raw 0 11 1 3")
+    assert "not in one a slice" in refusal(path)
+    (tmp_path / "ct007.raw").unlink()
+    as_nrrd(path, b"", "data file: ct%03d.raw 0 11 1")
+    assert "ct007.raw, are not beside it" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"spacings": "1 1 1"}, "contradict each other"),
+        ({"space directions": "none none none"}, "no directions in space"),
+        ({"space directions": "", "spacings": "nan 2 2"}, "voxel spacing of nan"),
+        ({"space units": '"mm" "cm" "mm"'}, "different units, cm, mm"),
+        ({"type": "foo"}, "foo is missing or unknown"),
+    ],
+)
+def test_a_nrrd_header_that_cannot_be_true(tmp_path, fields, message):
+    assert message in refusal(as_nrrd(tmp_path / "ct.nrrd", phantom().tobytes("F"), **fields))
 
 
 def test_a_metaimage_of_one_file_a_slice(tmp_path):

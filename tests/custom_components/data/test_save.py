@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import itk
@@ -16,7 +17,7 @@ from monai.transforms import Compose, Orientation, Spacing
 from scipy.ndimage import map_coordinates
 
 from custom_components.data.read import LoadCTd
-from custom_components.data.save import LabelsInScand, SaveLabelsd, SaveMapsd, labels_in_scan
+from custom_components.data.save import AppendProbabilitiesd, LabelsInScand, SaveLabelsd, SaveMapsd, labels_in_scan
 
 
 def oblique(shape: tuple[int, int, int]) -> np.ndarray:
@@ -173,3 +174,10 @@ def test_a_scan_without_an_sform_is_placed_by_its_qform(tmp_path: Path) -> None:
     expected = places_in_itk(path, corners)
     np.testing.assert_allclose(places_in_itk(tmp_path / "out" / "map_01.nii.gz", corners), expected, atol=1e-3)
     np.testing.assert_allclose(nib.affines.apply_affine(nib.load(path).affine, corners), expected, atol=1e-3)
+
+
+def test_a_path_that_is_no_utf8_is_written_as_it_is(tmp_path: Path) -> None:
+    path = os.fsdecode(b"/data/bad\xff.nii")
+    image = MetaTensor(torch.zeros(1, 1, 1, 1), meta={"filename_or_obj": path})
+    AppendProbabilitiesd("p", ["nodule"], str(tmp_path))({"p": torch.ones(1), "name": "bad_", "image": image})
+    assert (tmp_path / "predictions.csv").read_bytes() == b"name,image,nodule\nbad_,/data/bad\xff.nii,1.0\n"

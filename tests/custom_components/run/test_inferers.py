@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import signal
+import time
 
 import pytest
 import torch
@@ -83,6 +86,28 @@ def test_a_fault_of_ours_is_shown_in_full_and_the_next_scan_done(num_workers, ca
     assert "skipped: scan0: ZeroDivisionError: division by zero" in printed
     assert "Traceback" in printed and "in read" in printed
     with pytest.raises(InputError, match=r"1 of 3 scans could not be read \(scan0\)"):
+        loader.report()
+
+
+def deadly(value: int) -> torch.Tensor:
+    if value == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(value)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_is_killed_costs_its_scan_alone(num_workers, capsys):
+    """Whoever it is: the one that memory runs out for, or a reader that crashes."""
+    items = [{"name": f"scan{value}", "image": value} for value in (1, 2, 3, 4, -1, 6)]
+    loader = ReadableLoader(Dataset(items, Compose([Lambdad("image", deadly)])), num_workers)
+    done = []
+    for batch in loader:
+        time.sleep(0.3)  # the worker dies while this scan is processed
+        done += batch["name"]
+    assert done == ["scan1", "scan2", "scan4", "scan6"]
+    assert [name for name, _ in loader.failures] == ["scan3", "scan-1"]
+    assert "skipped: scan3 ends the process that reads it" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"2 of 6 scans could not be read \(scan3, scan-1\)"):
         loader.report()
 
 
