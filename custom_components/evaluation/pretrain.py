@@ -33,7 +33,7 @@ from custom_components.evaluation.figures import CT, HEAT, outline_plane, show_p
 from custom_components.evaluation.grounding import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
 from custom_components.evaluation.report import write_report
 from custom_components.evaluation.retrieval import draw_pools, retrieval
-from custom_components.losses import SimCroPLoss, pool_patches
+from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences, prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
@@ -234,11 +234,10 @@ class PretrainEvaluation:
 
     def _similarities(self, patches: Tensor, sentences: Tensor) -> Similarities:
         """Of features ``[S, D]`` of sentences and normalised ones ``[B, N, D]`` of patches, on the CPU."""
-        pool, parts = self.loss.alignment, []
+        parts = []
         for some in F.normalize(sentences, dim=-1).split(max(1, MAX_COSINES // patches[..., 0].numel())):
             cosine = torch.einsum("sd,vnd->svn", some, patches)
-            score = pool_patches(cosine, pool.align_pool, pool.top_k, pool.beta)
-            parts.append((score.cpu(), cosine.argmax(-1).cpu()))
+            parts.append((self.loss.alignment.score.pool(cosine).cpu(), cosine.argmax(-1).cpu()))
         return Similarities(*map(torch.cat, zip(*parts, strict=True)))
 
     def _presence(
