@@ -14,7 +14,7 @@ import math
 import os
 import re
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from custom_components.errors import InputError
-from custom_components.files import VOXEL_SUFFIXES
+from custom_components.files import VOXEL_SUFFIXES, no_key_twice, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -368,7 +368,7 @@ def scans(path: str | os.PathLike, scans_file: str | os.PathLike | None = None) 
 
 def _listed(path: Path) -> list[Path]:
     """What a list names, each path once, without its header."""
-    lines = [line.strip() for line in _text(path).splitlines() if line.strip()]
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     paths = [_path_in(line, path.parent) for line in lines]
     if paths and LIST_HEADER.fullmatch(paths[0].name) and not os.path.lexists(paths[0]):
         del paths[0]
@@ -451,7 +451,7 @@ def _repeated(names: Sequence[str]) -> list[list[int]]:
 def _json_lists(path: Path) -> dict[str, list[dict]]:
     """Split -> records of a datalist, or "" -> records of a plain list of them; a bare file name is an image."""
     try:
-        content = json.loads(_text(path, "JSON"), object_pairs_hook=_no_key_twice)
+        content = json.loads(read_text(path, "JSON"), object_pairs_hook=no_key_twice)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
@@ -459,13 +459,6 @@ def _json_lists(path: Path) -> dict[str, list[dict]]:
     content = content if isinstance(content, dict) else {"": content}
     lists = {key: entries for key, entries in content.items() if isinstance(entries, list)}
     return {k: [{"image": e} if isinstance(e, str) else e for e in entries] for k, entries in lists.items()}
-
-
-def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """JSON's own readers would take the last in silence."""
-    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"it has the key {repeated[0]!r} twice in one place")
-    return dict(pairs)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -480,10 +473,10 @@ def read_table(path: Path) -> pd.DataFrame:
             if lists and not lists.keys() & {"", *_SPLIT_OF}:
                 raise InputError(f"{path} has lists {', '.join(lists)}: call them training, validation and testing")
             return _frame([e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]])
-        text = _text(path, "a CSV or JSON file")
+        text = read_text(path, "a CSV or JSON file")
         if path.suffix.lower() == ".jsonl":
             return _frame(
-                [json.loads(line, object_pairs_hook=_no_key_twice) for line in text.split("\n") if line.strip()]
+                [json.loads(line, object_pairs_hook=no_key_twice) for line in text.split("\n") if line.strip()]
             )
         header = text.split("\n", 1)[0]
         with warnings.catch_warnings():  # of cells beyond the header, which would be lost
@@ -724,22 +717,9 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _text(path: Path, what: str = "text") -> str:
-    """All of a text file. In UTF-16, every second byte of plain words is a zero, which no text has."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if "\0" in text:
-            raise ValueError("it holds zero bytes, as UTF-16 does")
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        raise InputError(
-            f"{path} cannot be read as {what} in UTF-8 ({error}): save it so, or download it again"
-        ) from error
-    return text
-
-
 def _first_cells(path: Path) -> list[str]:
     """First cell of each line; of a .txt file the line, since names may hold commas."""
-    text = _text(path)
+    text = read_text(path)
     if path.suffix.lower() == ".txt":
         return [line.strip().strip('"') for line in text.splitlines()]
     return [row[0].strip() if row else "" for row in csv.reader(io.StringIO(text, newline=""))]

@@ -35,7 +35,7 @@ from custom_components.evaluation.report import write_report
 from custom_components.evaluation.retrieval import draw_pools, retrieval
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
-from custom_components.text import ReportCollate, encode_sentences, prompts, split_sentences
+from custom_components.text import ReportCollate, encode_sentences, read_prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ class PretrainEvaluation:
         dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and,
             where the data set has them, ``label`` (of the classes that ``sentences`` names, in their order), ``masks``
             and ``sentences`` of :func:`custom_components.data.lists.volumes`.
-        sentences: class name -> its prompts: the sentence that says it is present, or several.
+        sentences: class name -> its prompts, see :func:`custom_components.text.read_prompts`; the positive ones count.
         num_baseline: training items that the baselines learn from.
         log_dir: TensorBoard folder whose curves are drawn, or None.
     """
@@ -78,7 +78,7 @@ class PretrainEvaluation:
     tokenizer: PreTrainedTokenizerBase
     train_dataset: Dataset
     dataset: Dataset
-    sentences: Mapping[str, str | Sequence[str]]
+    sentences: Mapping[str, Any]
     output_dir: str | Path
     batch_size: int = 8
     num_workers: int = 0
@@ -88,7 +88,7 @@ class PretrainEvaluation:
     log_dir: str | None = None
 
     def __post_init__(self) -> None:
-        self.prompts = prompts(self.sentences)
+        self.prompts = {name: said.positive for name, said in read_prompts(self.sentences).items()}
 
     @torch.inference_mode()
     def __call__(self) -> dict[str, Any]:
