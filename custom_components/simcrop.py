@@ -438,21 +438,23 @@ class ZeroShot:
         A class scores its positive side minus its negative one, the positive alone where there is no other. Its
         probability is the softmax over both sides at the temperature of the score.
         """
+        score, _ = self.sides(patches, features)
+        known = torch.tensor([bool(said.negative) for said in self.prompts.values()], device=score.device)[:, None]
+        probability = (score / self.score.temperature).sigmoid()  # softmax over two
+        return Presence(score, probability.masked_fill(~known, math.nan))
+
+    def sides(self, patches: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`__call__`: the classes' scores ``[C, V]``, and those of their positive sides alone."""
         row = {sentence: i for i, sentence in enumerate(self.sentences)}
-        sides = [[row[s] for s in side] for prompts in self.prompts.values() for side in prompts if side]
+        sides = [[row[s] for s in side] for prompts in self.prompts.values() for side in prompts]
         if self.ensemble == "mean_embedding":
             features = F.normalize(features.float(), dim=-1)
-            table = self.score(patches, torch.stack([features[rows].mean(0) for rows in sides]))
+            # of a side without sentences nothing is read below
+            table = self.score(patches, torch.stack([features[rows or [0]].mean(0) for rows in sides]))
         else:
             scores = self.score(patches, features)
-            found = [scores[rows] for rows in sides]
+            found = [scores[rows or [0]] for rows in sides]
             table = torch.stack([s.amax(0) if self.ensemble == "max_score" else s.mean(0) for s in found])
-        side, score, probability = iter(table), [], []
-        for prompts in self.prompts.values():
-            margin = next(side)
-            if prompts.negative:
-                margin = margin - next(side)
-            score.append(margin)
-            known = (margin / self.score.temperature).sigmoid()  # softmax over two
-            probability.append(known if prompts.negative else torch.full_like(margin, math.nan))
-        return Presence(torch.stack(score), torch.stack(probability))
+        positive, negative = table.unflatten(0, (-1, 2)).unbind(1)
+        known = torch.tensor([bool(said.negative) for said in self.prompts.values()], device=table.device)
+        return torch.where(known[:, None], positive - negative, positive), positive
