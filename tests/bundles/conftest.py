@@ -62,9 +62,9 @@ def write_encoder(path: Path, seed: int = 0) -> None:
     save_weights(SimCroPEncoder(**demo_encoder()).state_dict(), path, description)
 
 
-def documented_overlays(bundle: Path) -> list[dict]:
-    """The overlays that a README shows under Your own data."""
-    section = (bundle / "docs" / "README.md").read_text().split("### Your own data\n")[1].split("\n### ")[0]
+def documented_overlays(bundle: Path, section: str = "### Your own data\n") -> list[dict]:
+    """The JSON that a README shows in a section."""
+    section = (bundle / "docs" / "README.md").read_text().split(section)[1].split("\n### ")[0]
     return [json.loads(block) for block in re.findall(r"(?ms)^```\n(\{.*?^\})\n```", section)]
 
 
