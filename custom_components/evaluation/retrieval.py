@@ -278,11 +278,9 @@ def label_metrics(
     for query in queries:
         cosine = (unit @ unit[query]).numpy()
         others = np.flatnonzero(owner != owner[query])
-        nearest = others[np.argsort(-cosine[others], kind="stable")[:deepest]]
+        at = np.argsort(-cosine[others], kind="stable")[:deepest]
         shared, either = _shared(labels, query, others)
         relevant = shared > 0
-        place = {volume: i for i, volume in enumerate(others)}
-        at = np.array([place[volume] for volume in nearest])
         hits = relevant[at].astype(np.float64)
         gained = np.cumsum(hits * hits.cumsum() / np.arange(1, len(hits) + 1))
         alike = np.cumsum(shared[at] / either[at])

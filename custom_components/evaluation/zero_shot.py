@@ -61,13 +61,14 @@ class _Encoded:
     """What is kept of V volumes that could be read: rows in the order of ``items``."""
 
     items: list[Mapping[str, Any]] = field(default_factory=list)
-    # of the classes: each ensemble, ``positive_alone`` and ``random_encoder`` -> [V, C]
+    # of the classes: [C] a volume, by each ensemble, also of the positive side ``alone``, and by ``random_encoder``
     scores: dict[str, list[Tensor]] = field(default_factory=dict)
     controls: dict[str, list[np.ndarray]] = field(default_factory=dict)
     # of the reports, per embedder: [R] a volume, and the volumes' embeddings in the space of sentences and their own
     reports: dict[str, list[Tensor]] = field(default_factory=dict)
     in_text_space: list[Tensor] = field(default_factory=list)
     embeddings: dict[str, list[Tensor]] = field(default_factory=dict)
+    failures: list[tuple[str, str]] = field(default_factory=list)  # name and reason of those that could not be read
 
     def of(self, name: str) -> np.ndarray:
         """Scores of the classes, ``[V, C]`` float64."""
@@ -156,17 +157,18 @@ class ZeroShotEvaluation:
         Raises:
             InputError: volumes could not be read, once all else is done.
         """
-        labelled = [all("label" in item for item in data.data) for data in (self.dataset, self.selection)]
-        known = self._known_classes() if labelled[0] else []
-        self.classes = [name for name, there in zip(self.prompts, known, strict=False) if there]
-        self.columns = np.flatnonzero(known)
+        torch.manual_seed(self.seed)
+        self.columns = self._known_classes()
+        self.classes = [list(self.prompts)[column] for column in self.columns]
+        self._check_selection()
         self._prepare()
-        failures: list[tuple[str, str]] = []
         with eval_mode(self.network):
-            chosen = self._encode(self.selection, "volumes to select on", False, failures)
-            test = self._encode(self.dataset, "held-out volumes", True, failures)
-        if not test.items:
-            raise InputError(f"none of {len(self.dataset)} volumes could be read: {failures[0][1]}")
+            chosen, test = _Encoded(), self._encode(self.dataset, "held-out volumes", held_out=True)
+            if not test.items:
+                raise InputError(f"none of {len(self.dataset)} volumes could be read: {test.failures[0][1]}")
+            if self.classes and len(self.selection):
+                chosen = self._encode(self.selection, "volumes to select on", held_out=False)
+        failures = test.failures + chosen.failures
         metrics = {
             "seed": self.seed,
             "volumes": len(test.items),
@@ -195,12 +197,25 @@ class ZeroShotEvaluation:
         return metrics
 
     def _known_classes(self) -> np.ndarray:
-        """Which of the prompts' classes all labels tell, bool ``[C]``."""
-        data = [*self.dataset.data, *(item for item in self.selection.data if "label" in item)]
-        known = ~np.isnan(np.stack([item["label"] for item in data])).any(0)
+        """Which of the prompts' classes the labels of all volumes tell: their columns."""
+        labels = [item.get("label") for item in (*self.dataset.data, *self.selection.data)]
+        if any(label is None for label in labels):
+            logger.warning("no zero-shot figures: the data set has no labels")
+            return np.array([], int)
+        known = ~np.isnan(np.stack(labels)).any(0)
         if absent := [name for name, there in zip(self.prompts, known, strict=True) if not there]:
             logger.warning("no zero-shot figures of %s: the labels have no such column", ", ".join(absent))
-        return known
+        return np.flatnonzero(known)
+
+    def _check_selection(self) -> None:
+        """Raise an InputError, before a volume is read, if there is nothing by which an ensemble could be selected."""
+        if self.ensemble == "selected":
+            labels = [item["label"][self.columns] for item in self.selection.data] if self.classes else []
+            if not labels or not both_values(np.stack(labels)).any():
+                raise InputError(
+                    "ensemble is selected, and no class has both label values among the volumes to select on: raise "
+                    f"selection_volumes, or choose {', '.join(ENSEMBLES)}"
+                )
 
     def _prepare(self) -> None:
         """Encode all sentences, once for each network."""
@@ -226,14 +241,14 @@ class ZeroShotEvaluation:
                 self.prompt_features[name] = encode(self.told["mean_score"].sentences)
             if len(distinct) > 1:
                 self.report_scores[name] = ReportScores(distinct, said, encode(said), self.score)
+        if not self.classes and not self.report_scores:
+            raise InputError(
+                "the data set has neither labels of the classes nor reports that differ: nothing to ask of"
+            )
 
-    def _encode(
-        self, dataset: Dataset, description: str, with_reports: bool, failures: list[tuple[str, str]]
-    ) -> _Encoded:
+    def _encode(self, dataset: Dataset, description: str, held_out: bool) -> _Encoded:
         """Read a data set once, and keep of each volume what the metrics take."""
         found = _Encoded()
-        if not len(dataset):
-            return found
         device = next(self.network.parameters()).device
         items = {item["name"]: item for item in dataset.data}
         loader = ReadableLoader(dataset, self.num_workers, description)
@@ -250,17 +265,17 @@ class ZeroShotEvaluation:
             }
             for name, values in kept.items():
                 found.controls.setdefault(name, []).append(np.asarray(torch.as_tensor(values).cpu()))
-            for name, embedder in self.embedders.items():
+            for name, embedder in self.embedders.items() if held_out else [(OWN, self.network)]:
                 patches, embedding = embedder.patches_and_embedding(volume)
                 for key, scores in self._class_scores(name, patches).items():
                     found.scores.setdefault(key, []).append(scores.cpu())
-                if with_reports:
+                if held_out:
                     found.embeddings.setdefault(name, []).append(embedding[0].float().cpu())
                     if name in self.report_scores:
                         found.reports.setdefault(name, []).append(self.report_scores[name](patches)[:, 0])
                         if name == OWN:
                             found.in_text_space.append(volume_embedding(patches)[0].cpu())
-        failures += loader.failures
+        found.failures = loader.failures
         return found
 
     def _class_scores(self, embedder: str, patches: Tensor) -> dict[str, Tensor]:
@@ -279,7 +294,7 @@ class ZeroShotEvaluation:
     def _presence(self, test: _Encoded, chosen: _Encoded) -> tuple[np.ndarray, dict[str, Any]]:
         """Values by which volumes are ordered, ``[V, C]``, and the metrics of all."""
         truth, weights = test.labels()[:, self.columns], resample(test.patients(), self.num_resamples, self.seed)
-        chosen_truth = chosen.labels()[:, self.columns] if chosen.items and "label" in chosen.items[0] else None
+        chosen_truth = chosen.labels()[:, self.columns] if chosen.items else None
 
         def mean(of: _Encoded, labels: np.ndarray | None, ensemble: str) -> float | None:
             if labels is None or not both_values(labels).any():
@@ -289,11 +304,7 @@ class ZeroShotEvaluation:
         ensembles = {e: {"selection": mean(chosen, chosen_truth, e), "test": mean(test, truth, e)} for e in ENSEMBLES}
         ensemble = self.ensemble
         if ensemble == "selected":
-            if any(found["selection"] is None for found in ensembles.values()):
-                raise InputError(
-                    "ensemble is selected, and no class has both label values among the volumes to select on"
-                )
-            ensemble = max(ENSEMBLES, key=lambda name: ensembles[name]["selection"])
+            ensemble = max(ENSEMBLES, key=lambda name: ensembles[name]["selection"] or 0.0)
         two_sided = np.array([bool(self.prompts[name].negative) for name in self.classes])
 
         def values_of(encoded: _Encoded) -> np.ndarray:

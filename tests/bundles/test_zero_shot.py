@@ -78,9 +78,15 @@ def evaluate(bundle: Path, run_here: Callable, tmp_path: Path) -> Callable:
 
 
 def test_ct_rate_from_findings_to_reports(
-    bundle: Path, phantom: Path, evaluate: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    bundle: Path,
+    phantom: Path,
+    evaluate: Callable,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     metrics = evaluate(ensemble="selected")
+    assert "zero-shot AUROC" in capsys.readouterr().out
     assert (metrics["volumes"], metrics["patients"], metrics["selection_volumes"]) == (11, 10, 12)
     assert "no zero-shot figures of Medical material" in caplog.text  # phantoms have six findings
     told = metrics["zero_shot"]
@@ -145,12 +151,13 @@ def test_a_volume_that_cannot_be_read_leaves_the_rest(bundle: Path, phantom: Pat
     shutil.copytree(phantom, tmp_path / "phantom")
     broken = tmp_path / "phantom/dataset/valid_fixed/valid_2/valid_2_a/valid_2_a_1.nii.gz"
     broken.write_bytes(broken.read_bytes()[:-50])
-    keys = FEW | {"dataset_dir": tmp_path / "phantom", "output_dir": tmp_path / "eval", "selection_volumes": 6}
-    result = run(bundle, CONFIGS, **keys)
+    keys = FEW | {"dataset_dir": tmp_path / "phantom", "output_dir": tmp_path / "eval", "selection_split": "null"}
+    result = run(bundle, CONFIGS, **keys, labels="null")
     fails_with(result, "1 volumes could not be read", "valid_2_a_1", "all else is done")
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert (metrics["volumes"], metrics["unreadable"]) == (10, ["valid_2_a_1"])
-    assert "zero-shot AUROC" in result.stdout and "retrieval among 10 volumes and 9 reports, pool all" in result.stdout
+    assert "zero_shot" not in metrics and metrics["report_to_volume"]["reports"] == 9  # reports alone
+    assert "retrieval among 10 volumes and 9 reports, pool all" in result.stdout
 
 
 def volumes_of(phantom: Path) -> list[Path]:
@@ -201,6 +208,7 @@ def test_ones_own_classes_and_columns_by_the_readmes_overlay(
     [
         ({"selection_split": "valid"}, ["selection_split and test_split share 10 patients", "valid_1"]),
         ({"selection_split": "null", "ensemble": "selected"}, ["ensemble is selected", "selection_split"]),
+        ({"selection_volumes": 1, "ensemble": "selected"}, ["no class has both label values", "selection_volumes"]),
         ({"ensemble": "median"}, ["ensemble is 'median'", "mean_score"]),
         ({"pool": "every"}, ["pool is 'every'", "all or first or report"]),
         ({"prompts": "./configs/prompts/none.json"}, ["none.json"]),
