@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,7 @@ class ZeroShotEvaluation:
             "patients": len(set(test.patients())),
             "selection_volumes": len(chosen.items),
             "unreadable": [name for name, _ in failures],
+            "score": asdict(self.score),
         }
         values = None
         if self.classes and both_values(test.labels()[:, self.columns]).any():
@@ -317,7 +318,11 @@ class ZeroShotEvaluation:
             if single := [n for n, both in zip(self.classes, both_values(chosen_truth), strict=True) if not both]:
                 logger.warning("no threshold for %s: one label value on the selection; 0.5 is taken", ", ".join(single))
         options = (self.classes, test.patients(), thresholds, False, self.num_resamples, self.seed)
-        metrics = {"ensemble": ensemble, **classification_metrics(truth, values, *options)}
+        metrics = {
+            "ensemble": ensemble,
+            "prompts": {name: self.prompts[name]._asdict() for name in self.classes},
+            **classification_metrics(truth, values, *options),
+        }
         if not two_sided.all():
             del metrics["micro"]  # of values on different scales
             for name, sided in zip(self.classes, two_sided, strict=True):

@@ -92,6 +92,8 @@ def test_ct_rate_from_findings_to_reports(
     told = metrics["zero_shot"]
     best = max(ENSEMBLES, key=lambda name: told["ensembles"][name]["selection"])
     assert told["ensemble"] == best and set(told["ensembles"]) == set(ENSEMBLES)
+    assert "There is a pleural effusion." in told["prompts"]["Pleural effusion"]["positive"]
+    assert metrics["score"] == {"align_pool": "lse", "top_k": 32, "beta": 5.0, "temperature": 0.2}
     assert set(told["per_class"]) | set(told["left_out"]) == set(FINDINGS)
     for found in told["per_class"].values():
         assert {"auroc", "average_precision", "f1_at_threshold", "threshold"} <= set(found)
