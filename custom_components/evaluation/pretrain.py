@@ -32,15 +32,13 @@ from custom_components.evaluation.controls import (
 from custom_components.evaluation.figures import CT, HEAT, outline_plane, show_plane, spacing_of
 from custom_components.evaluation.grounding import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
 from custom_components.evaluation.report import write_report
-from custom_components.evaluation.retrieval import draw_pools, retrieval
+from custom_components.evaluation.retrieval import MAX_COSINES, draw_pools, retrieval
 from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences, read_prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
 
 logger = logging.getLogger(__name__)
-
-MAX_COSINES = 2**25  # of sentences and patches, held at a time
 
 
 @dataclass

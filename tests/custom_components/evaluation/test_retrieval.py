@@ -1,4 +1,4 @@
-"""Ranks, pools, recall and precision by plain loops and counts; the whole runs in ``tests/bundles/test_zero_shot.py``."""
+"""Ranks, pools, recall, precision by plain loops and counts; the whole runs in ``tests/bundles/test_zero_shot.py``."""
 
 import itertools
 
