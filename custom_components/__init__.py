@@ -3,8 +3,8 @@
 SimCroP, one idea a file; whoever has read these has read the method:
     vit.py          patches, positions, blocks, encoder: in the order in which a voxel meets them
     text.py         report -> sentences -> frozen text encoder
-    simcrop.py      pre-training network: decoders, aligner, fusion; sentence maps of new volumes
-    losses.py       the three losses and their sum; where top-K patches are chosen
+    simcrop.py      pre-training network: decoders, aligner, fusion; sentence maps and findings of new volumes
+    losses.py       the three losses and their sum; how a sentence is scored in a volume
     probe.py        linear probe, its loss, its inferer
     unetr.py        UNETR for patches that are no cubes
     cpu.py          kernels and settings that only CPUs need
@@ -36,6 +36,7 @@ run/ what a training or an inference needs beyond MONAI's engines:
 
 evaluation/ what the results are worth:
     pretrain.py  classify.py  segment.py   one file a bundle
+    zero_shot.py    of pretrain: findings by prompts, and retrieval, of weights alone
     grounding.py retrieval.py   of pretrain: places of sentences, volumes of reports
     controls.py     untrained copy, HU histogram, raw statistics
     compare.py      contenders at fractions of the labels, by running the bundle

@@ -1,9 +1,10 @@
-"""Files that are whole under their name even if a run is killed, and stamps that show a change."""
+"""Files that are whole under their name even if a run is killed, stamps that show a change, text in one encoding."""
 
 import glob
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,22 +13,6 @@ from custom_components.errors import InputError
 
 # of the files that hold the voxels of a header
 VOXEL_SUFFIXES = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz", ".raw.bz2")}
-
-
-def read_text(path: str | Path) -> str:
-    """All of a text file in UTF-8, without the mark that some editors begin it with.
-
-    Raises:
-        OSError: it cannot be read, or is no regular file: a pipe would be waited for, and a device never ends.
-        ValueError: it is not UTF-8; or holds zeros, as every second byte of plain words in UTF-16 is one.
-    """
-    path = Path(path)
-    if path.exists() and not path.is_file():
-        raise OSError(f"it is {'a folder' if path.is_dir() else 'a pipe or a device'}")
-    text = path.read_text(encoding="utf-8-sig")
-    if "\0" in text:
-        raise ValueError("it holds zero bytes, as UTF-16 does")
-    return text
 
 
 @contextmanager
@@ -96,3 +81,31 @@ def file_stamp(path: str | Path) -> str:
         voxels = map(path.with_suffix, VOXEL_SUFFIXES.get(path.suffix.lower(), ()))
         found = [path.stat(), *(file.stat() for file in voxels if file.exists())]
     return f"{len(found)}:{sum(f.st_size for f in found)}:{max((f.st_mtime_ns for f in found), default=0)}"
+
+
+def read_text(path: str | Path, what: str = "text") -> str:
+    """All of a text file in UTF-8, without the mark that some editors begin it with.
+
+    Raises:
+        InputError: it cannot be read, or is no regular file: a pipe would be waited for, and a device never ends. It is
+            not UTF-8; or holds zeros, as every second byte of plain words in UTF-16 is one.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise OSError(f"it is {'a folder' if path.is_dir() else 'a pipe or a device'}")
+        text = path.read_text(encoding="utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds zero bytes, as UTF-16 does")
+    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
+        raise InputError(
+            f"{path} cannot be read as {what} in UTF-8 ({error}): save it so, or download it again"
+        ) from error
+    return text
+
+
+def no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """``object_pairs_hook`` of JSON, whose own readers would take the last in silence."""
+    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"it has the key {repeated[0]!r} twice in one place")
+    return dict(pairs)

@@ -5,6 +5,7 @@ Under torchrun each is the mean over the batches of all processes, whatever each
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,44 @@ def most_similar(cosine: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
             "lower top_k or mask_ratio, or take smaller patches (patch_size)"
         )
     return cosine.topk(top_k, dim=-1)
+
+
+@dataclass(frozen=True)
+class SentenceVolumeScore:
+    """How well a sentence fits a volume: its cosines to the patches, pooled as the alignment was trained to.
+
+    The one score of pre-training, evaluation, inference and Python, float32 outside autocast.
+
+    Args:
+        align_pool, top_k, beta: see :func:`pool_patches`; weights say theirs in ``models/model.json``.
+        temperature: by which scores are divided before a softmax.
+
+    Raises:
+        InputError: ``align_pool`` is unknown.
+    """
+
+    align_pool: str = "topk_mean"
+    top_k: int = 32
+    beta: float = 10.0
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        if self.align_pool not in ("topk_mean", "lse"):
+            raise InputError(f"align_pool {self.align_pool!r} is unknown: choose topk_mean or lse")
+
+    def pool(self, cosine: Tensor) -> Tensor:
+        """A sentence's cosines ``[..., n]`` to the n patches of a volume -> its score ``[...]``, as a cosine's."""
+        return pool_patches(cosine, self.align_pool, self.top_k, self.beta)
+
+    def weights(self, cosine: Tensor) -> Tensor:
+        """What each of the cosines ``[..., n]`` counts in :meth:`pool`."""
+        return patch_weights(cosine, self.align_pool, self.top_k, self.beta)
+
+    def __call__(self, patches: Tensor, sentences: Tensor) -> Tensor:
+        """Projected patches ``[V, n, D]`` of V volumes, and sentences ``[S, D]`` -> ``[S, V]``, of any lengths."""
+        with torch.autocast(patches.device.type, enabled=False):
+            patches = F.normalize(patches.float(), dim=-1)
+            return self.pool(torch.einsum("sd,vnd->svn", F.normalize(sentences.float(), dim=-1), patches))
 
 
 class MaskedVolumeLoss(nn.Module):
@@ -100,19 +139,8 @@ class SimilarityAlignmentLoss(nn.Module):
         super().__init__()
         if negatives not in ("report", "volume", "both"):
             raise InputError(f"negatives {negatives!r} is unknown: choose report, volume or both")
-        if align_pool not in ("topk_mean", "lse"):
-            raise InputError(f"align_pool {align_pool!r} is unknown: choose topk_mean or lse")
-        self.top_k = top_k
-        self.temperature = temperature
         self.negatives = negatives
-        self.align_pool = align_pool
-        self.beta = beta
-
-    def scores(self, patch_features: Tensor, sentence_features: Tensor) -> Tensor:
-        """Sentences ``[S, D]``, and patches ``[V, n, D]`` of V volumes -> pooled cosines ``[S, V]`` float32."""
-        patches = F.normalize(patch_features.float(), dim=-1)
-        cosine = torch.einsum("sd,vnd->svn", F.normalize(sentence_features.float(), dim=-1), patches)
-        return pool_patches(cosine, self.align_pool, self.top_k, self.beta)
+        self.score = SentenceVolumeScore(align_pool, top_k, beta, temperature)
 
     def forward(self, patch_features: Tensor, sentence_features: Tensor, sentence_hash: Tensor) -> Tensor:
         """Of projected visible patches ``[B, n, D]`` and projected sentences ``[B, S, D]``.
@@ -136,9 +164,9 @@ class SimilarityAlignmentLoss(nn.Module):
             return mean_over_ranks((patches.sum() + sentences.sum()) * 0.0, 0)
         queries = F.normalize(sentences, dim=-1)
         cosine = queries @ F.normalize(patches, dim=-1).transpose(1, 2)  # b s n
-        weights = patch_weights(cosine, self.align_pool, self.top_k, self.beta)
+        weights = self.score.weights(cosine)
         aligned = F.normalize(weights @ patches, dim=-1)  # b s d
-        logits = queries @ aligned.transpose(1, 2) / self.temperature  # b sentence aligned
+        logits = queries @ aligned.transpose(1, 2) / self.score.temperature  # b sentence aligned
         target = torch.arange(real.shape[1], device=real.device).expand_as(real)[rows]
         directions = (logits, logits.transpose(1, 2))
         columns = ~real[:, None, :]
@@ -151,11 +179,11 @@ class SimilarityAlignmentLoss(nn.Module):
         every_sentence = gather_rows(sentences[real])
         every_hash = torch.cat(gather_rows(sentence_hash[real]))
         # a process scores all sentences in its own volumes, so that scores travel and not patches
-        scores = self.scores(patches, torch.cat(every_sentence)).T  # v s
+        scores = self.score(patches, torch.cat(every_sentence)).T  # v s
         every_score = gather_rows(scores)
         if not len(every_hash):
             return (patches.sum() + sentences.sum()) * 0.0
-        logits = torch.cat(every_score).T / self.temperature  # s v
+        logits = torch.cat(every_score).T / self.score.temperature  # s v
         first = sum(len(score) for score in every_score[: rank()])
         # the volume of each sentence, -1 for none
         own = torch.cat(gather_rows(torch.where(row < len(patches), first + row, -1)))

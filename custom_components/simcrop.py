@@ -1,9 +1,9 @@
 """SimCroP's pre-training network: masked volume modelling, similarity-driven alignment, cross-granularity fusion."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from monai.data import MetaTensor
@@ -14,7 +14,8 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 from custom_components.distributed import gather_rows
 from custom_components.errors import InputError
-from custom_components.text import encode_sentences
+from custom_components.losses import SentenceVolumeScore
+from custom_components.text import Prompts, encode_sentences
 from custom_components.vit import (
     Block,
     SimCroPEncoder,
@@ -395,3 +396,65 @@ class SentenceSimilarityInferer(Inferer):
         patches, embedding = network.patches_and_embedding(volume)
         cosines = torch.stack([similarity(features, sentences) for features in patches])
         return {"similarity": upsample_patches(cosines, network.encoder.grid, volume.shape[2:]), "embedding": embedding}
+
+
+ENSEMBLES = ("mean_score", "max_score", "mean_embedding")
+
+
+class Presence(NamedTuple):
+    """Of C classes in V volumes: score ``[C, V]``, and probability ``[C, V]``, NaN for classes without negative."""
+
+    score: Tensor
+    probability: Tensor
+
+
+@dataclass
+class ZeroShot:
+    """Tells by prompts which classes are present in a volume: no label is learned from.
+
+    Args:
+        prompts: of :func:`custom_components.text.read_prompts`.
+        score: of a sentence in a volume.
+        ensemble: what several sentences of one side make: the mean or the maximum of their scores (``mean_score``,
+            ``max_score``), or the score of the mean of their features of length 1 (``mean_embedding``).
+
+    Raises:
+        InputError: ``ensemble`` is unknown.
+    """
+
+    prompts: Mapping[str, Prompts]
+    score: SentenceVolumeScore
+    ensemble: str = "mean_score"
+
+    def __post_init__(self) -> None:
+        if self.ensemble not in ENSEMBLES:
+            raise InputError(f"ensemble {self.ensemble!r} is unknown: choose {', '.join(ENSEMBLES)}")
+        said = (sentence for sides in self.prompts.values() for side in sides for sentence in side)
+        self.sentences = list(dict.fromkeys(said))  # each once, in the order of the features
+
+    def __call__(self, patches: Tensor, features: Tensor) -> Presence:
+        """Projected patches ``[V, n, D]`` of V volumes, and features ``[S, D]`` of :attr:`sentences`.
+
+        A class scores its positive side minus its negative one, the positive alone where there is no other. Its
+        probability is the softmax over both sides at the temperature of the score.
+        """
+        score, _ = self.sides(patches, features)
+        known = torch.tensor([bool(said.negative) for said in self.prompts.values()], device=score.device)[:, None]
+        probability = (score / self.score.temperature).sigmoid()  # softmax over two
+        return Presence(score, probability.masked_fill(~known, math.nan))
+
+    def sides(self, patches: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`__call__`: the classes' scores ``[C, V]``, and those of their positive sides alone."""
+        row = {sentence: i for i, sentence in enumerate(self.sentences)}
+        sides = [[row[s] for s in side] for prompts in self.prompts.values() for side in prompts]
+        if self.ensemble == "mean_embedding":
+            features = F.normalize(features.float(), dim=-1)
+            # of a side without sentences nothing is read below
+            table = self.score(patches, torch.stack([features[rows or [0]].mean(0) for rows in sides]))
+        else:
+            scores = self.score(patches, features)
+            found = [scores[rows or [0]] for rows in sides]
+            table = torch.stack([s.amax(0) if self.ensemble == "max_score" else s.mean(0) for s in found])
+        positive, negative = table.unflatten(0, (-1, 2)).unbind(1)
+        known = torch.tensor([bool(said.negative) for said in self.prompts.values()], device=table.device)
+        return torch.where(known[:, None], positive - negative, positive), positive

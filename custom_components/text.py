@@ -4,12 +4,13 @@ import contextlib
 import copy
 import hashlib
 import html
+import json
 import os
 import re
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pysbd
 import torch
@@ -24,7 +25,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
 
 from custom_components.errors import InputError
-from custom_components.files import read_text
+from custom_components.files import no_key_twice, read_text
 
 # what is left of HTML where reports were copied out of a web page
 LINE_BREAK, ENTITY = re.compile(r"(?i)</?(?:br|p|div|li)\s*/?>"), re.compile(r"&#?\w{1,10};")
@@ -83,26 +84,77 @@ def sentence_hash(sentence: str) -> int:
     return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest()) >> 1 or 1
 
 
-def prompts(sentences: Mapping[str, str | Sequence[str]]) -> dict[str, list[str]]:
-    """Class -> the sentences that say it is present, from a mapping that may hold one alone.
+ANY_CLASS = "*"
+
+
+class Prompts(NamedTuple):
+    """Sentences that say a class is present, and sentences that say it is not, of which there may be none."""
+
+    positive: list[str]
+    negative: list[str]
+
+
+def read_prompts(
+    prompts: str | os.PathLike | Mapping[str, Any], classes: Sequence[str] | None = None
+) -> dict[str, Prompts]:
+    """Class -> its prompts, from a mapping, or from a JSON file that holds one.
+
+    A class has ``{"positive": [...], "negative": [...]}``; a sentence alone, or a list, is positive. The class ``*``
+    stands for every one that is not named, and ``{class}`` in a sentence for the name of its class.
+
+    Args:
+        classes: those wanted, in their order; None for those that are named.
 
     Raises:
-        InputError: a class has none.
+        InputError: the file cannot be read, a class has no prompt or one in another form.
     """
-    found = {name: [said] if isinstance(said, str) else list(said) for name, said in sentences.items()}
-    if empty := [name for name, said in found.items() if not said]:
-        raise InputError(f"sentences has none for {empty[0]!r}: give one, or several in a list")
+    source = "sentences"
+    if not isinstance(prompts, Mapping):
+        path = Path(prompts).expanduser()
+        source, text = f"prompts {path}", read_text(path, "JSON")
+        try:
+            prompts = json.loads(text, object_pairs_hook=no_key_twice)
+        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+            raise InputError(f"{source} is not JSON ({error}): write class -> its sentences") from error
+        if not isinstance(prompts, Mapping):
+            raise InputError(f"{source} holds no mapping: write class -> its sentences")
+    names = [name for name in prompts if name != ANY_CLASS] if classes is None else classes
+    if not names:
+        raise InputError(f"{source} names no class: name one, or give classes that {ANY_CLASS!r} can stand for")
+    found = {}
+    for name in names:
+        if name not in prompts and ANY_CLASS not in prompts:
+            raise InputError(f"{source} has no sentence for the class {name!r}: add one, or take it out of classes")
+        found[name] = _prompts_of(source, name, prompts.get(name, prompts.get(ANY_CLASS)))
     return found
 
 
+def _prompts_of(source: str, name: str, said: Any) -> Prompts:
+    """The prompts of a class as they are written, in any form."""
+    sides = said if isinstance(said, Mapping) else {"positive": said}
+    lists = {side: [found] if isinstance(found, str) else found for side, found in sides.items()}
+    if not lists.keys() <= set(Prompts._fields) or not all(
+        isinstance(found, Sequence) and all(isinstance(s, str) and s.strip() for s in found) for found in lists.values()
+    ):
+        raise InputError(
+            f'{source} has {said!r} for {name!r}: give a sentence, a list, or {{"positive": [...], "negative": [...]}}'
+        )
+    if not lists.get("positive"):
+        raise InputError(f"{source} has no sentence that says {name!r} is present: give one, or several in a list")
+    lists = {side: [s.replace("{class}", name) for s in found] for side, found in lists.items()}
+    if both := set(lists["positive"]) & set(lists.get("negative", ())):
+        raise InputError(f"{source} has {min(both)!r} as positive and as negative of {name!r}: keep one of them")
+    return Prompts(list(lists["positive"]), list(lists.get("negative", ())))
+
+
 def queries(
-    sentences: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+    sentences: str | Sequence[str] | Mapping[str, Any],
     report: str | None = None,
     report_file: str | Path | None = None,
 ) -> list[str]:
     """The sentences to look for: those of a report if one is given, else ``sentences``, in any of their forms.
 
-    Of a class with several sentences, its first: each is a map of the scan's size.
+    Of a class with several sentences, its first positive one: each is a map of the scan's size.
 
     Args:
         report, report_file: the report's text, or a file in UTF-8 that holds it.
@@ -114,12 +166,7 @@ def queries(
     if report_file is not None:
         if report is not None:
             raise InputError("report and report_file are given: give one of them")
-        try:
-            report = read_text(Path(report_file).expanduser())
-        except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-            raise InputError(
-                f"report_file {report_file} cannot be read as text in UTF-8 ({error}): save it so"
-            ) from error
+        report = read_text(Path(report_file).expanduser(), "the text of report_file")
     if report is not None:
         if len(report) > MAX_REPORT:
             raise InputError(
@@ -129,7 +176,11 @@ def queries(
     elif isinstance(sentences, str):
         found = [sentences]
     else:
-        found = [said[0] for said in prompts(sentences).values()] if isinstance(sentences, Mapping) else list(sentences)
+        found = (
+            [said.positive[0] for said in read_prompts(sentences).values()]
+            if isinstance(sentences, Mapping)
+            else list(sentences)
+        )
     if not found:
         raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
     return found

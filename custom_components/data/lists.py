@@ -25,7 +25,7 @@ import numpy as np
 import pandas as pd
 
 from custom_components.errors import InputError
-from custom_components.files import VOXEL_SUFFIXES, read_text
+from custom_components.files import VOXEL_SUFFIXES, no_key_twice, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -373,7 +373,7 @@ def scans(path: str | os.PathLike, scans_file: str | os.PathLike | None = None) 
 
 def _listed(path: Path) -> list[Path]:
     """What a list names, each path once, without its header."""
-    text = _text(path)
+    text = read_text(path)
     if path.suffix.lower() == ".csv":  # a cell of several lines, such as a comment, is no line of the list
         text = CELL_OF_LINES.sub(lambda cell: " ".join(cell[0].splitlines()), text)
     lines = [line.strip() for line in text.splitlines() if line.strip(" \t,;")]
@@ -466,7 +466,7 @@ def _folded(name: str) -> str:
 def _json_lists(path: Path) -> dict[str, list[dict]]:
     """Split -> records of a datalist, or "" -> records of a plain list of them; a bare file name is an image."""
     try:
-        content = json.loads(_text(path, "JSON"), object_pairs_hook=_no_key_twice)
+        content = json.loads(read_text(path, "JSON"), object_pairs_hook=no_key_twice)
     except InputError:
         raise
     except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
@@ -474,13 +474,6 @@ def _json_lists(path: Path) -> dict[str, list[dict]]:
     content = content if isinstance(content, dict) else {"": content}
     lists = {key: entries for key, entries in content.items() if isinstance(entries, list)}
     return {k: [{"image": e} if isinstance(e, str) else e for e in entries] for k, entries in lists.items()}
-
-
-def _no_key_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """JSON's own readers would take the last in silence."""
-    if repeated := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
-        raise ValueError(f"it has the key {repeated[0]!r} twice in one place")
-    return dict(pairs)
 
 
 def read_table(path: Path) -> pd.DataFrame:
@@ -495,10 +488,10 @@ def read_table(path: Path) -> pd.DataFrame:
             if lists and not lists.keys() & {"", *_SPLIT_OF}:
                 raise InputError(f"{path} has lists {', '.join(lists)}: call them training, validation and testing")
             return _frame([e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]])
-        text = _text(path, "a CSV or JSON file")
+        text = read_text(path, "a CSV or JSON file")
         if path.suffix.lower() == ".jsonl":
             return _frame(
-                [json.loads(line, object_pairs_hook=_no_key_twice) for line in text.split("\n") if line.strip()]
+                [json.loads(line, object_pairs_hook=no_key_twice) for line in text.split("\n") if line.strip()]
             )
         header = text.split("\n", 1)[0]
         separator = max(",;\t", key=header.count)
@@ -794,20 +787,9 @@ def _warn_once(message: str) -> None:
     logger.warning(message)
 
 
-def _text(path: Path, what: str = "text") -> str:
-    """All of a text file."""
-    try:
-        text = read_text(path)
-    except (OSError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        raise InputError(
-            f"{path} cannot be read as {what} in UTF-8 ({error}): save it so, or download it again"
-        ) from error
-    return text
-
-
 def _first_cells(path: Path) -> list[str]:
     """First cell of each line; of a .txt file the line, since names may hold commas."""
-    text = _text(path)
+    text = read_text(path)
     if path.suffix.lower() == ".txt":
         return [line.strip().strip('"') for line in text.splitlines()]
     return [row[0].strip() if row else "" for row in csv.reader(io.StringIO(text, newline=""))]

@@ -22,16 +22,13 @@ from custom_components.evaluation.metrics import (
     metric_rows,
     resample,
 )
-from custom_components.evaluation.report import read_metrics, write_report
-from custom_components.files import replacing
+from custom_components.evaluation.report import LABEL, read_metrics, write_predictions, write_report
 from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureDataset
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.weights import load_weights
 
 logger = logging.getLogger(__name__)
-
-LABEL = " (label)"  # ends the name of a column of labels in predictions.csv
 
 
 @dataclass
@@ -111,7 +108,7 @@ class ProbeEvaluation:
         rows = [("class", "metric", "value", "low", "high"), *metric_rows(metrics)]
         write_report(self.output_dir, metrics, rows, *_table(metrics))
         folder = Path(self.output_dir)
-        self._write_predictions(folder / "predictions.csv", items, truth, probability)
+        write_predictions(folder / "predictions.csv", items, self.classes, truth, probability)
         figures.roc_and_pr_curves(truth, probability, self.classes, folder / "roc_pr.png")
         if self.exclusive:
             figures.confusion_matrix(metrics["confusion_matrix"], self.classes, folder / "confusion_matrix.png")
@@ -159,13 +156,6 @@ class ProbeEvaluation:
                 parts_of[name] = entries
         table = auroc_table(truth, probability[chosen].to_numpy(), self.classes, weights)[0]
         return {"parts": parts_of, **table}
-
-    def _write_predictions(self, path: Path, items: Sequence[Mapping], truth: np.ndarray, score: np.ndarray) -> None:
-        frame = pd.DataFrame({key: [item[key] for item in items] for key in ("name", "patient")})
-        for name, labels, probability in zip(self.classes, truth.T, score.T, strict=True):
-            frame[name + LABEL], frame[name] = labels.astype(int), probability
-        with replacing(path) as temporary:
-            frame.to_csv(temporary, index=False)
 
 
 def _table(metrics: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]]:

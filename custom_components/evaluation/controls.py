@@ -71,6 +71,15 @@ def random_probe(probe: nn.Module, seed: int) -> nn.Module:
     return probe
 
 
+def regression_scores(train_features: np.ndarray, train_labels: np.ndarray, features: np.ndarray) -> np.ndarray:
+    """What a logistic regression per column of ``train_labels [N, C]`` says of ``features [M, F]``: ``[M, C]``.
+
+    Zeros for a column with one label value, of which nothing can be learned.
+    """
+    models = [regression(train_features, column) if np.ptp(column) > 0 else None for column in train_labels.T]
+    return np.stack([np.zeros(len(features)) if m is None else m.decision_function(features) for m in models], 1)
+
+
 class RegressionProbe(nn.Module):
     """Logistic regressions on fixed ``features`` where a probe would stand: what can be said without a network."""
 

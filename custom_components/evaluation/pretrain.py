@@ -32,15 +32,13 @@ from custom_components.evaluation.controls import (
 from custom_components.evaluation.figures import CT, HEAT, outline_plane, show_plane, spacing_of
 from custom_components.evaluation.grounding import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
 from custom_components.evaluation.report import write_report
-from custom_components.evaluation.retrieval import draw_pools, retrieval
-from custom_components.losses import SimCroPLoss, pool_patches
+from custom_components.evaluation.retrieval import MAX_COSINES, draw_pools, retrieval
+from custom_components.losses import SimCroPLoss
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
-from custom_components.text import ReportCollate, encode_sentences, prompts, split_sentences
+from custom_components.text import ReportCollate, encode_sentences, read_prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
 
 logger = logging.getLogger(__name__)
-
-MAX_COSINES = 2**25  # of sentences and patches, held at a time
 
 
 @dataclass
@@ -68,7 +66,7 @@ class PretrainEvaluation:
         dataset: held-out items with ``image``, the tokens of :class:`custom_components.text.TokenizeReportd`, and,
             where the data set has them, ``label`` (of the classes that ``sentences`` names, in their order), ``masks``
             and ``sentences`` of :func:`custom_components.data.lists.volumes`.
-        sentences: class name -> its prompts: the sentence that says it is present, or several.
+        sentences: class name -> its prompts, see :func:`custom_components.text.read_prompts`; the positive ones count.
         num_baseline: training items that the baselines learn from.
         log_dir: TensorBoard folder whose curves are drawn, or None.
     """
@@ -78,7 +76,7 @@ class PretrainEvaluation:
     tokenizer: PreTrainedTokenizerBase
     train_dataset: Dataset
     dataset: Dataset
-    sentences: Mapping[str, str | Sequence[str]]
+    sentences: Mapping[str, Any]
     output_dir: str | Path
     batch_size: int = 8
     num_workers: int = 0
@@ -88,7 +86,7 @@ class PretrainEvaluation:
     log_dir: str | None = None
 
     def __post_init__(self) -> None:
-        self.prompts = prompts(self.sentences)
+        self.prompts = {name: said.positive for name, said in read_prompts(self.sentences).items()}
 
     @torch.inference_mode()
     def __call__(self) -> dict[str, Any]:
@@ -234,11 +232,10 @@ class PretrainEvaluation:
 
     def _similarities(self, patches: Tensor, sentences: Tensor) -> Similarities:
         """Of features ``[S, D]`` of sentences and normalised ones ``[B, N, D]`` of patches, on the CPU."""
-        pool, parts = self.loss.alignment, []
+        parts = []
         for some in F.normalize(sentences, dim=-1).split(max(1, MAX_COSINES // patches[..., 0].numel())):
             cosine = torch.einsum("sd,vnd->svn", some, patches)
-            score = pool_patches(cosine, pool.align_pool, pool.top_k, pool.beta)
-            parts.append((score.cpu(), cosine.argmax(-1).cpu()))
+            parts.append((self.loss.alignment.score.pool(cosine).cpu(), cosine.argmax(-1).cpu()))
         return Similarities(*map(torch.cat, zip(*parts, strict=True)))
 
     def _presence(

@@ -6,7 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from custom_components.files import replacing
+
+LABEL = " (label)"  # ends the name of a column of labels in predictions.csv
 
 
 def write_report(
@@ -39,3 +44,14 @@ def read_metrics(folder: str | Path) -> dict[str, Any]:
     """What ``metrics.json`` in a folder holds; nothing if there is none."""
     path = Path(folder, "metrics.json")
     return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def write_predictions(
+    path: Path, items: Sequence[Mapping[str, Any]], classes: Sequence[str], truth: np.ndarray, score: np.ndarray
+) -> None:
+    """A CSV file with a row per volume: its name and patient, and for each class label and score, of ``[N, C]``."""
+    frame = pd.DataFrame({key: [item[key] for item in items] for key in ("name", "patient")})
+    for name, labels, scores in zip(classes, truth.T, score.T, strict=True):
+        frame[name + LABEL], frame[name] = labels.astype(int), scores
+    with replacing(path) as temporary:
+        frame.to_csv(temporary, index=False)

@@ -1,5 +1,6 @@
 """How a probe is fed: with volumes, or with features of its frozen encoder that are kept on disk."""
 
+import csv
 import hashlib
 import inspect
 import io
@@ -8,6 +9,7 @@ import os
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import Enum
 from functools import partial
 from pathlib import Path
@@ -297,6 +299,72 @@ class FeatureCache(OnlineFeatures):
                 f"{len(self.failures)} volumes could not be read and were left out ({', '.join(self.failures)}); all "
                 "else is done, the reasons stand above: repair them, or list their names in a file given as exclude"
             )
+
+
+@dataclass
+class RateExport:
+    """Writes features of volumes, as evaluation has them, in the layout of the RATE evaluations (YalaLab/rate-evals).
+
+    ``embeddings/<split>/<accession>.npz`` in ``folder`` hold ``embedding [C]`` float32; ``processed.csv`` has a row a
+    file; ``labels.json`` answers each class of each volume with Yes or No.
+
+    Args:
+        features: a :class:`FeatureCache`, which encodes nothing twice.
+        data: split -> items with ``image``, ``name`` and ``label``.
+        classes: of the labels.
+        exclusive: whether a label is the code of the one class that is true.
+        dataset_name, model_name: as ``processed.csv`` calls them.
+
+    Raises:
+        InputError: ``folder`` holds embeddings of other volumes, which RATE would read too; two volumes of a split have
+            one name; and once all else is written, volumes could not be read.
+    """
+
+    features: FeatureCache
+    data: Mapping[str, Sequence[Mapping[str, Any]]]
+    folder: str | Path
+    classes: Sequence[str]
+    exclusive: bool = False
+    dataset_name: str = "dataset"
+    model_name: str = "simcrop"
+
+    def __call__(self) -> None:
+        folder, written, answers = Path(self.folder), [], {}
+        for split, items in self.data.items():
+            self._check(split, [_accession(item) for item in items])
+            dataset = self.features.plain_views(items, split)
+            for item, feature in zip(dataset.data, dataset.features[:, 0].numpy(), strict=True):
+                accession = _accession(item)
+                with replacing(folder / "embeddings" / split / f"{accession}.npz") as temporary:
+                    np.savez(temporary, embedding=feature)
+                written.append((accession, self.model_name, self.dataset_name, split, datetime.now().isoformat()))
+                label = np.asarray(item["label"])
+                truth = np.arange(len(self.classes)) == label if self.exclusive else label
+                found = [{name: "Yes" if true else "No"} for name, true in zip(self.classes, truth, strict=True)]
+                answers[accession] = {"qa_results": {"findings": found}}
+        with replacing(folder / "processed.csv") as temporary, open(temporary, "w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(("accession", "model_name", "dataset_name", "split", "timestamp"))
+            rows.writerows(written)
+        with replacing(folder / "labels.json") as temporary:
+            temporary.write_text(json.dumps(answers, indent=1) + "\n")
+        print(f"{len(written)} embeddings: {folder.resolve()}")
+        self.features.report()
+
+    def _check(self, split: str, accessions: Sequence[str]) -> None:
+        if len(set(accessions)) < len(accessions):
+            twice = next(name for name in accessions if accessions.count(name) > 1)
+            raise InputError(f"{split} has two volumes named {twice}: give each a name of its own in the labels' table")
+        there = {path.stem for path in Path(self.folder, "embeddings", split).glob("*.npz")}
+        if other := there - set(accessions):
+            raise InputError(
+                f"{Path(self.folder, 'embeddings', split)} holds {len(other)} embeddings of other volumes (such as "
+                f"{min(other)}), which RATE would read too: delete them, or give another rate_dir"
+            )
+
+
+def _accession(item: Mapping[str, Any]) -> str:
+    return Path(item["name"]).name
 
 
 def probe_features(cache_dir: str | None, num_views: int, **options: Any) -> OnlineFeatures:

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 ENCODER_SOURCE = "give the encoder.pt that the pretrain bundle or configs/import_weights.json wrote to a models folder"
 ABSENT = "is not in it"
+SCORE = ("align_pool", "top_k", "lse_beta", "temperature")  # how a sentence is scored in a volume
 PARTS = re.compile(r"(encoder\.)?(blocks|statistics)\.")  # without which an encoder would compute something else
 
 
@@ -141,7 +142,9 @@ def described(
     told = description_of(file) if file is not None and Path(file).is_file() else None
     if told is None:
         return dict(otherwise or {})
-    return {key: value for key, value in told["settings"].items() if key not in leave_out}
+    recipe = told.get("recipe") or {}  # which alone tells the score of weights of before the settings did
+    settings = {key: recipe[key] for key in SCORE if key in recipe} | told["settings"]
+    return {key: value for key, value in settings.items() if key not in leave_out}
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -62,10 +62,11 @@ def write_encoder(path: Path, seed: int = 0) -> None:
     save_weights(SimCroPEncoder(**demo_encoder()).state_dict(), path, description)
 
 
-def documented_overlays(bundle: Path) -> list[dict]:
-    """The overlays that the page on one's own data shows, in its order."""
-    page = (bundle / "docs" / "own_data.md").read_text()
-    return [json.loads(block) for block in re.findall(r"(?ms)^```\n(\{.*?^\})\n```", page)]
+def documented_overlays(bundle: Path, page: str = "own_data.md", section: str = "") -> list[dict]:
+    """The JSON that a page of the docs, or a section of it, shows, in its order."""
+    text = (bundle / "docs" / page).read_text()
+    text = text.split(section)[1].split("\n### ")[0] if section else text
+    return [json.loads(block) for block in re.findall(r"(?ms)^```\n(\{.*?^\})\n```", text)]
 
 
 @pytest.fixture

@@ -181,6 +181,19 @@ def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, tmp_path: 
     assert again["per_class"] == first["per_class"]
 
 
+def test_kept_features_are_written_for_rate(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
+    run_here([*TRAIN, "rate.json"], **TINY)
+    folder = tmp_path / "eval" / "rate"
+    rows = pd.read_csv(folder / "processed.csv")
+    assert rows["split"].value_counts().to_dict() == {
+        split: len(list((folder / "embeddings" / split).glob("*.npz"))) for split in ("train", "valid", "test")
+    }
+    assert set(rows["dataset_name"]) == {"phantom"}
+    labels = json.loads((folder / "labels.json").read_text())
+    assert set(labels) == set(rows["accession"])
+    assert len(labels[rows["accession"][0]]["qa_results"]["findings"]) == 6
+
+
 @pytest.fixture
 def published(bundle: Path, tmp_path: Path) -> Callable:
     """Writes a data set of phantoms under the names and lists that the authors publish; gives the folder."""

@@ -57,14 +57,22 @@ TASK = {
         "overlays": overlays(
             {name: {} for name in ("recommended", "anatomy", "evaluate", "multi_gpu_train", "multi_gpu_evaluate")},
             PHANTOM,
-        ),
+        )
+        | {
+            "zero_shot": (["inference.json", "zero_shot.json"], "infer", PHANTOM | {"classes": CLASSIFY["classes"]}),
+            "radchestct": (
+                ["inference.json", "zero_shot.json", "radchestct.json"],
+                "infer",
+                AS_ANY | {"selection_split": "train"},
+            ),
+        },
     },
     "classify": {
         "shape": PRETRAIN["img_size"],
         "channels": 6,
         "inference": {"saliency": "all"},
         "overlays": overlays(
-            {name: {} for name in ("ct_rate", "radchestct", "luna16", "cached", "finetune", "evaluate")}
+            {name: {} for name in ("ct_rate", "radchestct", "luna16", "cached", "finetune", "evaluate", "rate")}
             | {"cc_ccii": {"exclusive": False, "select_by": "auroc"}}
             | {"external_radchestct": {"network_classes": "@classes", "merged_classes": {}}}
             | {"multi_gpu_train": {}, "multi_gpu_evaluate": {}},

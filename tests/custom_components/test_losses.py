@@ -168,7 +168,7 @@ def test_sentences_of_volumes_that_are_not_given_are_negatives_of_the_others(sen
 @pytest.mark.parametrize("pool", POOLS)
 def test_scores_are_what_loops_compute(pool):
     patches, sentences, _ = alignment_batch()
-    scores = alignment_loss("both", pool).scores(patches, sentences[0])
+    scores = alignment_loss("both", pool).score(patches, sentences[0])
     assert scores.shape == (3, 3)
     for s in range(3):
         for v in range(3):

@@ -14,8 +14,15 @@ from torch.nn import functional as F
 from transformers import BertConfig, BertModel
 
 from custom_components.errors import InputError
-from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
+from custom_components.losses import (
+    MaskedReportLoss,
+    MaskedVolumeLoss,
+    SentenceVolumeScore,
+    SimCroPLoss,
+    SimilarityAlignmentLoss,
+)
 from custom_components.simcrop import (
+    ENSEMBLES,
     Aligner,
     InstanceProjection,
     ReportDecoder,
@@ -23,9 +30,10 @@ from custom_components.simcrop import (
     SimCroP,
     VolumeDecoder,
     VolumeEmbedder,
+    ZeroShot,
     similarity,
 )
-from custom_components.text import TextEncoder, load_text_encoder
+from custom_components.text import TextEncoder, load_text_encoder, read_prompts
 from custom_components.vit import SimCroPEncoder, gather_tokens, patchify, unpatchify, upsample_patches
 
 ROOT = Path(__file__).parents[2]
@@ -528,3 +536,54 @@ def test_sentence_maps_show_the_cosine_of_each_patch(minilm, tokenizer):
             # the middle voxel of each 3 x 3 x 3 patch keeps the patch's value
             middle = output["similarity"][b, s, 1::3, 1::3, 1::3]
             torch.testing.assert_close(middle.flatten(), expected, atol=1e-5, rtol=1e-4)
+
+
+def prompts_of_three_classes():
+    return read_prompts(
+        {"a": {"positive": ["A.", "AA."], "negative": ["No A.", "None.", "Nil."]}, "b": ["B.", "A."], "c": "C."}
+    )
+
+
+@pytest.mark.parametrize("ensemble", ENSEMBLES)
+@pytest.mark.parametrize("pool", ["topk_mean", "lse"])
+def test_presence_is_what_loops_compute(ensemble, pool):
+    generator = torch.Generator().manual_seed(0)
+    score = SentenceVolumeScore(pool, top_k=3, beta=5.0, temperature=0.2)
+    told = ZeroShot(prompts_of_three_classes(), score, ensemble)
+    assert told.sentences == ["A.", "AA.", "No A.", "None.", "Nil.", "B.", "C."]
+    patches, features = (torch.randn(*size, 6, generator=generator) for size in ((4, 7), (7,)))
+    found = told(patches, features)
+    assert found.score.shape == found.probability.shape == (3, 4)
+    unit = features / features.norm(dim=-1, keepdim=True)
+
+    def one(volume, sentences):
+        rows = [told.sentences.index(sentence) for sentence in sentences]
+        if ensemble == "mean_embedding":
+            return score(patches[volume, None], unit[rows].mean(0, keepdim=True)).item()
+        scores = [score(patches[volume, None], features[row, None]).item() for row in rows]
+        return max(scores) if ensemble == "max_score" else sum(scores) / len(scores)
+
+    for volume in range(4):
+        positive, negative = one(volume, ["A.", "AA."]), one(volume, ["No A.", "None.", "Nil."])
+        assert found.score[0, volume].item() == pytest.approx(positive - negative, abs=1e-5)
+        softmax = math.exp(positive / 0.2) / (math.exp(positive / 0.2) + math.exp(negative / 0.2))
+        assert found.probability[0, volume].item() == pytest.approx(softmax, abs=1e-5)
+        assert found.score[1, volume].item() == pytest.approx(one(volume, ["B.", "A."]), abs=1e-5)
+    assert found.probability[1:].isnan().all()
+
+
+def test_an_unknown_ensemble_is_refused():
+    with pytest.raises(InputError, match="mean_score, max_score, mean_embedding"):
+        ZeroShot(prompts_of_three_classes(), SentenceVolumeScore(), "median")
+
+
+def test_sentences_are_scored_alike_by_the_loss_and_under_autocast(network):
+    """One score everywhere: lengths do not count, nor does a caller's bfloat16."""
+    patches, sentences = torch.randn(2, 40, 16), torch.randn(3, 16)
+    score = SentenceVolumeScore()
+    expected = SimilarityAlignmentLoss().score(patches, sentences)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(score(patches, sentences), expected)
+    torch.testing.assert_close(score(patches * 3, sentences * 0.1), expected)
+    for s in range(3):
+        torch.testing.assert_close(score.pool(similarity(patches[1], sentences))[s], expected[s, 1])

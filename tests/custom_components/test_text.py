@@ -28,12 +28,13 @@ from custom_components.text import (
     encode_sentences,
     load_text_encoder,
     load_tokenizer,
-    prompts,
     queries,
+    read_prompts,
     sentence_hash,
     split_sentences,
     tokenize_sentences,
 )
+from tests.conftest import BUNDLES, classes_of
 
 FINDINGS = "There is a 2.3 x 1.8 cm nodule in the right lung. Heart size is normal. No pleural effusion"
 IMPRESSION = "Pulmonary nodule; follow-up is advised."
@@ -136,7 +137,7 @@ def test_a_report_file_that_is_none(tmp_path, kind):
         path.mkdir()
     elif kind == "zeros":
         path.write_bytes(b"A nod\0ule is seen.")
-    with pytest.raises(InputError, match=f"report_file {path} cannot be read as text in UTF-8"):
+    with pytest.raises(InputError, match=f"{path} cannot be read as the text of report_file in UTF-8"):
         queries("unused", report_file=path)
 
 
@@ -181,11 +182,66 @@ def test_sentence_hash_is_that_of_the_words():
     assert sentence_hash("No effusion.") == 885827686028336322  # in every process
 
 
-def test_a_class_has_one_prompt_or_several():
-    found = prompts({"nodule": "A nodule.", "effusion": ["Fluid.", "An effusion."]})
-    assert found == {"nodule": ["A nodule."], "effusion": ["Fluid.", "An effusion."]}
-    with pytest.raises(InputError, match="none for 'nodule'"):
-        prompts({"effusion": "Fluid.", "nodule": []})
+def test_prompts_in_every_form(tmp_path):
+    written = {"nodule": "A nodule.", "fluid": ["Fluid.", "An effusion."], "*": {"positive": "{class} is seen."}}
+    written["heart"] = {"positive": ["A large heart."], "negative": ["A small heart.", "No {class}."]}
+    (tmp_path / "prompts.json").write_text(json.dumps(written))
+    expected = {
+        "nodule": (["A nodule."], []),
+        "fluid": (["Fluid.", "An effusion."], []),
+        "heart": (["A large heart."], ["A small heart.", "No heart."]),
+    }
+    for prompts in (written, tmp_path / "prompts.json", str(tmp_path / "prompts.json")):
+        assert read_prompts(prompts) == expected
+        assert list(read_prompts(prompts, ["heart", "lung"])) == ["heart", "lung"]
+        assert read_prompts(prompts, ["lung"]) == {"lung": (["lung is seen."], [])}
+
+
+@pytest.mark.parametrize(
+    ("written", "words"),
+    [
+        ({}, "names no class"),
+        ({"*": "{class}."}, "names no class"),
+        ({"nodule": []}, "no sentence that says 'nodule' is present"),
+        ({"nodule": {"negative": ["None."]}}, "no sentence that says 'nodule' is present"),
+        ({"nodule": {"positive": ["A."], "negativ": ["B."]}}, "negativ"),
+        ({"nodule": [3]}, "[3]"),
+        ({"nodule": [" "]}, "give a sentence"),
+        ({"nodule": 3}, "give a sentence"),
+        ({"nodule": None}, "give a sentence"),
+        ({"nodule": {"positive": "A.", "negative": ["B.", "A."]}}, "'A.' as positive and as negative"),
+    ],
+)
+def test_prompts_in_another_form_are_refused(tmp_path, written, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_prompts(written)
+    (tmp_path / "prompts.json").write_text(json.dumps(written))
+    with pytest.raises(InputError, match=re.escape(words)):
+        read_prompts(tmp_path / "prompts.json")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"a": "A.", "a": "B."}', "\0", "[" * 100_000])
+def test_a_file_of_prompts_that_is_none_is_refused_by_name(tmp_path, text):
+    (tmp_path / "prompts.json").write_text(text)
+    with pytest.raises(InputError, match="prompts.json"):
+        read_prompts(tmp_path / "prompts.json")
+    with pytest.raises(InputError, match="absent.json"):
+        read_prompts(tmp_path / "absent.json")
+
+
+def test_a_class_without_prompts_is_named():
+    with pytest.raises(InputError, match="no sentence for the class 'heart'"):
+        read_prompts({"nodule": "A nodule."}, ["nodule", "heart"])
+
+
+@pytest.mark.parametrize("data_set", ["ct_rate", "radchestct"])
+def test_shipped_prompts_have_every_class_on_both_sides(data_set):
+    classes, folder = classes_of(data_set), BUNDLES / "pretrain" / "configs" / "prompts"
+    files = {path.stem: read_prompts(path, classes) for path in folder.glob("*.json")}
+    assert files["ct_clip"]["Emphysema"] == (["Emphysema is present."], ["Emphysema is not present."])
+    assert files["hlip"]["Emphysema"] == (["The volume shows: Emphysema."], [])
+    for name, (positive, negative) in files["ensemble"].items():
+        assert len(set(positive)) == len(positive) >= 5 and len(set(negative)) == len(negative) >= 3, name
 
 
 def test_queries_take_any_form_and_must_hold_a_sentence():

@@ -175,6 +175,12 @@ def test_values_come_from_the_weights_or_else_from_the_config(weights: Path, tmp
     assert described(weights, {"mlp_dim": 3}) == {"mlp_dim": 3}  # weights of before there were descriptions
 
 
+def test_weights_of_before_settings_told_the_score_tell_it_by_their_recipe(tmp_path: Path) -> None:
+    told = describe({"mlp_dim": 3, "top_k": 4}, BUNDLES / "pretrain", {"align_pool": "lse", "top_k": 32, "seed": 1})
+    save_weights({"w": torch.ones(1)}, tmp_path / "model.pt", told)
+    assert described(tmp_path / "model.pt") == {"mlp_dim": 3, "top_k": 4, "align_pool": "lse"}
+
+
 # a file and its JSON
 
 

@@ -49,8 +49,8 @@ def test_holds_what_a_bundle_needs(name: str, tmp_path: Path) -> None:
     assert (folder.name, archive.name) == (name, f"{name}_v{metadata['version']}.zip")
     held = files(folder)
     for part in ("configs", "docs"):
-        for path in (source / part).iterdir():
-            assert held.pop(f"{part}/{path.name}") == path.read_bytes()  # configs unchanged
+        for path in filter(Path.is_file, (source / part).rglob("*")):
+            assert held.pop(path.relative_to(source).as_posix()) == path.read_bytes()  # configs unchanged
     assert held.pop("LICENSE") == (REPOSITORY / "LICENSE").read_bytes()
     pins = held.pop("requirements.txt").decode().split()
     assert pins[:3] == [f"monai=={metadata['monai_version']}", "torch==2.13.0", "numpy==2.4.6"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from monai import transforms as mt
@@ -16,7 +17,7 @@ from monai import transforms as mt
 from custom_components.data.read import LoadCTd
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
-from custom_components.run.features import FeatureCache, FeatureLoader, describe
+from custom_components.run.features import FeatureCache, FeatureLoader, RateExport, describe
 from custom_components.vit import SimCroPEncoder
 
 
@@ -249,3 +250,48 @@ def test_batches_follow_from_seed_and_epoch(cache: Callable, items: list[dict]) 
     assert torch.equal(epochs(resumed, 2)[0], two[2:])
     every = {tuple(view.tolist()) for volume in dataset.features for view in volume}
     assert {tuple(row.tolist()) for row in one} <= every
+
+
+def test_features_for_rate_are_those_of_the_cache(cache: Callable, items: list[dict], tmp_path: Path) -> None:
+    """As rate_eval's SimpleCheckpointManager and EmbeddingEvaluator read them."""
+    features, folder = cache(), tmp_path / "rate"
+    data = {"train": items[:2], "test": items[2:]}
+    for _ in range(2):  # the second writes over the first, and encodes nothing
+        RateExport(features, data, folder, ["nodule", "effusion"], dataset_name="mine")()
+        assert features.encoded == 3
+    rows = pd.read_csv(folder / "processed.csv")
+    assert list(rows) == ["accession", "model_name", "dataset_name", "split", "timestamp"]
+    assert rows["accession"].tolist() == ["scan0", "scan1", "scan2"] and rows["split"].tolist() == ["train"] * 2 + [
+        "test"
+    ]
+    encoded = features.plain_views(items).features[:, 0]
+    labels = json.loads((folder / "labels.json").read_text())
+    for i, split in enumerate(("train", "train", "test")):
+        with np.load(folder / "embeddings" / split / f"scan{i}.npz") as content:
+            assert content.files == ["embedding"] and content["embedding"].dtype == np.float32
+            assert np.array_equal(content["embedding"], encoded[i].numpy())
+        (answers,) = labels[f"scan{i}"]["qa_results"].values()
+        assert answers == [{"nodule": "Yes" if i % 2 else "No"}, {"effusion": "Yes"}]
+
+
+def test_features_for_rate_keep_what_could_be_read(cache: Callable, items: list[dict], tmp_path: Path) -> None:
+    Path(items[1]["image"]).write_bytes(b"")
+    codes = [{**item, "label": 2 - i} for i, item in enumerate(items)]
+    with pytest.raises(InputError, match="scan1.*all else is done"):
+        RateExport(cache(), {"train": codes}, tmp_path / "rate", ["a", "b", "c"], exclusive=True)()
+    assert {path.stem for path in (tmp_path / "rate/embeddings/train").iterdir()} == {"scan0", "scan2"}
+    labels = json.loads((tmp_path / "rate" / "labels.json").read_text())
+    assert [answer for entry in labels["scan0"]["qa_results"]["findings"] for answer in entry.values()] == [
+        "No",
+        "No",
+        "Yes",
+    ]
+
+
+def test_embeddings_of_others_are_not_mixed_with_these(cache: Callable, items: list[dict], tmp_path: Path) -> None:
+    (tmp_path / "rate/embeddings/train").mkdir(parents=True)
+    (tmp_path / "rate/embeddings/train/other.npz").touch()
+    with pytest.raises(InputError, match="other.*give another rate_dir"):
+        RateExport(cache(), {"train": items}, tmp_path / "rate", ["a", "b"])()
+    with pytest.raises(InputError, match="test has two volumes named scan0"):
+        RateExport(cache(), {"test": [items[0], {**items[1], "name": "b/scan0"}]}, tmp_path / "rate", ["a", "b"])()
