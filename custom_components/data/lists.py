@@ -38,7 +38,9 @@ LIST_HEADER = re.compile(
     r"(?i)(?:ct|nifti|dicom|image|scan|volume|series|file|folder|path)?[ _-]?(?:path|file|name)?s?"
 )
 # the same of a list to leave out
-EXCLUDE_HEADER = re.compile(r"(?i)(?:image|scan|volume|series|file|patient|subject|study|case)?[ _-]?(?:name|id|path)?s?")
+EXCLUDE_HEADER = re.compile(
+    r"(?i)(?:image|scan|volume|series|file|patient|subject|study|case)?[ _-]?(?:name|id|path)?s?"
+)
 
 # one file, or those of which the first that there is counts; or such of every split
 Files = str | Sequence[str] | None

@@ -935,7 +935,8 @@ def test_patients_are_left_out_with_all_their_volumes(tmp_path: Path) -> None:
     )
     (tmp_path / "out.txt").write_text("p1\nscan4.nii.gz\n")
     keys = {"images": "{name}.nii.gz", "classes": ["y"], "patient_column": "who", "exclude": tmp_path / "out.txt"}
-    assert [item["name"] for item in volumes(tmp_path, "labels.csv", "train", **keys)] == ["scan2", "scan3", "scan5"]
+    found = own(dataset_dir=tmp_path, labels="labels.csv", test_share=0.0, validation_share=0.0, **keys)
+    assert [item["name"] for item in found] == ["scan2", "scan3", "scan5"]
 
 
 @pytest.mark.parametrize("lines", ["train_1_a_7\n", "patient\ntrain_11\n", "train_1_a_1\nname\n", "VolumeNam\n"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from custom_components.evaluation.grounding import (
+from custom_components.evaluation.places import (
     OPPOSITES,
     Similarities,
     grounding,
