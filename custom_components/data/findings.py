@@ -145,6 +145,9 @@ def _entries(path: Path) -> dict[str, list[dict]]:
             for key in ("categories", "pixels"):
                 if not isinstance(entry.get(key, {}), dict):
                     raise InputError(f"{place}, {name}: {key} is no mapping of findings: download it again")
+            shape = entry.get("shape", [1, 1, 1])
+            if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(size, int) for size in shape):
+                raise InputError(f"{place}, {name}: shape is {str(shape)[:60]!r}, not three sizes: download it again")
         repeated = [name for name, count in Counter(entry["name"] for entry in entries).items() if count > 1]
         if repeated:
             raise InputError(f"datalist {path}: {split} names {repeated[0]} twice: download it again")
@@ -193,8 +196,7 @@ def rexgroundingct(
         ]
         item = {"image": image or first, "name": name, "patient": words.get("patient", name)}
         item |= {"findings": [finding | {"mask": str(mask)} for finding in findings], "partial": split == "train"}
-        shape = entry.get("shape")
-        item |= {"shape": tuple(shape)} if shape else {}
+        item |= {"shape": tuple(entry["shape"])} if "shape" in entry else {}
         items.append(item | {"channel_first": True, "numbered": True})
     if len(tried) == len(items):
         raise InputError(f"no volume of {path} is on disk ({_some(tried)}): set images_dir to CT-RATE's folder")
