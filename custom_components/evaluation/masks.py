@@ -65,15 +65,14 @@ def dice_curves(slabs: Iterable[tuple[slice, Tensor, Tensor]], truth: Tensor) ->
 
     ``slabs`` are those of :meth:`custom_components.evaluation.cells.Cells.slabs`. Returns ``[C, thresholds]``.
     """
-    total = marked = 0
     bins = len(THRESHOLDS)
+    total, marked = [], []
     for own, slab, field in slabs:
-        index = ((slab[:, field] + 1) * STEPS).floor().long().clamp(0, bins - 1)
-        index += torch.arange(len(slab), device=index.device)[:, None] * bins
-        total = total + index.flatten().bincount(minlength=len(slab) * bins).cpu()
-        inside = truth[..., own].to(field.device)[field]
-        marked = marked + index[:, inside].flatten().bincount(minlength=len(slab) * bins).cpu()
-    above = [part.view(-1, bins).flip(1).cumsum(1).flip(1).double() for part in (total, marked)]
+        values = slab.clamp(-1, 1).where(field, -2.0).cpu()  # -2 is in no bin
+        inside = values[:, truth[..., own]]
+        for found, part in ((total, values), (marked, inside)):
+            found.append(torch.stack([of.histc(bins, -1.0, -1.0 + bins / STEPS) for of in part.float()]))
+    above = [torch.stack(found).double().sum(0).flip(1).cumsum(1).flip(1) for found in (total, marked)]
     return (2 * above[1] / (above[0] + truth.sum())).numpy()
 
 
