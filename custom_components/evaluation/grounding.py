@@ -1,5 +1,6 @@
 """Whether the map of a sentence marks what it means, on masks of findings, and predictions for such."""
 
+import itertools
 import logging
 import sys
 from collections import defaultdict
@@ -409,9 +410,9 @@ class GroundingEvaluation(_Sentences):
             found["precision"][name] = ratio(hit, predicted)
             found["recall"][name] = ratio(hit, np.where(np.isfinite(hit), truth, np.nan))
             found["f1"][name] = ratio(2 * hit, predicted + truth)
-        for metric in ("pointing", "patch_hit", "dice"):
-            own, other = (column(f"{metric}_{name}") for name in ("simcrop", "shuffled"))
-            found[metric]["minus_shuffled"] = ratio(own - other, one)
+        for metric, control in itertools.product(("pointing", "patch_hit", "dice"), ("shuffled", "no_image_prior")):
+            own, other = (column(f"{metric}_{name}") for name in ("simcrop", control))
+            found[metric][f"minus_{control}"] = ratio(own - other, one)
         return {"sentences": len(table), **found}
 
 

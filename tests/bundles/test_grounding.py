@@ -248,7 +248,7 @@ def test_phantoms(bundle: Path, run_here: Callable, tmp_path: Path, capsys: pyte
     assert metrics["all"]["sentences"] >= 2 and set(metrics["thresholds"]) >= {"simcrop", "random_encoder", "shuffled"}
     contenders = {"simcrop", "shuffled", "random_encoder", "no_image_prior", "chance", "oracle"}
     for name in ("pointing", "dice", "hit_rate", "precision", "recall", "f1"):
-        assert set(metrics["all"][name]) - {"minus_shuffled"} == contenders
+        assert contenders <= set(metrics["all"][name])
     told_by = pd.read_csv(tmp_path / "eval" / "metrics.csv")
     assert list(told_by) == ["of", "metric", "contender", "value", "low", "high"]
     assert "minus_shuffled" in capsys.readouterr().out
