@@ -124,13 +124,13 @@ def listed(dataset_dir: str | os.PathLike, table: str | os.PathLike = "findings.
 def _entries(path: Path) -> dict[str, list[dict]]:
     """Split -> entries of a ReXGroundingCT list, each with ``name`` and sentences in ``findings``."""
     if not path.is_file():
-        raise InputError(f"datalist {path} does not exist: give dataset_dir, and a datalist in it or an absolute path")
+        raise InputError(f"findings_list {path} does not exist: give dataset_dir, and a file in it or an absolute path")
     lists = {_SPLIT_OF[split]: entries for split, entries in _json_lists(path).items() if split in _SPLIT_OF}
     if not any(lists.values()):
-        raise InputError(f"datalist {path} has no list train, val or test: give ReXGroundingCT's dataset.json")
+        raise InputError(f"findings_list {path} has no list train, val or test: give ReXGroundingCT's dataset.json")
     for split, entries in lists.items():
         for number, entry in enumerate(entries):
-            place = f"datalist {path}: entry {number} of {split}"
+            place = f"findings_list {path}: entry {number} of {split}"
             if not isinstance(entry, dict) or not isinstance(name := entry.get("name"), str) or not name.strip():
                 raise InputError(f"{place} has no name of a volume: download it again")
             findings = entry.get("findings")
@@ -150,7 +150,7 @@ def _entries(path: Path) -> dict[str, list[dict]]:
                 raise InputError(f"{place}, {name}: shape is {str(shape)[:60]!r}, not three sizes: download it again")
         repeated = [name for name, count in Counter(entry["name"] for entry in entries).items() if count > 1]
         if repeated:
-            raise InputError(f"datalist {path}: {split} names {repeated[0]} twice: download it again")
+            raise InputError(f"findings_list {path}: {split} names {repeated[0]} twice: download it again")
     return lists
 
 
@@ -181,7 +181,7 @@ def rexgroundingct(
     path = dataset_dir / datalist
     lists = _entries(path)
     if not lists.get(split):
-        raise InputError(f"split is {split}, and datalist {path} has no such list (it has {', '.join(lists)})")
+        raise InputError(f"split is {split}, and findings_list {path} has no such list (it has {', '.join(lists)})")
     parse, images = _name_parser(name_pattern), [images] if isinstance(images, str) else images
     items, tried = [], []
     for entry in lists[split]:

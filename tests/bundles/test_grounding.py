@@ -194,7 +194,7 @@ def test_what_is_wrong_with_one_scan_does_not_lose_the_others(
     nib.save(nib.Nifti1Image(voxels, empty.affine), masks / entries[3]["name"])
     entries[4]["name"] = "train_99_a_1.nii.gz"
     (tmp_path / "rex" / "dataset.json").write_text(json.dumps({"val": entries}))
-    keys = keys_of(bundle, rex) | {"dataset_dir": tmp_path / "rex", "datalist": "dataset.json", "valid_share": 0.2}
+    keys = keys_of(bundle, rex) | {"dataset_dir": tmp_path / "rex", "findings_list": "dataset.json", "valid_share": 0.2}
     words = ("3 of 8 scans could not be read", "train_99_a_1", "train_1_a_1", "train_2_a_1")
     refuses(REX, keys | {"shifts": [1, 1, 1]}, *words)
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())

@@ -115,12 +115,17 @@ def test_key_reference_is_made_of_the_schema(name: str) -> None:
     assert "docs/keys.md" in (bundle / "docs" / "README.md").read_text()
 
 
+OF_INFERENCE = {
+    "pretrain": ("grounding", "grounding_phantom", "grounding_rexgroundingct"),
+    "classify": (),
+    "segment": (),
+}
 OVERLAYS = [
     (name, [base, *([overlay] if overlay else [])])
     for name in BUNDLES
     for base, overlays in (
-        ("train", [*(set(configs_of(name)) - {*BASES, "keys", "metadata", "deploy"}), None]),
-        ("inference", ["demo", None]),
+        ("train", [*(set(configs_of(name)) - {*BASES, *OF_INFERENCE[name], "keys", "metadata", "deploy"}), None]),
+        ("inference", ["demo", *OF_INFERENCE[name], None]),
         ("prepare", [None]),
         ("import_weights", [None]),
     )
