@@ -202,6 +202,21 @@ def test_what_is_wrong_with_one_scan_does_not_lose_the_others(
     assert metrics["empty_masks"] == 1 and len(pd.read_csv(tmp_path / "eval" / "findings.csv")) in (7, 8)
 
 
+def test_of_partial_masks_no_precision_is_told(
+    bundle: Path, rex: Path, tmp_path: Path, run_here: Callable, capsys: pytest.CaptureFixture
+) -> None:
+    lists = json.loads((rex / "rex" / "MICCAI_challenge_dataset.json").read_text())
+    (tmp_path / "rex").mkdir()
+    (tmp_path / "rex" / "segmentations").symlink_to(rex / "rex" / "segmentations")
+    (tmp_path / "rex" / "dataset.json").write_text(json.dumps({"train": lists["val"][:4]}))
+    keys = keys_of(bundle, rex) | {"dataset_dir": tmp_path / "rex", "findings_list": "dataset.json", "split": "train"}
+    run_here(REX, **keys, shifts=[1, 1, 1])
+    metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert metrics["partial"] and metrics["all"]["recall"]["simcrop"]["value"] == 0.5
+    assert metrics["all"]["precision"]["simcrop"]["value"] is None and metrics["all"]["f1"]["simcrop"]["value"] is None
+    assert "the masks are partial: Dice is a lower bound" in capsys.readouterr().out
+
+
 def test_a_threshold_of_other_weights_or_shifts_is_refused(
     bundle: Path, rex: Path, tmp_path: Path, refuses: Callable, run_here: Callable
 ) -> None:
