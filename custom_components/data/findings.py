@@ -54,11 +54,12 @@ def of_reports(items: Sequence[Mapping[str, Any]]) -> list[dict]:
     """
     found = []
     for item in items:
-        findings = [
-            {"sentence": sentence, "category": finding, "mask": str(path)}
-            for finding, sentence in item.get("sentences", {}).items()
-            if "masks" in item and (path := Path(item["masks"], mask_file_name(finding))).is_file()
-        ]
+        findings = []
+        for finding, sentence in item.get("sentences", {}).items() if "masks" in item else ():
+            if (path := Path(item["masks"], mask_file_name(finding))).is_file():
+                if not isinstance(sentence, str):
+                    raise InputError(f"the sentence of {finding} of {item['name']} is empty: fill it in")
+                findings.append({"sentence": sentence, "category": finding, "mask": str(path)})
         if findings:
             own = {key: item[key] for key in ("image", "name", "patient")}
             found.append(own | {"findings": findings, "channel_first": False, "numbered": False, "partial": False})
@@ -143,7 +144,7 @@ def _entries(path: Path) -> dict[str, list[dict]]:
                     "download it again"
                 )
             for key in ("categories", "pixels"):
-                if not isinstance(entry.get(key, {}), dict):
+                if not isinstance(entry.get(key, {}), dict) or not set(entry.get(key, {})) <= set(findings):
                     raise InputError(f"{place}, {name}: {key} is no mapping of findings: download it again")
             shape = entry.get("shape", [1, 1, 1])
             if not isinstance(shape, list) or len(shape) != 3 or not all(isinstance(size, int) for size in shape):
@@ -195,6 +196,8 @@ def rexgroundingct(
             for i in range(len(entry["findings"]))
         ]
         item = {"image": image or first, "name": name, "patient": words.get("patient", name)}
+        for i, told in entry.get("pixels", {}).items():
+            findings[int(i)]["voxels"] = told
         item |= {"findings": [finding | {"mask": str(mask)} for finding in findings], "partial": split == "train"}
         item |= {"shape": tuple(entry["shape"])} if "shape" in entry else {}
         items.append(item | {"channel_first": True, "numbered": True})
@@ -328,7 +331,15 @@ def read_masks(
     check_shape(item, shape)
     if item["channel_first"]:
         path = Path(item["findings"][0]["mask"])
-        yield from ((mask, affine) for mask in _read_channels(path, len(item["findings"]), shape))
+        masks = _read_channels(path, len(item["findings"]), shape)
+        for finding, mask in zip(item["findings"], masks, strict=True):
+            marked = np.count_nonzero(mask)
+            if finding.get("voxels", marked) != marked:
+                logger.warning(
+                    f"{path}: {marked} voxels of {finding['sentence']!r} are marked, and its list tells of "
+                    f"{finding['voxels']}: see that list and masks are of one version"
+                )
+            yield mask, affine
         return
     for finding in item["findings"]:
         path = Path(finding["mask"])

@@ -93,6 +93,13 @@ def test_rexgroundingct_is_read_as_published(rex: Path) -> None:
     assert items_of(rex, split="train")[0]["partial"]
 
 
+def test_other_masks_than_the_list_tells_of_are_told(rex: Path, caplog: pytest.LogCaptureFixture) -> None:
+    spoil("pixels", {"0": 2, "1": 7})(rex)
+    assert len(list(read_masks(items_of(rex)[1], SHAPE, AFFINE))) == 3
+    (line,) = caplog.messages
+    assert "train_2_b_1.nii.gz: 2 voxels of 'Finding 1 of train_2_b_1.'" in line and "tells of 7" in line
+
+
 def test_masks_that_are_kept_back(rex: Path) -> None:
     items = items_of(rex, split="test")
     assert [finding["mask"] for finding in items[0]["findings"]] == [None, None]
@@ -123,6 +130,7 @@ def spoil(key: str, value: Any) -> Any:
         (spoil("findings", {"1": "a", "2": "b"}), ["entry 1 of valid, train_2_b_1", "findings is"]),
         (spoil("findings", {"0": " "}), ["entry 1 of valid, train_2_b_1", "findings is"]),
         (spoil("categories", ["2b"]), ["entry 1 of valid, train_2_b_1", "categories is no mapping"]),
+        (spoil("pixels", {"5": 1}), ["entry 1 of valid, train_2_b_1", "pixels is no mapping"]),
         (spoil("shape", "512 x 512"), ["entry 1 of valid, train_2_b_1", "shape is"]),
         (lambda folder: (folder / "ct").rename(folder / "elsewhere"), ["no volume", "set images_dir"]),
     ],
@@ -280,6 +288,8 @@ def test_phantoms_have_their_own_sentences(tmp_path: Path) -> None:
     assert [(f["category"], f["sentence"]) for f in item["findings"]] == [("Lung nodule", "A nodule.")]
     with pytest.raises(InputError, match="no volume has a mask"):
         of_reports([own | {"sentences": {}}])
+    with pytest.raises(InputError, match="the sentence of Lung nodule of ct is empty"):
+        of_reports([own | {"sentences": {"Lung nodule": float("nan")}}])
 
 
 def test_thresholds_and_results_are_of_other_patients(tmp_path: Path) -> None:
