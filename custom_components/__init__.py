@@ -13,6 +13,7 @@ SimCroP, one idea a file; whoever has read these has read the method:
 data/ how scans and reports come in, and how results go out:
     read.py         a CT or a label map from disk, with every check
     lists.py        reports, labels, MSD-style lists, folders of scans -> MONAI datalists
+    findings.py     scans whose sentences have masks: ReXGroundingCT, tables, phantoms
     save.py         maps, labels and probabilities to disk
     volume.py       NIfTI, and what a plausible CT is: without torch
     nrrd.py  metaimage.py  dicom.py        the other formats; decompress.py: compressed slices, in a process of its own
@@ -37,7 +38,8 @@ run/ what a training or an inference needs beyond MONAI's engines:
 evaluation/ what the results are worth:
     pretrain.py  classify.py  segment.py   one file a bundle
     zero_shot.py    of pretrain: findings by prompts, and retrieval, of weights alone
-    grounding.py retrieval.py   of pretrain: places of sentences, volumes of reports
+    places.py  retrieval.py     of pretrain: places of sentences, volumes of reports
+    grounding.py    of pretrain: sentences against masks of findings; cells.py, masks.py: finer maps, arithmetic
     controls.py     untrained copy, HU histogram, raw statistics
     compare.py      contenders at fractions of the labels, by running the bundle
     metrics.py  report.py  figures.py      scores and intervals, tables, pictures

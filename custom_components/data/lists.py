@@ -39,6 +39,10 @@ CELL_OF_LINES = re.compile(r'(?<![^,;\t\r\n])"(?:[^"]|"")*"(?![^,;\t\r\n])')
 LIST_HEADER = re.compile(
     r"(?i)(?:ct|nifti|dicom|image|scan|volume|series|file|folder|path)?[ _-]?(?:path|file|name)?s?"
 )
+# the same of a list to leave out
+EXCLUDE_HEADER = re.compile(
+    r"(?i)(?:image|scan|volume|series|file|patient|subject|study|case)?[ _-]?(?:name|id|path)?s?"
+)
 
 # one file, or those of which the first that there is counts; or such of every split
 Files = str | Sequence[str] | None
@@ -130,7 +134,8 @@ def volumes(
         finding_sentences: split -> table with the columns Finding and Sentence beside `id_column`.
         lists_dir: folder that relative paths of tables start from; `dataset_dir` when None.
         data_fraction: share of the training patients to keep, in (0, 1].
-        exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest.
+        exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest, or
+            patients, of whom all volumes are left out. Each must be one of this data set, of whatever split.
 
     Raises:
         InputError: a file, a folder, a column or a volume is missing, a name occurs twice or has two reports, a label
@@ -192,8 +197,18 @@ def volumes(
             f"validation_share {validation_share}, test_share {test_share}): put them there, or change these keys or "
             f"{what}"
         )
-    excluded = _excluded(exclude)
-    rows = [row for row in rows if row["name"] not in excluded]
+    lines = _excluded(exclude)
+    if lines:  # of any split, since one list serves all
+        files = tables.values() if isinstance(tables, Mapping) else [tables]
+        known, headers = set(), set()
+        for frame, names in (_named(path, id_column) for each in files if (path := _first(each, folder))):
+            patients = _header(frame, patient_column)
+            known |= {*names, *(parse(name).get("patient", name) for name in names)}
+            known |= set() if patients is None else set(frame[patients].dropna())
+            headers |= {*frame.columns}
+        _check_excluded(exclude, lines, known, headers, f"volume or patient of {what}")
+    excluded = set().union(*lines.values())
+    rows = [row for row in rows if not {row["name"], row["patient"]} & excluded]
     if not rows:
         raise InputError(f"exclude {exclude} names every volume of split {split}: take out those to be used")
     if order is not None:
@@ -288,7 +303,13 @@ def msd(
             raise InputError(f"datalist {path}: {split} names {entry['image']} twice, with different labels: keep one")
     if repeated := len(lists[split]) - len(items):
         _warn_once(f"datalist {path}: {repeated} entries of {split} repeat an image, used once")
-    excluded = _excluded(exclude)
+    lines = _excluded(exclude)
+    if lines:  # of any list of the file, since one serves all
+        named = [entry.get("image") for part in lists.values() for entry in part if isinstance(entry, dict)]
+        known = {Path(image).name.removesuffix(".nii.gz") for image in named if isinstance(image, str)}
+        known |= {stem(dataset_dir / image) for image in named if isinstance(image, str)}
+        _check_excluded(exclude, lines, known, set(), f"image of datalist {path}")
+    excluded = set().union(*lines.values())
     paths = [Path(item["image"]) for item in items.values()]
     # a file that is not there keeps its ending in its name
     kept = [i for i, image in enumerate(paths) if stem(image).removesuffix(".nii.gz") not in excluded]
@@ -795,11 +816,30 @@ def _first_cells(path: Path) -> list[str]:
     return [row[0].strip() if row else "" for row in csv.reader(io.StringIO(text, newline=""))]
 
 
-def _excluded(path: str | os.PathLike | None) -> set[str]:
-    """Names in the first column, with and without folders, without file ending; a header matches no volume."""
-    cells = [] if path is None else _first_cells(Path(path).expanduser())
-    cells += [cell.split(",")[0].strip() for cell in cells]
-    return {name.removesuffix(".nii.gz") for cell in cells for name in (cell, Path(cell).name)}
+def _excluded(path: str | os.PathLike | None) -> dict[str, set[str]]:
+    """First cell of each line -> the names it may stand for: with and without folders, without file ending."""
+    cells = [] if path is None else [cell for cell in _first_cells(Path(path).expanduser()) if cell]
+    lines = {}
+    for cell in cells:
+        spelt = (cell, cell.split(",")[0].strip())
+        lines[cell] = {name.removesuffix(".nii.gz") for part in spelt for name in (part, Path(part).name)}
+    return lines
+
+
+def _check_excluded(
+    path: str | os.PathLike, lines: Mapping[str, set[str]], known: set[str], headers: set[str], what: str
+) -> None:
+    """Raises an InputError for a line that names nothing, as a mistyped one does; the first may be a header."""
+    unknown = [cell for cell, names in lines.items() if not names & known]
+    if unknown and unknown[0] == next(iter(lines)):
+        words = unknown[0].split(",")[0].strip()
+        if EXCLUDE_HEADER.fullmatch(words) or words.casefold() in {header.strip().casefold() for header in headers}:
+            del unknown[0]
+    if unknown:
+        raise InputError(
+            f"exclude {path}: {len(unknown)} of its {len(lines)} lines name no {what} ({_some(unknown)}): correct "
+            "them, or take them out"
+        )
 
 
 def _is_scan(path: Path) -> bool:

@@ -186,15 +186,7 @@ def labels_in_scan(
     shape = [int(size) for size in scan_shape]
     labels = torch.empty(shape, dtype=torch.uint8)
     chances = torch.empty((len(logits) - 1, *shape), dtype=torch.uint8) if probabilities else None
-    to_network = torch.linalg.solve(affine.double().cpu(), scan_affine.double().cpu())
-    along = to_network[:3, :3].abs().argmax(0).tolist()  # which of the network's axes runs along each of the scan's
-    tilt = to_network[:3, :3].clone()
-    tilt[along, range(3)] = 0
-    if sorted(along) == [0, 1, 2] and (tilt.abs() @ torch.tensor(shape, dtype=torch.float64)).max() < 0.01:
-        slabs = _slabs_along_axes(logits, to_network, along, shape)
-    else:
-        slabs = _slabs_by_voxel(logits, to_network, shape)
-    for own, slab in slabs:
+    for own, slab in slabs_in_scan(logits, affine, scan_affine, shape):
         labels[..., own] = slab.argmax(0).byte().cpu()
         if chances is not None:
             chances[..., own] = (slab.softmax(0)[1:] * 255).round().byte().cpu()
@@ -202,6 +194,22 @@ def labels_in_scan(
 
 
 SLAB = 16  # slices of the scan
+
+
+def slabs_in_scan(
+    maps: Tensor, affine: Tensor, scan_affine: Tensor, shape: Sequence[int]
+) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the scan, :data:`SLAB` at a time, and maps ``[C, x, y, z]`` interpolated there, ``[C, X, Y, slices]``.
+
+    Beyond the outermost voxels of the maps, these hold. Arguments as for :func:`labels_in_scan`.
+    """
+    to_network = torch.linalg.solve(affine.double().cpu(), scan_affine.double().cpu())
+    along = to_network[:3, :3].abs().argmax(0).tolist()  # which of the network's axes runs along each of the scan's
+    tilt = to_network[:3, :3].clone()
+    tilt[along, range(3)] = 0
+    if sorted(along) == [0, 1, 2] and (tilt.abs() @ torch.tensor(shape, dtype=torch.float64)).max() < 0.01:
+        return _slabs_along_axes(maps, to_network, along, shape)
+    return _slabs_by_voxel(maps, to_network, shape)
 
 
 def _slabs_along_axes(
@@ -237,6 +245,13 @@ def _slabs_by_voxel(logits: Tensor, to_network: Tensor, shape: Sequence[int]) ->
         grid = ((places - low) * 2 / (high - low).clamp(min=1) - 1).flip(-1).float().to(logits.device)
         part = logits[None, :, x, y, z].float()
         yield own, F.grid_sample(part, grid[None], "bilinear", "border", align_corners=True)[0]
+
+
+def save_finding_masks(masks: np.ndarray, affine: np.ndarray, path: str | Path, scan: str | Path) -> None:
+    """Save masks ``(F, X, Y, Z)`` uint8 of a scan's findings as ReXGroundingCT takes them: the first axis of the file
+    is that of the findings, the others and the affine (RAS+ mm) are the scan's own."""
+    qform = _qform(affine, masks.shape[1:], scan)
+    _save_nifti(masks, affine, Path(path), _straight(affine) if qform is None else qform)
 
 
 class LabelsInScand(MapTransform):

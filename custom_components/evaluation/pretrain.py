@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from custom_components.data.lists import mask_file_name
 from custom_components.evaluation import figures
+from custom_components.evaluation.cells import aligned_patches
 from custom_components.evaluation.controls import (
     hu_histogram,
     mean_and_maximum,
@@ -30,7 +31,7 @@ from custom_components.evaluation.controls import (
     untrained,
 )
 from custom_components.evaluation.figures import CT, HEAT, outline_plane, show_plane, spacing_of
-from custom_components.evaluation.grounding import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
+from custom_components.evaluation.places import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
 from custom_components.evaluation.report import write_report
 from custom_components.evaluation.retrieval import MAX_COSINES, draw_pools, retrieval
 from custom_components.losses import SimCroPLoss
@@ -55,7 +56,7 @@ class PretrainEvaluation:
       the same sentences on all other volumes (``hit_shuffled``), a patch drawn at random (``chance``), and the patch
       that the other volumes' masks of that finding cover most often (``no_image_prior``). Only ``hit`` above
       ``hit_shuffled`` speaks of the image.
-    - ``side_specificity``, ``level_specificity``: see :func:`custom_components.evaluation.grounding.specificity`.
+    - ``side_specificity``, ``level_specificity``: see :func:`custom_components.evaluation.places.specificity`.
     - ``retrieval`` of a report's volume: see :func:`custom_components.evaluation.retrieval.retrieval`.
     - Collapse: mean cosine of a volume's patches and of distinct sentences, near 1 where all are alike; and effective
       rank of the patches, exp of the entropy of their normalised singular values (RankMe, Garrido et al. 2023).
@@ -136,7 +137,7 @@ class PretrainEvaluation:
             histograms += [hu_histogram(item["image"]) for item in items]
             statistics.append(mean_and_maximum(baseline["describe"], images).cpu().numpy())
             for embedder, sentences, found in zip(embedders, features, similar, strict=True):
-                patches = self._patches(embedder, images)
+                patches = aligned_patches(embedder, images)
                 found.append(self._similarities(patches, sentences))
                 if embedder is embedders[0]:
                     spread.append(patches.mean(1).square().sum(-1).cpu())
@@ -219,16 +220,6 @@ class PretrainEvaluation:
 
     def _encode(self, sentences: Sequence[str], embedder: VolumeEmbedder) -> Tensor:
         return encode_sentences(sentences, embedder.aligner, self.network.text_encoder, self.tokenizer)
-
-    @staticmethod
-    def _patches(embedder: VolumeEmbedder, images: Tensor) -> Tensor:
-        """Projected features of all patches, ``[B, N, D]`` of length 1."""
-        if embedder.aligner.align_layer == 0:  # what the blocks would make of them is not read
-            described = embedder.encoder.describe(images)
-            patches = embedder.aligner.patches(described, described, [])
-        else:
-            patches = embedder.patches_and_embedding(images)[0]
-        return F.normalize(patches.float(), dim=-1)
 
     def _similarities(self, patches: Tensor, sentences: Tensor) -> Similarities:
         """Of features ``[S, D]`` of sentences and normalised ones ``[B, N, D]`` of patches, on the CPU."""

@@ -115,7 +115,11 @@ def test_key_reference_is_made_of_the_schema(name: str) -> None:
     assert "docs/keys.md" in (bundle / "docs" / "README.md").read_text()
 
 
-OF_INFERENCE = {"pretrain": ("zero_shot", "radchestct"), "classify": (), "segment": ()}
+OF_INFERENCE = {
+    "pretrain": ("zero_shot", "radchestct", "grounding", "grounding_phantom", "grounding_rexgroundingct"),
+    "classify": (),
+    "segment": (),
+}
 OVERLAYS = [
     (name, [base, *([overlay] if overlay else [])])
     for name in BUNDLES

@@ -1013,3 +1013,47 @@ def test_a_bad_list_is_told(btcv: Path) -> None:
         msd(btcv, "odd.json")
     with pytest.raises(InputError, match="data_fraction"):
         msd(btcv, data_fraction=0)
+
+
+# names to leave out
+
+
+def test_patients_are_left_out_with_all_their_volumes(tmp_path: Path) -> None:
+    write_ct_rate(tmp_path, NAMES)
+    (tmp_path / "out.csv").write_text("patient,volume,split\ntrain_1,train_1_a_1,val\n")
+    assert {item["patient"] for item in ct_rate(tmp_path, exclude=tmp_path / "out.csv")} == {"train_2"}
+    names = [f"scan{i}" for i in range(6)]
+    for name in names:
+        (tmp_path / f"{name}.nii.gz").touch()
+    pd.DataFrame({"id": names, "who": ["p1", "p1", "p2", "p2", "p3", "p3"], "y": list("010101")}).to_csv(
+        tmp_path / "labels.csv", index=False
+    )
+    (tmp_path / "out.txt").write_text("p1\nscan4.nii.gz\n")
+    keys = {"images": "{name}.nii.gz", "classes": ["y"], "patient_column": "who", "exclude": tmp_path / "out.txt"}
+    found = own(dataset_dir=tmp_path, labels="labels.csv", test_share=0.0, validation_share=0.0, **keys)
+    assert [item["name"] for item in found] == ["scan2", "scan3", "scan5"]
+
+
+@pytest.mark.parametrize("lines", ["train_1_a_7\n", "patient\ntrain_11\n", "train_1_a_1\nname\n", "VolumeNam\n"])
+def test_a_name_to_leave_out_that_matches_nothing_is_refused(tmp_path: Path, lines: str) -> None:
+    write_ct_rate(tmp_path, NAMES)
+    (tmp_path / "out.csv").write_text(lines)
+    with pytest.raises(InputError, match="exclude .*out.csv: 1 of its . lines name no volume or patient") as error:
+        ct_rate(tmp_path, exclude=tmp_path / "out.csv")
+    assert "correct them" in str(error.value) and lines.split()[-1] in str(error.value)
+
+
+def test_a_name_of_another_split_is_known(tmp_path: Path) -> None:
+    write_ct_rate(tmp_path, NAMES)
+    valid = reports(tmp_path).with_name("validation_reports.csv")
+    write_csv(valid, [REPORT_COLUMNS, ["valid_1_a_1.nii.gz", "", "", "x.", ""]])
+    (tmp_path / "out.txt").write_text("valid_1_a_1\nvalid_1\ntrain_2\n")
+    assert {item["patient"] for item in ct_rate(tmp_path, exclude=tmp_path / "out.txt")} == {"train_1"}
+
+
+def test_an_image_to_leave_out_that_no_list_has_is_refused(btcv: Path) -> None:
+    (btcv / "out.txt").write_text("3\n20.nii.gz\n0061\n")
+    assert len(msd(btcv, exclude=btcv / "out.txt")) == 19
+    (btcv / "out.txt").write_text("3\n30\n")
+    with pytest.raises(InputError, match="out.txt: 1 of its 2 lines name no image of datalist .* .30.: correct them"):
+        msd(btcv, exclude=btcv / "out.txt")

@@ -1,101 +1,62 @@
-"""Places of sentences, against plain loops and by hand."""
+"""Figures of the grounding evaluation by hand; the whole of it runs in ``tests/bundles/test_grounding.py``."""
 
-from __future__ import annotations
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from custom_components.evaluation.grounding import (
-    OPPOSITES,
-    Similarities,
-    grounding,
-    patches_of_mask,
-    specificity,
-)
-
-SIDE, LEVEL = OPPOSITES["side"], OPPOSITES["level"]
+from custom_components.evaluation.grounding import GroundingEvaluation, peaks_of
 
 
-def test_grounding_against_plain_loops():
-    rng = np.random.default_rng(0)
-    volumes, patches = 5, 12
-    places = [
-        {"volume": v, "finding": f, "patches": torch.from_numpy(rng.random(patches) < 0.4)}
-        for v in range(volumes)
-        for f in ("a", "b")
-    ]
-    most_similar = torch.from_numpy(rng.integers(patches, size=(len(places), volumes)))
-    found = grounding(places, most_similar)
-    for finding in ("a", "b"):
-        hit, shuffled, chance, prior = [], [], [], []
-        for i, place in enumerate(places):
-            if place["finding"] != finding:
-                continue
-            mask, own = place["patches"].tolist(), place["volume"]
-            hit.append(mask[most_similar[i, own]])
-            shuffled.append(np.mean([mask[most_similar[i, v]] for v in range(volumes) if v != own]))
-            chance.append(sum(mask) / patches)
-            peers = [p["patches"].tolist() for p in places if p["finding"] == finding and p["volume"] != own]
-            votes = [sum(peer[n] for peer in peers) for n in range(patches)]
-            prior.append(mask[votes.index(max(votes))])
-        entry = found["per_finding"][finding]
-        assert entry["sentences"] == volumes
-        for key, values in (("hit", hit), ("hit_shuffled", shuffled), ("chance", chance), ("no_image_prior", prior)):
-            assert entry[key] == pytest.approx(np.mean(values)), key
-    assert found["hit"] == pytest.approx(np.mean([found["per_finding"][f]["hit"] for f in ("a", "b")]))
+def summary(table: pd.DataFrame) -> dict:
+    return GroundingEvaluation._summary(SimpleNamespace(num_resamples=200, seed=0), table)
 
 
-def test_patches_of_mask_marks_every_patch_with_a_voxel_of_it():
-    mask = torch.zeros(1, 8, 4, 6)
-    mask[0, 7, 0, 3] = 1  # patch (1, 0, 1) of a 2 x 2 x 3 grid, last axis fastest
-    assert patches_of_mask(mask, (4, 2, 2)).nonzero().flatten().tolist() == [1 * 6 + 0 * 3 + 1]
+def test_figures_by_hand():
+    table = pd.DataFrame(
+        {
+            "patient": ["p", "p", "q"],
+            "instances": [2, 1, 3],
+            "dice_simcrop": [0.5, 0.05, 0.2],
+            "dice_shuffled": [0.1, 0.05, np.nan],  # the volume it was shuffled to could not be read
+            "dice_oracle": [0.8, 0.1, 0.6],
+            "found_simcrop": [1, 0, 2],
+            "predicted_simcrop": [4, 0, 2],
+            "pointing_simcrop": [1.0, 0.0, 1.0],
+            "pointing_shuffled": [0.25, 0.5, 0.0],
+        }
+    )
+    found = summary(table)
+    value = {name: found[name]["simcrop"]["value"] for name in found if name != "sentences"}
+    assert found["sentences"] == 3 and value["dice"] == pytest.approx(0.25)
+    assert value["dice_of_oracle"] == pytest.approx(0.75 / 1.5) and value["hit_rate"] == pytest.approx(2 / 3)
+    assert value["precision"] == pytest.approx(3 / 6) and value["recall"] == pytest.approx(3 / 6)
+    assert value["f1"] == pytest.approx(2 * 3 / (6 + 6))
+    assert found["dice"]["shuffled"]["value"] == pytest.approx(0.075)
+    assert found["dice"]["minus_shuffled"]["value"] == pytest.approx(0.2)  # of those that have both
+    assert found["pointing"]["minus_shuffled"]["value"] == pytest.approx((0.75 - 0.5 + 1) / 3)
+    assert found["pointing"]["random_encoder"] == {"value": None, "low": None, "high": None}
+    low, high = found["pointing"]["simcrop"]["low"], found["pointing"]["simcrop"]["high"]
+    assert (low, high) == (0.5, 1.0)  # both sentences of p, or those of q alone: patients are drawn, not sentences
 
 
-@pytest.mark.parametrize(
-    ("opposites", "sentence", "expected"),
-    [
-        (SIDE, "Left pleural effusion.", (0, "Right pleural effusion.")),
-        (SIDE, "Nodules in the right lower and right mid zone.", (1, "Nodules in the left lower and left mid zone.")),
-        (SIDE, "Nodules in the right upper and left lower zones.", None),
-        (SIDE, "Emphysema in both lungs.", None),
-        (SIDE, "Plaque in the left anterior descending artery.", None),
-        (SIDE, "Plaque in the left anterior descending artery and a right effusion.",
-         (1, "Plaque in the left anterior descending artery and a left effusion.")),
-        (LEVEL, "Emphysema in both upper lobes.", (1, "Emphysema in both lower lobes.")),
-        (LEVEL, "A nodule in the left mid zone.", None),
-    ],
-)  # fmt: skip
-def test_a_sentence_and_its_opposite(opposites, sentence, expected):
-    assert opposites.swap(sentence) == expected
+def test_masks_that_are_partial_have_no_precision():
+    table = pd.DataFrame({"patient": ["p"], "instances": [2], "found_simcrop": [1], "predicted_simcrop": [np.nan]})
+    found = summary(table)
+    assert found["recall"]["simcrop"]["value"] == 0.5
+    assert found["precision"]["simcrop"]["value"] is None and found["f1"]["simcrop"]["value"] is None
 
 
-def test_the_half_that_a_mask_lies_in():
-    mask = torch.zeros(1, 4, 4, 5)
-    mask[0, 2:, :, 0] = 1
-    assert SIDE.half(mask) == 1 and LEVEL.half(mask) == 0
-    mask[0, 0, :2, 0] = 1  # 2 of 10 voxels on the other side
-    assert SIDE.half(mask) is None and LEVEL.half(mask) == 0
-    middle = torch.zeros(1, 4, 4, 5)
-    middle[..., 2] = 1
-    assert LEVEL.half(middle) is None and SIDE.half(torch.zeros(1, 4, 4, 5)) is None
+def test_the_prior_knows_nothing_of_the_patient():
+    masks = {"p": (torch.tensor([0.0, 4.0]), 2), "q": (torch.tensor([1.0, 0.0]), 1), "r": (torch.tensor([2.0, 1.0]), 2)}
+    told = SimpleNamespace(covered={"nodule": masks})
+    assert GroundingEvaluation._prior(told, "nodule", "p").tolist() == pytest.approx([1.0, 1 / 3])
+    assert GroundingEvaluation._prior(told, "nodule", "nobody").tolist() == pytest.approx([3 / 5, 1.0])
+    assert GroundingEvaluation._prior(SimpleNamespace(covered={"nodule": {"p": masks["p"]}}), "nodule", "p") is None
 
 
-def test_specificity_by_hand():
-    grid = (2, 1, 3)  # patches 0, 1, 2 lie left, 3, 4, 5 right; upwards from 0 and from 3
-    # rows 0 and 1 are a sentence and its opposite, rows 2 and 3 another
-    scores = torch.tensor([[0.9, 0.5], [0.1, 0.5], [0.0, 0.2], [0.0, 0.3]])
-    most_similar = torch.tensor([[0, 5], [1, 1], [0, 4], [0, 0]])
-    cases = [
-        {"volume": 0, "finding": "a", "own": 0, "swapped": 1, "half": 0},  # higher, on its side
-        {"volume": 1, "finding": "a", "own": 0, "swapped": 1, "half": 0},  # tie, on the other
-        {"volume": 1, "finding": "b", "own": 2, "swapped": 3, "half": 1},  # lower, on its side
-    ]
-    random = Similarities(torch.zeros(4, 2), torch.zeros(4, 2, dtype=torch.long))
-    found = specificity(cases, Similarities(scores, most_similar), random, SIDE, grid, seed=0)
-    assert (found["simcrop"], found["peak"], found["sentences"]) == (0.5, pytest.approx(2 / 3), 3)
-    assert (found["random_encoder"], found["random_peak"]) == (0.5, pytest.approx(2 / 3))
-    assert 0 <= found["low"] <= found["simcrop"] <= found["high"] <= 1
-    assert found["per_finding"]["a"]["simcrop"] == 0.75 and found["per_finding"]["b"]["simcrop"] == 0
-    # on the way up patch 1 and patch 4 are the middle of three: half a hit
-    assert LEVEL.lies_in(torch.tensor([0, 1, 2, 3, 5]), torch.ones(5), grid).tolist() == [0, 0.5, 1, 0, 1]
+def test_peaks_lie_within_the_scan():
+    maps = torch.tensor([[[0.1, 0.9], [0.5, 0.2]], [[0.7, 0.9], [0.5, 0.2]]])
+    assert peaks_of(maps, torch.tensor([True, False, True, True])).tolist() == [2, 0]

@@ -6,8 +6,9 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
+from custom_components.evaluation.cells import aligned_patches
 from custom_components.evaluation.controls import hu_histogram, untrained
-from custom_components.evaluation.pretrain import PretrainEvaluation, predict_blanked
+from custom_components.evaluation.pretrain import predict_blanked
 from custom_components.simcrop import Aligner, SimCroP, VolumeDecoder, VolumeEmbedder
 from custom_components.vit import SimCroPEncoder, unpatchify
 
@@ -85,5 +86,5 @@ def test_patches_are_those_that_the_alignment_read(align_layer):
     volume = torch.rand(2, 1, 16, 8, 8) - 0.9
     with torch.no_grad():
         expected = embedder.patches_and_embedding(volume)[0]
-        found = PretrainEvaluation._patches(embedder, volume)
+        found = aligned_patches(embedder, volume)
     torch.testing.assert_close(found, expected / expected.norm(dim=-1, keepdim=True))
