@@ -486,8 +486,9 @@ class _Check:
             yield f"{key} is {value}, no multiple of {spec['multipleOfKey']}, {divisor}: change one of them"
 
     def _follows(self, key: str, above: tuple[str, ...] = ()) -> bool:
-        """Whether a key follows from other keys alone, so that it is known before anything is built."""
-        if key in above or key not in self.schema.keys or key not in self.config or holds_component(self.config[key]):
+        """Whether a key follows from what is written alone, so that it is known before anything is built."""
+        known = key in self.config and (key in self.schema.keys or key in self.schema.parts)
+        if key in above or not known or holds_component(self.config[key]):
             return False
         referred = {top(id) for id in ReferenceResolver.find_refs_in_config(self.config[key], key)} - {key}
         return all(self._follows(other, (*above, key)) for other in referred)

@@ -144,6 +144,18 @@ def described(
     return {key: value for key, value in told["settings"].items() if key not in leave_out}
 
 
+def trained_with(checkpoint: str | Path) -> dict[str, Any]:
+    """All that a checkpoint of a training was made with, by the names of its config's keys, for its evaluation.
+
+    Beside what the weights must be used with (:func:`described`), the recipe, which sizes what inference does without.
+
+    Raises:
+        InputError: no such file, or an unreadable one.
+    """
+    told = description_of(checkpoint) or {"recipe": {}, "settings": {}}
+    return {**told["recipe"], **told["settings"]}
+
+
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that do not train, by name."""
     return {name: parameter for name, parameter in module.named_parameters() if not parameter.requires_grad}

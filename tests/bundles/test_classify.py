@@ -276,6 +276,19 @@ def test_ones_own_data_by_the_readmes_overlays(bundle: Path, run_here: Callable,
     assert list(pd.read_csv(tmp_path / "eval" / "predictions.csv"))[2:] == overlay["classes"]
 
 
+def test_a_missing_test_list_is_found_before_any_volume_is_read(refuses: Callable, tmp_path: Path) -> None:
+    """A training that tests nothing needs none."""
+    rows = [{"scan": i, "Nodule": i % 2, "Effusion": i // 2 % 2} for i in range(16)]
+    pd.DataFrame(rows).to_csv(tmp_path / "train.csv", index=False)
+    for i in range(16):
+        (tmp_path / f"{i}.nii.gz").touch()  # unreadable
+    keys = {"dataset_dir": tmp_path, "labels": {"train": "train.csv"}, "classes": ["Nodule", "Effusion"]}
+    keys |= {"id_column": "scan", "name_pattern": None, "images": "{name}.nii.gz", "validation_share": 0.5}
+    keys |= {"max_steps": 2, "features_dir": None}
+    refuses(TRAIN, keys, "has no labels of split test")
+    refuses(TRAIN, keys | {"evaluate_after_training": False}, ".nii.gz", "read")
+
+
 def test_training_without_a_data_set_says_which_to_add(refuses: Callable) -> None:
     refuses(["train.json"], {"dataset_dir": "data"}, "no data set", "overlay", "ct_rate.json", "classes")
 

@@ -125,6 +125,25 @@ def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, tmp_path: 
     assert again["masked_voxel_mse"]["simcrop"] == pytest.approx(first["masked_voxel_mse"]["simcrop"], rel=0.1)
 
 
+def test_evaluation_takes_from_its_checkpoint_what_nobody_gives(
+    bundle: Path, run_here: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    """Without the demo's overlay: sizes, decoders, masks, losses and the text encoder are the checkpoint's."""
+    demo = json.loads((BUNDLE / "configs" / "demo.json").read_text())
+    keys = {"dataset_dir": bundle / "data" / "phantom", "models_dir": bundle / "models", "num_workers": 0, "amp": False}
+    keys |= {"eval_batch_size": 4, "sentences": demo["sentences"]}
+    run_here(["train.json", "evaluate.json"], **keys)
+    run_here([*TRAIN, "evaluate.json"], **keys, output_dir=tmp_path / "demo")
+    found, expected = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("eval", "demo"))
+    assert found == expected and found["presence_auc"]
+    overlay = bundle / "configs" / "my_spacing.json"
+    overlay.write_text('{"pixdim": [1.5, 1.5, 3.0]}')
+    words = ["checkpoint.pt", "pixdim [4.0, 4.0, 8.0]", "pixdim is [1.5, 1.5, 3.0]"]
+    for files, more in (([], {"pixdim": [1.5, 1.5, 3.0]}), ([overlay.name], {})):
+        refuses(["train.json", *files, "evaluate.json"], keys | more, *words)
+    refuses(["train.json", "evaluate.json"], keys | {"models_dir": tmp_path}, "checkpoint.pt: no such checkpoint")
+
+
 SMALL = {"img_size": [64, 64, 32], "pixdim": [5.0, 5.0, 10.0], "num_layers": 1, "num_heads": 1, "text_cache_size": 0}
 
 
@@ -317,12 +336,23 @@ def other_start(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
     return {"mae_checkpoint": folder / "mae.pth"}
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [(other_data, "dataset_dir"), (other_list, "data"), (other_text, "text_encoder"), (other_start, "mae_checkpoint")],
-)
+def other_heads(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
+    return {"num_heads": 3}  # of tensors of the same size
+
+
+def other_decoder(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
+    return {"report_decoder_heads": 4}
+
+
+CHANGES = {
+    "dataset_dir": other_data, "data": other_list, "text_encoder": other_text, "mae_checkpoint": other_start,
+    "num_heads": other_heads, "report_decoder_heads": other_decoder,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "change"), CHANGES.items(), ids=CHANGES)
 def test_resuming_on_other_inputs_is_refused(
-    bundle: Path, refuses: Callable, minilm: str, tmp_path: Path, change: Callable, key: str
+    bundle: Path, refuses: Callable, minilm: str, tmp_path: Path, key: str, change: Callable
 ) -> None:
     keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir#")} | {"dataset_dir": "data/phantom"}
     keys |= {"models_dir": bundle / "models", "max_epochs": 3} | change(bundle, tmp_path, minilm)

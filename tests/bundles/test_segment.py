@@ -156,6 +156,21 @@ def test_training_stops_early(run_here: Callable, cohort: dict, tmp_path: Path) 
     assert checkpoint["trainer"]["epoch"] == 2 and checkpoint["selection"]["epoch"] == 1
 
 
+def test_a_missing_test_list_is_found_before_any_volume_is_read(refuses: Callable, tmp_path: Path) -> None:
+    """By the demo's comparison, which tests the chosen runs alone, too; a training that tests nothing needs none."""
+    for name in ("a.nii.gz", "b.nii.gz", "label.nii.gz"):
+        (tmp_path / name).touch()  # unreadable
+    item = {"image": "a.nii.gz", "label": "label.nii.gz"}
+    lists = {"training": [item], "validation": [item | {"image": "b.nii.gz"}]}
+    (tmp_path / "dataset.json").write_text(json.dumps(lists))
+    keys = {"dataset_dir": tmp_path, "datalist": "dataset.json"}
+    for run_id in ("training", None):
+        refuses(TRAIN, keys, "test_split is testing", "no such list", run_id=run_id)
+    for run_id in ("training", None):
+        refuses(TRAIN, keys | {"test_split": "validation"}, "a.nii.gz", run_id=run_id)
+    refuses(TRAIN, keys | {"evaluate_after_training": False}, "a.nii.gz", run_id="training")
+
+
 def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, cohort: dict, tmp_path: Path) -> None:
     keys = cohort | {"models_dir": bundle / "models", "output_dir": tmp_path}
     run_here([*TRAIN, "evaluate.json"], **keys)

@@ -279,17 +279,17 @@ def test_large_weights_are_left_out_and_brought_back_by_monai(bundle: Path, tmp_
     assert (folder / "models" / "model.pt").read_bytes() == (bundle / "models" / "model.pt").read_bytes()
 
 
-def test_large_weights_stay_in_where_nothing_else_hosts_them(
-    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, small_limit: int
+def test_large_weights_that_nobody_hosts_are_refused_in_one_line(
+    bundle: Path, tmp_path: Path, small_limit: int
 ) -> None:
     weights(bundle, small_limit)
-    folder, _ = export(bundle, tmp_path / "out")
-    assert (folder / "models" / "model.pt").is_file() and "over 25 MB" in caplog.text and "--weights_url" in caplog.text
-    download_large_files(bundle_path=str(folder))  # there already: MONAI checks their hash
-    with open(folder / "models" / "model.pt", "r+b") as file:
-        file.write(b"damaged")
-    with pytest.raises(Exception, match="hash check"):
-        download_large_files(bundle_path=str(folder))
+    with pytest.raises(ExportError) as told:
+        export(bundle, tmp_path / "out")
+    assert str(told.value).startswith(f"model.pt, encoder.pt of {bundle / 'models'}: over 25 MB")
+    assert "--weights_url" in str(told.value) and "\n" not in str(told.value)
+    assert not list((tmp_path / "out").iterdir())
+    folder, _ = export(bundle, tmp_path / "out", keep_large=True)
+    assert (folder / "models" / "model.pt").is_file() and not (folder / "large_files.yml").exists()
 
 
 def test_torchscript_loses_paths_and_keeps_its_numbers(bundle: Path, tmp_path: Path) -> None:
