@@ -259,8 +259,8 @@ def msd(
         required: whether a file without this list is an error; False makes it an empty one.
 
     Raises:
-        InputError: the file is missing, not such a list, or has no `split` that is required; an image or label is not on disk; an item
-            lacks the label that it must have; nothing is left.
+        InputError: the file is missing, not such a list, or has no `split` that is required; an image or label is not
+            on disk; an item lacks the label that it must have; nothing is left.
     """
     dataset_dir = Path(dataset_dir).expanduser()
     path = dataset_dir / Path(datalist).expanduser()
@@ -268,7 +268,7 @@ def msd(
         raise InputError(f"datalist {path} does not exist: give dataset_dir, and a datalist in it or an absolute path")
     lists = _json_lists(path)
     if "" in lists:
-        raise InputError(f'datalist {path} is a plain list: say which split it is, as {{"{split}": [...]}}')
+        raise InputError(f"datalist {path} is a plain list: say which split it is, as {{{json.dumps(split)}: [...]}}")
     if not lists.get(split) and not required:
         return []
     if not lists.get(split):

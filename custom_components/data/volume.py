@@ -45,7 +45,7 @@ PADDING, MAX_NOISE = -1400.0, 0.05
 class Unfit(InputError):
     """A scan that cannot be used; `reason` is the word under which a summary counts it."""
 
-    def __init__(self, message: str, reason: str = "unreadable") -> None:
+    def __init__(self, message: str, reason: str = "unreadable") -> None:  # noqa: B042  pickle keeps the reason
         super().__init__(message)
         self.reason = reason
 

@@ -287,9 +287,9 @@ def export(
         large = [path for path in weights if path.stat().st_size > LARGE]
         if large and not weights_url and not keep_large:
             raise ExportError(
-                f"{', '.join(path.name for path in large)} of {bundle / 'models'}: over 25 MB, which the model zoo does "
-                "not take: give --weights_url, where you host the models folder, or --keep_large for a place that takes "
-                "such files, as the Hugging Face hub does"
+                f"{', '.join(path.name for path in large)} of {bundle / 'models'}: over 25 MB, which the model zoo "
+                "does not take: give --weights_url, where you host the models folder, or --keep_large for a place that "
+                "takes such files, as the Hugging Face hub does"
             )
         if not any(path.name == "model.pt" for path in weights):
             logger.warning(

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 from monai.utils import set_determinism
 from tqdm import tqdm
 
@@ -23,7 +24,7 @@ from custom_components.cpu import keep_freed
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder
-from custom_components.run.keys import check_keys
+from custom_components.run.keys import check_keys, running
 
 STAMP = "stamp.json"  # what custom_components.run.export leaves beside the modules
 
@@ -39,8 +40,8 @@ def start(
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
     Errors that a person can mend end in one line from here on (:class:`OneLineErrors`), the components are the bundle's
-    own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), and freed memory stays
-    with the process where there is no GPU.
+    own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), MONAI's ``--tracking``
+    works (:func:`track_batches`), and freed memory stays with the process where there is no GPU.
 
     Args:
         seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
@@ -56,6 +57,7 @@ def start(
     OneLineErrors()
     check_components(bundle_root)
     values = check_keys(bundle_root, keys)
+    track_batches()
     for key in writes:
         if values.get(key) is not None:
             check_folder(key, values[key])
@@ -66,6 +68,19 @@ def start(
     keep_freed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if seed is not None:
         set_determinism(seed)
+
+
+def track_batches() -> None:
+    """Let ``--tracking`` take a trainer's loss from whole batches: MONAI's default needs decollated ones."""
+    run = running()
+    handlers = run.parser.get("train#handlers") if run is not None else None
+    handlers = [handler for handler in handlers if isinstance(handler, dict)] if isinstance(handlers, list) else []
+    defaults = [settings["configs"]["trainer"]["output_transform"] for settings in DEFAULT_EXP_MGMT_SETTINGS.values()]
+    tracking = [handler for handler in handlers if handler.get("output_transform") in defaults]
+    for handler in tracking:
+        handler["output_transform"] = "$lambda output: output['loss']"
+    if tracking:
+        run.parser.parse(reset=True)
 
 
 def check_components(bundle_root: str | Path) -> None:

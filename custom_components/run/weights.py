@@ -115,7 +115,7 @@ def description_of(path: str | Path, content: Any = None) -> dict[str, Any] | No
     try:
         found = json.loads(beside.read_text())
         described, settings = found["sha256"], dict(found["settings"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{beside}: is damaged, or no description of {path.name}; bring both from where they came, or delete it to "
             "load the weights as they are, and give all keys that they were trained with"

@@ -144,6 +144,15 @@ def test_evaluation_takes_from_its_checkpoint_what_nobody_gives(
     refuses(["train.json", "evaluate.json"], keys | {"models_dir": tmp_path}, "checkpoint.pt: no such checkpoint")
 
 
+def test_mlflow_tracks_a_training(bundle: Path, tracked: Callable) -> None:
+    keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir")} | {"max_epochs": 1}
+    (run,) = tracked(TRAIN, **keys, dataset_dir=bundle / "data" / "phantom", evaluate_after_training=False)
+    assert run.info.status == "FINISHED" and [loss.step for loss in run.losses] == [1, 2]
+    assert all(0 < loss.value for loss in run.losses) and run.data.metrics["lr_group_0"] >= 0
+    (config,) = run.files
+    assert config.startswith("config_") and config.endswith(".json")
+
+
 SMALL = {"img_size": [64, 64, 32], "pixdim": [5.0, 5.0, 10.0], "num_layers": 1, "num_heads": 1, "text_cache_size": 0}
 
 
@@ -231,7 +240,10 @@ def test_training_alone_needs_no_validation_data(bundle: Path, run_here: Callabl
     (tmp_path / "mine" / "valid.jsonl").unlink()
     (bundle / "configs" / "my_data.json").write_text(json.dumps(documented_overlays(bundle)[1]))
     keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir")} | {"max_epochs": 1}
-    run_here([*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine", evaluate_after_training=False)
+    run_here(
+        [*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine", evaluate_after_training=False, log_dir=None
+    )
+    assert not list(tmp_path.rglob("events.*")) and not Path("runs").exists()
     assert (tmp_path / "models" / "encoder.pt").is_file()
 
 
