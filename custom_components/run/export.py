@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parents[1]
 NEEDED = ("LICENSE", "configs/metadata.json", "docs/README.md", "docs/data_license.txt")
 WEIGHTS = ("model.pt", "model.ts", "encoder.pt")  # checkpoints and caches of a training are not for sharing
 LARGE = 25 * 10**6  # bytes that the model zoo takes in one file
+AFTER = "post_processed_outputs"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold: equal content makes equal zips
 COMPONENT = re.compile(rf"\b{PACKAGE.name}((?:\.\w+)+)")
 # what MONAI's push_to_hf_hub puts before docs/README.md, so that a card pushed by it and one pushed by hand agree
@@ -130,10 +131,10 @@ def copy_description(models: Path, weights: Path) -> dict[str, Any] | None:
 
 
 def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Let ``metadata.json`` say of inputs and outputs what holds for the weights."""
-    image, pred = (
-        metadata["network_data_format"][side][key] for side, key in (("inputs", "image"), ("outputs", "pred"))
-    )
+    """Let ``metadata.json`` say of inputs and outputs what holds for the weights, and nothing of others' figures."""
+    metadata["eval_metrics"] = {}
+    data_format = metadata["network_data_format"]
+    image, pred, after = data_format["inputs"]["image"], data_format["outputs"]["pred"], data_format[AFTER]
     image["spatial_shape"] = settings["img_size"]
     low, high = settings["hu_range"]
     sizes = {r"(?= patches)": settings["patch_size"], r"(?= voxels)": settings["img_size"]}
@@ -143,7 +144,7 @@ def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
     metadata["image_classes"] = re.sub(r"HU from \S+ to \S+", f"HU from {low} to {high}", metadata["image_classes"])
     classes = settings.get("classes")
     if classes is None:
-        pred["num_channels"] = settings["hidden_size"]
+        pred["num_channels"] = after["embedding"]["num_channels"] = settings["hidden_size"]
         metadata["pred_classes"] = re.sub(r"^\d+", str(settings["hidden_size"]), metadata["pred_classes"])
         return
     if pred["spatial_shape"]:  # one class a voxel
@@ -153,7 +154,12 @@ def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
         metadata["label_classes"] = f"one channel of class indices: {indices}"
         metadata["pred_classes"] = f"one channel per class: {', '.join(classes)}"
     pred["num_channels"] = len(classes)
-    pred["channel_def"] = {str(index): name for index, name in enumerate(classes)}
+    if "labels" in after:
+        after["labels"]["value_range"] = [0, len(classes) - 1]
+    else:
+        after["probability"]["num_channels"] = len(classes)
+    for output in (pred, *after.values()):
+        output["channel_def"] = {str(index): name for index, name in enumerate(classes)}
 
 
 def fit_readme(readme: str, settings: dict[str, Any]) -> str:

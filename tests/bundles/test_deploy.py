@@ -139,4 +139,4 @@ def test_every_key_of_deployment_may_be_given() -> None:
     config = json.loads((BUNDLES / "segment/configs/deploy.json").read_text())
     schema = json.loads((BUNDLES / "segment/configs/keys.json").read_text())
     known = {key for section, keys in schema.items() if section not in ("parts", "arguments") for key in keys}
-    assert set(config["keys"]) == known & config.keys()
+    assert set(config["keys"]) == known & config.keys() | {"description"}

@@ -75,6 +75,30 @@ def test_metadata_satisfies_monais_schema(name: str) -> None:
 
 
 @each_bundle
+def test_metadata_tells_the_documented_figures_and_of_what_they_are(name: str) -> None:
+    metrics = dict(metadata(name)["eval_metrics"])
+    assert "phantoms" in metrics.pop("data") and len(metrics) >= 2
+    told = readme(name).split("## Performance")[1].split("## MONAI Bundle Commands")[0]
+    for value in metrics.values():
+        assert re.search(rf"\b{value:.3f}", told), value
+
+
+@each_bundle
+def test_metadata_calls_logits_logits_and_tells_what_comes_of_them(name: str) -> None:
+    data_format = metadata(name)["network_data_format"]
+    pred, after = data_format["outputs"]["pred"], data_format["post_processed_outputs"]
+    inference = json.loads((folder(name) / "configs" / "inference.json").read_text())
+    if name == "pretrain":
+        assert list(after["similarity"]["channel_def"].values()) == inference["sentences"]
+        assert after["embedding"] == pred
+        return
+    (output,) = after.values()
+    assert pred["type"] == "logits" and output["channel_def"] == pred["channel_def"]
+    highest = {"classify": 1, "segment": pred["num_channels"] - 1}[name]
+    assert output["value_range"] == [0, highest] and output["num_channels"] == {"classify": 18, "segment": 1}[name]
+
+
+@each_bundle
 def test_version_has_its_changelog_entry_on_top(name: str) -> None:
     content = metadata(name)
     assert re.fullmatch(r"\d+\.\d+\.\d+", content["version"])

@@ -211,7 +211,16 @@ def test_an_export_fits_its_weights(name: str, tmp_path: Path, monkeypatch: pyte
     }[name]  # fmt: skip
     assert image["spatial_shape"] == SMALL["img_size"] and pred["num_channels"] == scripted.shape[1]
     assert pred["spatial_shape"] == (SMALL["img_size"] if name == "segment" else [])
-    assert list(pred["channel_def"].values()) == classes
+    assert list(pred["channel_def"].values()) == classes and metadata["eval_metrics"] == {}
+    after = metadata["network_data_format"]["post_processed_outputs"]
+    if name == "pretrain":
+        assert after["embedding"]["num_channels"] == 24
+    else:
+        (output,) = after.values()
+        assert list(output["channel_def"].values()) == classes
+        assert output["num_channels"] == (1 if name == "segment" else 3) and output["value_range"] == [
+            0, 2 if name == "segment" else 1
+        ]  # fmt: skip
     assert "HU from -900 to 900" in metadata["image_classes"]
     keys = ("description", "image_classes", "label_classes", "pred_classes", "network_data_format")
     told = json.dumps([metadata[key] for key in keys])
