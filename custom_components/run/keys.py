@@ -11,6 +11,7 @@ that config's overlays, to a JSON Schema each; what another section says of a ke
 """
 
 import argparse
+import ast
 import difflib
 import functools
 import inspect
@@ -48,6 +49,7 @@ UNSAFE = (EXPR_KEY, ID_REF_KEY, MACRO_KEY)  # what MONAI evaluates where a text 
 FLAG = re.compile("--|-[A-Za-z]")  # as fire tells flags from values
 OTHERS = {"atMostKey": "at most", "multipleOfKey": "a multiple of"}  # keywords that name another key
 SECTIONS = ("parts", "arguments")
+OF_WEIGHTS = re.compile(r"\$@described\.get\('\w+', (.+)\)")
 
 
 # the run
@@ -586,6 +588,9 @@ def reference(bundle: Path) -> str:
 
 def _row(key: str, spec: Mapping[str, Any], default: Any, where: str = "") -> str:
     text = json.dumps(default) if not isinstance(default, str) else default or '""'
+    if told := OF_WEIGHTS.fullmatch(text):
+        where += "the weights' own, or "
+        text = json.dumps(ast.literal_eval(told[1]))
     text = f"`{text}`" if len(text) <= 60 else "see the file"
     return f"| `{key}` | {where}{text} | {wanted(spec)} | {spec['description']} |".replace("||", "|")
 
