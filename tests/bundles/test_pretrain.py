@@ -329,7 +329,10 @@ def test_another_text_encoder_is_refused_and_a_moved_one_is_not(
 
 
 def other_data(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
-    return {"dataset_dir": Path(shutil.copytree(bundle / "data" / "phantom", folder / "other"))}
+    other = Path(shutil.copytree(bundle / "data" / "phantom", folder / "other"))
+    first, second = sorted(other.glob("dataset/train_fixed/*/*/*.nii.gz"))[:2]
+    shutil.copy(first, second)
+    return {"dataset_dir": other}
 
 
 def other_list(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
@@ -367,6 +370,15 @@ def test_resuming_on_other_inputs_is_refused(
     keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir#")} | {"dataset_dir": "data/phantom"}
     keys |= {"models_dir": bundle / "models", "max_epochs": 3} | change(bundle, tmp_path, minilm)
     refuses(TRAIN, keys, "checkpoint.pt", "another recipe", f"{key} was ", "and is")
+
+
+def test_resuming_on_the_same_data_in_another_place(
+    bundle: Path, run_here: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir#")} | {"evaluate_after_training": False}
+    keys |= {"models_dir": Path(shutil.copytree(bundle / "models", tmp_path / "models"))}
+    run_here(TRAIN, **keys, dataset_dir=Path(shutil.copytree(bundle / "data" / "phantom", tmp_path / "moved")))
+    assert "has the same list, of files of the same sizes" in caplog.text and "is finished" in caplog.text
 
 
 def test_old_weights_load_and_what_is_assumed_is_told(
