@@ -5,9 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from custom_components.text import sentence_hash
+from torch import Tensor
 
 POOL_SIZE = 100  # volumes to choose from
 MAX_POOLS = 10  # a thousand reports tell enough, and every sentence is scored in every volume

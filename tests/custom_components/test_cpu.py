@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-
 from custom_components.cpu import keep_freed
 
 FAULTS = """

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import pytest
-
 from custom_components.files import file_stamp, remove_temporaries, remove_temporary, replacing
 
 
