@@ -146,13 +146,13 @@ def described(
 def trained_with(checkpoint: str | Path) -> dict[str, Any]:
     """All that a checkpoint of a training was made with, by the names of its config's keys, for its evaluation.
 
-    Beside what the weights must be used with (:func:`described`), the recipe, which sizes what inference does without.
+    Beside what the weights must be used with (:func:`described`), the recipe: masks, losses, sizes of the decoders.
 
     Raises:
         InputError: no such file, or an unreadable one.
     """
-    told = description_of(checkpoint) or {"recipe": {}, "settings": {}}
-    return {**told["recipe"], **told["settings"]}
+    told = description_of(checkpoint) or {}
+    return {**told.get("recipe", {}), **told.get("settings", {})}
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -135,11 +135,13 @@ def tracked(run_here: Callable, tmp_path: Path) -> Callable[..., list[Any]]:
 
     def call(configs: list[str], run_id: str | None = None, **keys: object) -> list[Any]:
         run_here(configs, run_id, tracking="mlflow", **keys)
-        client = MlflowClient(tracking_uri=path_to_sqlite_uri(str(tmp_path / "eval" / "mlruns.db")))
-        experiment = client.get_experiment_by_name("monai_experiment")
-        runs = client.search_runs([experiment.experiment_id])
-        for run in runs:
-            run.losses = client.get_metric_history(run.info.run_id, "train_loss")
-        return runs
+        found = []
+        for path in tmp_path.rglob("mlruns.db"):
+            client = MlflowClient(tracking_uri=path_to_sqlite_uri(str(path)))
+            experiment = client.get_experiment_by_name("monai_experiment")
+            for run in client.search_runs([experiment.experiment_id]):
+                run.losses = client.get_metric_history(run.info.run_id, "train_loss")
+                found.append(run)
+        return found
 
     return call
