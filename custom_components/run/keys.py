@@ -238,7 +238,7 @@ def literal(value: Any) -> Any:
 # the check
 
 
-def check_keys(bundle_root: str | Path, section: str) -> dict[str, Any]:
+def check_keys(bundle_root: str | Path, section: str, trained_with: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Hold the config that runs now against its bundle's schema, and set words in it to what they mean.
 
     ``null``, ``true`` and ``false`` become None, True and False where a key may be so, the word for a device becomes
@@ -248,6 +248,7 @@ def check_keys(bundle_root: str | Path, section: str) -> dict[str, Any]:
 
     Args:
         section: of the schema, named like the config file that the overlays lie on.
+        trained_with: key -> value for keys that neither an overlay nor the command line gives.
 
     Raises:
         InputError: a key, or an argument of a component, is unknown; a value has another type or range than it may
@@ -259,6 +260,7 @@ def check_keys(bundle_root: str | Path, section: str) -> dict[str, Any]:
     if run is None or folder is None:
         return {}
     check = _Check(run, folder, section)
+    check.take(trained_with or {})
     if problems := check.problems():
         raise InputError("; ".join(dict.fromkeys(problems)))
     return check.known_values
@@ -302,6 +304,19 @@ class _Check:
                 self.run.parser.parse(reset=True)
             found += self.values(literals=False)
         return found
+
+    def take(self, told: Mapping[str, Any]) -> None:
+        """Set keys that nobody gives."""
+        if self.files:
+            overlays = [content for file, content in self.files.items() if Path(file).stem != self.section]
+            given = {top(key.removeprefix(MERGE_KEY)) for keys in (self.run.given, *overlays) for key in keys}
+        else:  # nobody knows what was given
+            given = {key for key in self.config if self.config[key] != self.base.get(key)}
+        taken = {key: literal(told[key]) for key in self.schema.keys if key in told and key not in given}
+        taken = {key: value for key, value in taken.items() if key in self.config and value != self.config[key]}
+        if taken:
+            self.config |= taken
+            self.run.parser.parse(reset=True)
 
     # names
 
@@ -487,9 +502,8 @@ class _Check:
             yield f"{key} is {value}, no multiple of {spec['multipleOfKey']}, {divisor}: change one of them"
 
     def _follows(self, key: str, above: tuple[str, ...] = ()) -> bool:
-        """Whether a key follows from what is written alone, so that it is known before anything is built."""
-        known = key in self.config and (key in self.schema.keys or key in self.schema.parts)
-        if key in above or not known or holds_component(self.config[key]):
+        """Whether a key follows from other keys alone, so that it is known before anything is built."""
+        if key in above or key not in self.schema.keys or key not in self.config or holds_component(self.config[key]):
             return False
         referred = {top(id) for id in ReferenceResolver.find_refs_in_config(self.config[key], key)} - {key}
         return all(self._follows(other, (*above, key)) for other in referred)

@@ -9,9 +9,10 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import custom_components
 import torch
@@ -35,6 +36,7 @@ def start(
     rank_zero_alone: bool = False,
     keys: str = "train",
     writes: Sequence[str] = (),
+    trained_with: Mapping[str, Any] | None = None,
 ) -> None:
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
@@ -48,6 +50,7 @@ def start(
         rank_zero_alone: under torchrun, end all processes but one: the work is not divided.
         keys: the section of ``configs/keys.json`` that says what the config's keys may be.
         writes: the keys whose folders the run writes to.
+        trained_with: values of keys that nobody gives, from the checkpoint of an evaluation.
 
     Raises:
         InputError: the components are not this bundle's, a key is wrong, a folder cannot be written, or the config
@@ -55,7 +58,7 @@ def start(
     """
     OneLineErrors()
     check_components(bundle_root)
-    values = check_keys(bundle_root, keys)
+    values = check_keys(bundle_root, keys, trained_with)
     track_batches()
     for key in writes:
         if values.get(key) is not None:
