@@ -7,10 +7,11 @@ import math
 from collections.abc import Mapping
 
 import torch
-from custom_components.distributed import gather_rows, mean_over_ranks, rank
-from custom_components.errors import InputError
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from custom_components.distributed import gather_rows, mean_over_ranks, rank
+from custom_components.errors import InputError
 
 MASKED = -1e9  # not -inf: logsumexp over a fully masked row would send NaN back
 

@@ -6,6 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
+
 from custom_components.distributed import gather_rows
 from custom_components.errors import InputError
 from custom_components.text import encode_sentences
@@ -18,11 +24,6 @@ from custom_components.vit import (
     sincos3d_positions,
     upsample_patches,
 )
-from monai.data import MetaTensor
-from monai.inferers import Inferer
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 
 class ProjectionHead(nn.Sequential):

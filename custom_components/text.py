@@ -13,7 +13,6 @@ from typing import Any
 import pysbd
 import torch
 import transformers
-from custom_components.errors import InputError
 from huggingface_hub import HfApi
 from monai.config import KeysCollection
 from monai.data import list_data_collate
@@ -22,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
+
+from custom_components.errors import InputError
 
 BULLET = re.compile(r"^\s*(?:[-*\u2022\u00b7]|\d{1,2}[.)])\s+")
 HEADING = re.compile(r"^[A-Z][A-Z /&,-]{2,40}:\s*")

@@ -10,7 +10,16 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from custom_components.data.volume import Raw, Unfit, beside, open_file, raw_voxels, three_axes, with_guess
+
+from custom_components.data.volume import (
+    Raw,
+    Unfit,
+    beside,
+    open_file,
+    raw_voxels,
+    three_axes,
+    with_guess,
+)
 
 TYPES = {
     "MET_CHAR": "i1",

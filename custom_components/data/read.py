@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from custom_components.data.lists import stem
-from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, read_volume
-from custom_components.errors import InputError
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapLabelValue, MapTransform
 from torch import Tensor
+
+from custom_components.data.lists import stem
+from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, read_volume
+from custom_components.errors import InputError
 
 logger = logging.getLogger(__name__)
 

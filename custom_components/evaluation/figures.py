@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from custom_components.data.save import argmax_labels
 from ignite.engine import Engine, Events
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -24,6 +23,8 @@ from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocC
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from custom_components.data.save import argmax_labels
 
 CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
 HEAT = {"cmap": "inferno", "alpha": 0.45}

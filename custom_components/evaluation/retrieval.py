@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from custom_components.text import sentence_hash
 from torch import Tensor
+
+from custom_components.text import sentence_hash
 
 POOL_SIZE = 100  # volumes to choose from
 MAX_POOLS = 10  # a thousand reports tell enough, and every sentence is scored in every volume

@@ -17,17 +17,18 @@ import monai.data
 import numpy as np
 import torch
 import torch.distributed as dist
+from monai.data import ImageReader
+from monai.networks import eval_mode
+from monai.transforms import Compose, Transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
 from custom_components.distributed import rank, world_size
 from custom_components.errors import InputError
 from custom_components.files import file_stamp, replacing
 from custom_components.probe import LinearProbe
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.seeded import SeededDataLoader, mixed_seed
-from monai.data import ImageReader
-from monai.networks import eval_mode
-from monai.transforms import Compose, Transform
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 CACHE_VERSION = 1  # raise it when the same keys would give other features
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from custom_components.errors import InputError
 from ignite.engine import Engine, Events
 from monai.engines import IterationEvents, SupervisedTrainer
 from monai.utils.enums import CommonKeys
@@ -15,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
+
+from custom_components.errors import InputError
 
 
 def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -9,6 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ignite.engine import Engine, Events
+from monai.engines import IterationEvents, SupervisedTrainer
+from monai.utils.enums import CommonKeys
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
 from custom_components.distributed import from_all_ranks, from_rank_zero, rank, world_size
 from custom_components.errors import InputError
 from custom_components.files import remove_temporary
@@ -23,12 +30,6 @@ from custom_components.run.weights import (
     save_atomically,
     save_weights,
 )
-from ignite.engine import Engine, Events
-from monai.engines import IterationEvents, SupervisedTrainer
-from monai.utils.enums import CommonKeys
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 logger = logging.getLogger(__name__)
 

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from custom_components.distributed import rank, world_size
 from monai.data import DataLoader, Dataset, list_data_collate
 from monai.transforms import Randomizable
 from torch.utils.data import DistributedSampler
+
+from custom_components.distributed import rank, world_size
 
 
 def mixed_seed(*numbers: int) -> int:

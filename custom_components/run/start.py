@@ -14,17 +14,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import custom_components
 import torch
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
+from monai.utils import set_determinism
+from tqdm import tqdm
+
+import custom_components
 from custom_components import distributed
 from custom_components.cpu import keep_freed
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder
 from custom_components.run.keys import check_keys, running
-from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
-from monai.utils import set_determinism
-from tqdm import tqdm
 
 STAMP = "stamp.json"  # what custom_components.run.export leaves beside the modules
 

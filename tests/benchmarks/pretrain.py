@@ -18,9 +18,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from custom_components.cpu import keep_freed
-from custom_components.text import ReportCollate, TokenizeReportd
-from custom_components.vit import gather_tokens, patchify
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
 from monai.networks.nets import MaskedAutoEncoderViT
@@ -29,7 +26,18 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from tests.benchmarks.measure import alone, device, environment, matmul_rate, median_seconds, print_table, write_json
+from custom_components.cpu import keep_freed
+from custom_components.text import ReportCollate, TokenizeReportd
+from custom_components.vit import gather_tokens, patchify
+from tests.benchmarks.measure import (
+    alone,
+    device,
+    environment,
+    matmul_rate,
+    median_seconds,
+    print_table,
+    write_json,
+)
 
 TRAIN = Path(__file__).parents[2] / "bundles" / "pretrain" / "configs" / "train.json"
 BATCH_SIZES, PRECISIONS = (1, 2), ("fp32", "bf16")

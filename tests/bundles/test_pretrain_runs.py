@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from custom_components.data import phantom
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from custom_components.data import phantom
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
 CONFIGS = ["configs/train.json", "configs/demo.json"]

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from custom_components.cpu import keep_freed
 
 FAULTS = """

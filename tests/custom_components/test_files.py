@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from custom_components.files import file_stamp, remove_temporaries, remove_temporary, replacing
 
 

@@ -7,6 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from monai.bundle import ConfigParser
+from torch import Tensor, distributed, nn
+from torch.multiprocessing import start_processes
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel
+
 from custom_components.errors import InputError
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 from custom_components.simcrop import (
@@ -21,11 +27,6 @@ from custom_components.simcrop import (
 )
 from custom_components.text import TextEncoder, load_text_encoder
 from custom_components.vit import SimCroPEncoder, gather_tokens, patchify, unpatchify, upsample_patches
-from monai.bundle import ConfigParser
-from torch import Tensor, distributed, nn
-from torch.multiprocessing import start_processes
-from torch.nn import functional as F
-from transformers import BertConfig, BertModel
 
 ROOT = Path(__file__).parents[2]
 BRANCHES = {"volume": "volume_decoder", "alignment": "aligner", "report": "report_decoder"}

@@ -12,6 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
+
 from custom_components.errors import InputError
 from custom_components.simcrop import Aligner
 from custom_components.text import (
@@ -27,11 +33,6 @@ from custom_components.text import (
     split_sentences,
     tokenize_sentences,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
-from tokenizers import ByteLevelBPETokenizer
-from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
 
 FINDINGS = "There is a 2.3 x 1.8 cm nodule in the right lung. Heart size is normal. No pleural effusion"
 IMPRESSION = "Pulmonary nodule; follow-up is advised."

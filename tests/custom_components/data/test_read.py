@@ -15,8 +15,6 @@ import nrrd
 import numpy as np
 import pytest
 import torch
-from custom_components.data.read import LoadCTd, LoadLabeld
-from custom_components.errors import InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
@@ -31,6 +29,8 @@ from monai.transforms import (
     SpatialPadd,
 )
 
+from custom_components.data.read import LoadCTd, LoadLabeld
+from custom_components.errors import InputError
 from tests.conftest import write_dicom
 
 SLICERIO = importlib.util.find_spec("slicerio")

@@ -9,13 +9,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from custom_components.data.read import LoadCTd
-from custom_components.data.save import LabelsInScand, SaveLabelsd, SaveMapsd, labels_in_scan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
 from monai.transforms import Compose, Orientation, Spacing
 from scipy.ndimage import map_coordinates
+
+from custom_components.data.read import LoadCTd
+from custom_components.data.save import LabelsInScand, SaveLabelsd, SaveMapsd, labels_in_scan
 
 
 def oblique(shape: tuple[int, int, int]) -> np.ndarray:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from custom_components.evaluation.grounding import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
+
+from custom_components.evaluation.grounding import (
+    OPPOSITES,
+    Similarities,
+    grounding,
+    patches_of_mask,
+    specificity,
+)
 
 SIDE, LEVEL = OPPOSITES["side"], OPPOSITES["level"]
 

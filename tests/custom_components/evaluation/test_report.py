@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from custom_components.evaluation.report import read_metrics, write_report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from custom_components.evaluation.retrieval import draw_pools, ranks, retrieval
 
 

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
+
 from custom_components.evaluation.metrics import mean_interval, mean_of_defined
 from custom_components.evaluation.report import write_report
 from custom_components.evaluation.segment import PresentDice, compare_dice, scan_scores
-from torch import Tensor
 
 
 def boxes(*corners: tuple[int, int, int, int]) -> Tensor:

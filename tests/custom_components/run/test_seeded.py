@@ -7,11 +7,12 @@ import random
 import numpy as np
 import pytest
 import torch
-from custom_components.run.seeded import EpochSampler, SeededDataLoader, mixed_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import CacheDataset, Dataset, list_data_collate
 from monai.transforms import Compose, Lambdad, RandScaleIntensityd
+
+from custom_components.run.seeded import EpochSampler, SeededDataLoader, mixed_seed
 
 
 def order(items: int, processes: int, process: int, seed: int, epoch: int) -> list[int]:
