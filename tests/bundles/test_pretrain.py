@@ -377,6 +377,7 @@ def test_resuming_on_the_same_data_in_another_place(
 ) -> None:
     keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir#")} | {"evaluate_after_training": False}
     keys |= {"models_dir": Path(shutil.copytree(bundle / "models", tmp_path / "models"))}
+    caplog.set_level("INFO")
     run_here(TRAIN, **keys, dataset_dir=Path(shutil.copytree(bundle / "data" / "phantom", tmp_path / "moved")))
     assert "has the same list, of files of the same sizes" in caplog.text and "is finished" in caplog.text
 
