@@ -26,7 +26,8 @@ def keep_freed(device: torch.device) -> bool:
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 * 2**20}
-    return mallopt is not None and all([mallopt(name, value) for name, value in settings.items()])
+    taken = [] if mallopt is None else [mallopt(name, value) for name, value in settings.items()]  # all are tried
+    return bool(taken) and all(taken)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

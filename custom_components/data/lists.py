@@ -94,6 +94,7 @@ def volumes(
     test_share: float = 0.0,
     exclude: str | os.PathLike | None = None,
     seed: int = 42,
+    required: bool = True,
 ) -> list[dict]:
     """Volumes of a split with their labels, their reports or both, in the order of the table that names them.
 
@@ -136,6 +137,7 @@ def volumes(
         data_fraction: share of the training patients to keep, in (0, 1].
         exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest, or
             patients, of whom all volumes are left out. Each must be one of this data set, of whatever split.
+        required: whether a split that nobody names is an error; False makes it an empty list.
 
     Raises:
         InputError: a file, a folder, a column or a volume is missing, a name occurs twice or has two reports, a label
@@ -189,6 +191,8 @@ def volumes(
     else:
         part = _parts(read(_first(tables, folder, what)), test_share, seed).get
     source, rows, order = _select(part, split, data_fraction, validation_share, seed)
+    if not rows and not required:
+        return []
     if not rows:
         sought = tables.get(split) or "none is named" if isinstance(tables, Mapping) else tables
         sought = sought if isinstance(sought, str) else ", ".join(sought)
@@ -257,6 +261,7 @@ def msd(
     seed: int = 42,
     labelled: bool = False,
     key: str = "split",
+    required: bool = True,
 ) -> list[dict]:
     """A list in the layout of the Medical Segmentation Decathlon, as the authors publish for LUNA16 and BTCV.
 
@@ -271,10 +276,11 @@ def msd(
         data_fraction, exclude, seed: as in :func:`volumes`; each item counts as a patient of its own.
         labelled: whether every item must have a label, which those of BTCV's `test` list do not.
         key: that names the split, for the message where there is none.
+        required: whether a file without this list is an error; False makes it an empty one.
 
     Raises:
-        InputError: the file is missing, not such a list, or has no `split`; an image or label is not on disk; an item
-            lacks the label that it must have; nothing is left.
+        InputError: the file is missing, not such a list, or has no `split` that is required; an image or label is not
+            on disk; an item lacks the label that it must have; nothing is left.
     """
     dataset_dir = Path(dataset_dir).expanduser()
     path = dataset_dir / Path(datalist).expanduser()
@@ -282,7 +288,9 @@ def msd(
         raise InputError(f"datalist {path} does not exist: give dataset_dir, and a datalist in it or an absolute path")
     lists = _json_lists(path)
     if "" in lists:
-        raise InputError(f'datalist {path} is a plain list: say which split it is, as {{"{split}": [...]}}')
+        raise InputError(f"datalist {path} is a plain list: say which split it is, as {{{json.dumps(split)}: [...]}}")
+    if not lists.get(split) and not required:
+        return []
     if not lists.get(split):
         raise InputError(
             f"{key} is {split}, and datalist {path} has no such list (it has {', '.join(lists) or 'none'}): set {key} "

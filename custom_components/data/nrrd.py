@@ -138,19 +138,19 @@ def _voxels(path: Path, header: dict, dtype: np.dtype, count: int, start: int) -
             if not file.readline():
                 raise EOFError("its voxels are cut off")
         start, size = file.tell(), os.fstat(file.fileno()).st_size
-        match header["encoding"].lower():
-            case "raw":
-                offset = start + skipped if skipped >= 0 else size - count * dtype.itemsize
-                return raw_voxels(path, dtype, count, offset)
-            case "ascii" | "text" | "txt":
-                return text_voxels(file.read(), dtype, count)
-            case "hex":
-                return packed_voxels(io.BytesIO(bytes.fromhex(file.read().decode("ascii"))), dtype, count, size)
-            case "gzip" | "gz":
-                stream = igzip.GzipFile(fileobj=file)
-            case "bzip2" | "bz2":
-                stream = bz2.BZ2File(file)
-            case encoding:
-                raise ValueError(f"its voxels are stored as {encoding}, and neither raw nor gzip")
+        encoding = header["encoding"].lower()
+        if encoding == "raw":
+            offset = start + skipped if skipped >= 0 else size - count * dtype.itemsize
+            return raw_voxels(path, dtype, count, offset)
+        if encoding in ("ascii", "text", "txt"):
+            return text_voxels(file.read(), dtype, count)
+        if encoding == "hex":
+            return packed_voxels(io.BytesIO(bytes.fromhex(file.read().decode("ascii"))), dtype, count, size)
+        if encoding in ("gzip", "gz"):
+            stream = igzip.GzipFile(fileobj=file)
+        elif encoding in ("bzip2", "bz2"):
+            stream = bz2.BZ2File(file)
+        else:
+            raise ValueError(f"its voxels are stored as {encoding}, which is not read")
         stream.seek(max(skipped, 0))
         return packed_voxels(stream, dtype, count, size)

@@ -91,9 +91,11 @@ def resample(raw: Raw, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
     to_ras = nib.orientations.io_orientation(raw.affine)  # row per array axis: which of R, A, S, and its sign
     target = to_ras[:, 0].astype(int)
     steps = [recipe.pixdim[axis] for axis in target]
-    new_sizes = [max(1, round(n * a / s)) for n, a, s in zip(raw.voxels.shape, axes, steps)]
+    new_sizes = [max(1, round(n * a / s)) for n, a, s in zip(raw.voxels.shape, axes, steps, strict=True)]
     matrices = []
-    for old_size, old_step, size, step, sign in zip(raw.voxels.shape, axes, new_sizes, steps, to_ras[:, 1]):
+    for old_size, old_step, size, step, sign in zip(
+        raw.voxels.shape, axes, new_sizes, steps, to_ras[:, 1], strict=True
+    ):
         ratio = step / old_step
         places = (old_size - 1) / 2 + (np.arange(size) - (size - 1) / 2) * ratio  # both grids have the same centre
         width = max(1.0, ratio) if recipe.antialias else 1.0
@@ -168,7 +170,7 @@ def _prepare_label(scan: Scan, source: Source, raw: Raw, shape: tuple[int, ...],
     label = source.read_label(scan)
     sizes = [np.linalg.norm(part.affine[:3, :3], axis=0) for part in (raw, label)]
     centres = [apply_affine(part.affine, (np.array(part.voxels.shape) - 1) / 2) for part in (raw, label)]
-    extents = [np.sort(size * part.voxels.shape) for size, part in zip(sizes, (raw, label))]
+    extents = [np.sort(size * part.voxels.shape) for size, part in zip(sizes, (raw, label), strict=True)]
     off = np.linalg.norm(centres[0] - centres[1])
     if off > 1.5 * max(sizes[0]) or np.abs(extents[0] - extents[1]).max() > 3 * max(sizes[0]):
         raise Unfit(f"{scan.label} lies elsewhere than {scan.image} ({off:.1f} mm): find out which is right", "label")
@@ -247,7 +249,7 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
             place.unlink(missing_ok=True)
         raise
     # the label first: an image whose label is missing would look complete
-    for place, array in reversed(list(zip(places, arrays))):
+    for place, array in reversed(list(zip(places, arrays, strict=True))):
         _write(place, array, affine)
     return {
         "status": "ok",
@@ -256,7 +258,7 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
         "shape": " ".join(map(str, raw.voxels.shape)),
         "orientation": "".join(nib.aff2axcodes(raw.affine)),
         "prepared_shape": " ".join(map(str, volume.shape)),
-        **{f"hu_p{p}": round(float(value), 1) for p, value in zip(("0.5", "50", "99.5"), percentiles)},
+        **{f"hu_p{p}": round(float(value), 1) for p, value in zip(("0.5", "50", "99.5"), percentiles, strict=True)},
         "lung_share": round(lung_share, 4),
         "voxels_hash": hashlib.blake2b(volume.data, digest_size=8).hexdigest(),
         "checks": "" if scan.label or not scan.label_output else "no label",
@@ -347,7 +349,7 @@ class _Manifest(io.FileIO):
         super().__init__(path, "a+")
         self.seek(0)
         if not self.truncate(self.read().rfind(b"\n") + 1):
-            self.append(dict(zip(COLUMNS, COLUMNS)))
+            self.append({column: column for column in COLUMNS})
 
     def append(self, row: Mapping[str, Any]) -> None:
         # no line ends within a cell, so that a cut-off line is recognised
@@ -558,7 +560,7 @@ def contact_sheet(volumes: Sequence[tuple[str, Path]], path: Path, hu_range: Seq
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 2.6 * len(volumes)), layout="constrained")
-    for row, (name, file) in zip(figure.subplots(len(volumes), 4, squeeze=False), volumes):
+    for row, (name, file) in zip(figure.subplots(len(volumes), 4, squeeze=False), volumes, strict=True):
         image = nib.load(file)
         volume = np.asanyarray(image.dataobj).transpose(2, 1, 0)
         x, y, z = (n // 2 for n in volume.shape)
@@ -569,7 +571,7 @@ def contact_sheet(volumes: Sequence[tuple[str, Path]], path: Path, hu_range: Seq
             (volume[::-1, y], dz / dx, "R", "S"),
             (volume[x, ::-1], dz / dy, "A", "S"),
         )
-        for axes, (view, aspect, left, top) in zip(row, views):
+        for axes, (view, aspect, left, top) in zip(row[:3], views, strict=True):
             axes.imshow(view.T, origin="lower", cmap="gray", vmin=-1000, vmax=400, aspect=aspect)
             axes.text(0.01, 0.5, left, transform=axes.transAxes, color="yellow", va="center")
             axes.text(0.5, 0.99, top, transform=axes.transAxes, color="yellow", ha="center", va="top")

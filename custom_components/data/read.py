@@ -160,8 +160,8 @@ class LoadLabeld(MapTransform):
         if unknown := [value for value in present if self.label_values.get(value, value) > len(self.classes)]:
             raise InputError(
                 f"{path} holds label values {unknown}, and classes end at {len(self.classes)} "
-                f"({self.classes[-1]}): declare them in classes, or give label_values, such as {{'{unknown[0]}': 0}} "
-                "to count them as background"
+                f"({self.classes[-1]}): declare them in classes, or give label_values, such as "
+                f"{{{str(unknown[0])!r}: 0}} to count them as background"
             )
         if mapped := {value: self.label_values[value] for value in present if value in self.label_values}:
             label = MapLabelValue(list(mapped), list(mapped.values()), np.uint8)(label)

@@ -240,7 +240,7 @@ def _slabs_by_voxel(logits: Tensor, to_network: Tensor, shape: Sequence[int]) ->
         # only the logits around the slab, since all of them would be converted and copied for each
         ends = places.amin((0, 1, 2)), places.amax((0, 1, 2)) + 1
         low, high = (torch.minimum(end.floor().long().clamp(min=0), last) for end in ends)
-        x, y, z = (slice(begin, end + 1) for begin, end in zip(low.tolist(), high.tolist()))
+        x, y, z = (slice(begin, end + 1) for begin, end in zip(low.tolist(), high.tolist(), strict=True))
         # grid_sample counts from -1 to 1, and the last axis first
         grid = ((places - low) * 2 / (high - low).clamp(min=1) - 1).flip(-1).float().to(logits.device)
         part = logits[None, :, x, y, z].float()

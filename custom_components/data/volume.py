@@ -62,7 +62,7 @@ UNITS = {
 class Unfit(InputError):
     """A scan that cannot be used; `reason` is the word under which a summary counts it."""
 
-    def __init__(self, message: str, reason: str = "unreadable") -> None:
+    def __init__(self, message: str, reason: str = "unreadable") -> None:  # noqa: B042  pickle keeps the reason
         super().__init__(message)
         self.reason = reason
 

@@ -36,8 +36,9 @@ class Comparison:
 
     A run is the key ``training`` of the config that compares, whatever files and overrides made it, but for a
     contender's keys, ``data_fraction``, and folders of its own for weights, tables, pictures and curves:
-    ``<models_dir>/pretrained_0.1`` and ``<output_dir>/pretrained_0.1``. The config's key ``contenders`` is name -> keys
-    that make it, such as ``{"pretrained": null}``, taken as written, so that their references are the run's own.
+    ``<models_dir>/pretrained_0.1``, ``<output_dir>/pretrained_0.1``, ``<log_dir>/pretrained_0.1``. The config's key
+    ``contenders`` is name -> keys that make it, such as ``{"pretrained": null}``, taken as written, so that their
+    references are the run's own.
 
     With ``learning_rates`` every contender trains once at each, in folders such as ``pretrained_0.1_lr_0.01``, and only
     the run whose ``train#selection`` has the best validation is evaluated: each start is shown at a rate of its own.
@@ -47,6 +48,7 @@ class Comparison:
             and with ``learning_rates`` also with ``tuning``, fraction -> contender -> ``learning_rate`` that was chosen
             and ``validation``, rate -> best validation.
         fractions: of the training items.
+        log_dir: of TensorBoard's curves; None for none.
         checkpoint: what the weights of the first contender at the largest fraction are copied to; None for nothing.
         learning_rates: values of the config's key ``learning_rate`` to choose from; none leaves it as it is.
     """
@@ -55,6 +57,7 @@ class Comparison:
     fractions: Sequence[float]
     models_dir: str | Path
     output_dir: str | Path
+    log_dir: str | Path | None = None
     checkpoint: str | None = None
     learning_rates: Sequence[float] = ()
 
@@ -115,6 +118,7 @@ class Comparison:
         own = {
             "models_dir": str(self._checkpoint(label).parent),
             "output_dir": str(Path(self.output_dir) / label),
+            "log_dir": None if self.log_dir is None else str(Path(self.log_dir) / label),
             "checkpoint": str(self._checkpoint(label)),
             "evaluate_after_training": evaluate,
         }

@@ -214,7 +214,7 @@ class ContourImages:
         classes: names of classes 1, 2, ...
     """
 
-    log_dir: str
+    writer: SummaryWriter
     classes: Sequence[str]
 
     def attach(self, engine: Engine) -> None:
@@ -227,8 +227,8 @@ class ContourImages:
         image, pred, truth = (item[key].cpu()[0] for key in ("image", "pred", "label"))
         title = f"epoch {engine.state.epoch}"
         row = {"image": image, "pred": pred, "truth": truth, "spacing": spacing_of(item["image"]), "title": title}
-        with SummaryWriter(self.log_dir) as writer:
-            writer.add_figure("validation/contours", contours([row], self.classes), engine.state.epoch)
+        self.writer.add_figure("validation/contours", contours([row], self.classes), engine.state.epoch)
+        self.writer.flush()
 
 
 def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:

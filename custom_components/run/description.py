@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from custom_components.errors import InputError
+from custom_components.files import file_stamp
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,17 @@ def data_fingerprint(data: Sequence[Mapping[str, Any]], dataset_dir: str | Path)
     items = [{k: v.removeprefix(root) if isinstance(v, str) else v for k, v in item.items()} for item in data]
     digest = hashlib.sha256(json.dumps(plain(items), sort_keys=True).encode()).hexdigest()
     return f"{len(items)} items, {digest[:16]}"
+
+
+def files_fingerprint(data: Sequence[Mapping[str, Any]], dataset_dir: str | Path) -> str:
+    """Number of the images and labels below ``dataset_dir`` that the items name, and a hash over their sizes in order.
+
+    Where :func:`data_fingerprint` is the same too, it is the same data, perhaps in another place.
+    """
+    root = os.path.join(Path(dataset_dir).expanduser(), "")
+    named = [item[key] for item in data for key in ("image", "label") if isinstance(item.get(key), str)]
+    stamps = [file_stamp(path).rpartition(":")[0] for path in named if path.startswith(root)]
+    return f"{len(stamps)} files, {hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]}"
 
 
 def describe(

@@ -23,6 +23,7 @@ PACKAGE = Path(__file__).parents[1]
 NEEDED = ("LICENSE", "configs/metadata.json", "docs/README.md", "docs/data_license.txt")
 WEIGHTS = ("model.pt", "model.ts", "encoder.pt")  # checkpoints and caches of a training are not for sharing
 LARGE = 25 * 10**6  # bytes that the model zoo takes in one file
+AFTER = "post_processed_outputs"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold: equal content makes equal zips
 COMPONENT = re.compile(rf"\b{PACKAGE.name}((?:\.\w+)+)")
 # what MONAI's push_to_hf_hub puts before docs/README.md, so that a card pushed by it and one pushed by hand agree
@@ -130,10 +131,10 @@ def copy_description(models: Path, weights: Path) -> dict[str, Any] | None:
 
 
 def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Let ``metadata.json`` say of inputs and outputs what holds for the weights."""
-    image, pred = (
-        metadata["network_data_format"][side][key] for side, key in (("inputs", "image"), ("outputs", "pred"))
-    )
+    """Let ``metadata.json`` say of inputs and outputs what holds for the weights, and nothing of others' figures."""
+    metadata["eval_metrics"] = {}
+    data_format = metadata["network_data_format"]
+    image, pred, after = data_format["inputs"]["image"], data_format["outputs"]["pred"], data_format[AFTER]
     image["spatial_shape"] = settings["img_size"]
     low, high = settings["hu_range"]
     sizes = {r"(?= patches)": settings["patch_size"], r"(?= voxels)": settings["img_size"]}
@@ -143,7 +144,7 @@ def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
     metadata["image_classes"] = re.sub(r"HU from \S+ to \S+", f"HU from {low} to {high}", metadata["image_classes"])
     classes = settings.get("classes")
     if classes is None:
-        pred["num_channels"] = settings["hidden_size"]
+        pred["num_channels"] = after["embedding"]["num_channels"] = settings["hidden_size"]
         metadata["pred_classes"] = re.sub(r"^\d+", str(settings["hidden_size"]), metadata["pred_classes"])
         return
     if pred["spatial_shape"]:  # one class a voxel
@@ -153,7 +154,12 @@ def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
         metadata["label_classes"] = f"one channel of class indices: {indices}"
         metadata["pred_classes"] = f"one channel per class: {', '.join(classes)}"
     pred["num_channels"] = len(classes)
-    pred["channel_def"] = {str(index): name for index, name in enumerate(classes)}
+    if "labels" in after:
+        after["labels"]["value_range"] = [0, len(classes) - 1]
+    else:
+        after["probability"]["num_channels"] = len(classes)
+    for output in (pred, *after.values()):
+        output["channel_def"] = {str(index): name for index, name in enumerate(classes)}
 
 
 def fit_readme(readme: str, settings: dict[str, Any]) -> str:
@@ -175,12 +181,11 @@ def fit_readme(readme: str, settings: dict[str, Any]) -> str:
     return before + title + section + end + after
 
 
-def large_files(weights: list[Path], weights_url: str | None) -> str:
+def large_files(weights: list[Path], weights_url: str) -> str:
     """``large_files.yml`` as the model zoo, and MONAI's ``download_large_files``, read it."""
     text = "large_files:\n"
     for path in weights:
-        url = f"{weights_url.rstrip('/')}/{path.name}" if weights_url else ""
-        text += f'  - path: "models/{path.name}"\n    url: "{url}"\n'
+        text += f'  - path: "models/{path.name}"\n    url: "{weights_url.rstrip("/")}/{path.name}"\n'
         text += f'    hash_val: "{sha256(path)}"\n    hash_type: "sha256"\n'
     return text
 
@@ -243,7 +248,11 @@ def write_zip(folder: Path, path: Path) -> None:
 
 
 def export(
-    bundle: str | Path, out: str | Path, weights_url: str | None = None, trained_on: str | None = None
+    bundle: str | Path,
+    out: str | Path,
+    weights_url: str | None = None,
+    trained_on: str | None = None,
+    keep_large: bool = False,
 ) -> tuple[Path, Path]:
     """Write ``<out>/<name>/`` and ``<out>/<name>_v<version>.zip``, each whole or not there, and return both paths.
 
@@ -252,11 +261,13 @@ def export(
         out: a folder, made if need be.
         weights_url: where the person hosts the bundle's models folder. Weights over 25 MB, which the model zoo takes
             from elsewhere, are then left out; ``large_files.yml`` has address and hash, and MONAI's
-            ``download_large_files`` brings them back. Without it they stay in, and the file has their hash alone.
+            ``download_large_files`` brings them back.
         trained_on: what the weights have seen, for the README.
+        keep_large: leave such weights in, for a place that takes them.
 
     Raises:
-        ExportError: the bundle lacks a file; ``out`` holds an export already; a path of this machine is in a file.
+        ExportError: the bundle lacks a file; ``out`` holds an export already; a path of this machine is in a file;
+            weights are too large for the zoo, and neither ``weights_url`` nor ``keep_large`` says what to do.
     """
     bundle, out = Path(bundle).resolve(), Path(out).resolve()
     for name in NEEDED:
@@ -279,6 +290,13 @@ def export(
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(module, copy)
         weights = copy_weights(bundle / "models", work / "models")
+        large = [path for path in weights if path.stat().st_size > LARGE]
+        if large and not weights_url and not keep_large:
+            raise ExportError(
+                f"{', '.join(path.name for path in large)} of {bundle / 'models'}: over 25 MB, which the model zoo "
+                "does not take: give --weights_url, where you host the models folder, or --keep_large for a place that "
+                "takes such files, as the Hugging Face hub does"
+            )
         if not any(path.name == "model.pt" for path in weights):
             logger.warning(
                 f"{bundle / 'models'} has no model.pt: the export holds no weights to infer with. Train, or bring a "
@@ -293,15 +311,12 @@ def export(
         (work / "docs" / "README.md").write_text(readme)
         (work / "README.md").write_text(CARD + readme)
         (work / "requirements.txt").write_text(requirements(metadata))
-        large = [path for path in weights if path.stat().st_size > LARGE]
-        if large:
+        if large and weights_url:
             (work / "large_files.yml").write_text(large_files(large, weights_url))
-            advice = "for the model zoo, which takes no such file, host it elsewhere and give --weights_url"
-            if weights_url:
-                advice = f"left out, put what is in {bundle / 'models'} at {weights_url}"
-                for path in large:
-                    path.unlink()
-            logger.warning(f"{', '.join(path.name for path in large)}: over 25 MB; {advice}")
+            for path in large:
+                path.unlink()
+            names = ", ".join(path.name for path in large)
+            logger.warning(f"{names}: over 25 MB, left out: put what is in {bundle / 'models'} at {weights_url}")
         refuse_paths(work, {Path.home(), PACKAGE.resolve().parent, bundle})
         stamp = {"bundle": bundle.name, "version": metadata["version"], "sha256": content_hash(work)}
         (work / PACKAGE.name / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")
@@ -316,6 +331,7 @@ def main() -> None:
     parser.add_argument("bundle", help="folder of the bundle, such as bundles/segment")
     parser.add_argument("--out", required=True, help="where its export goes")
     parser.add_argument("--weights_url", help="where the models folder is hosted; leaves weights over 25 MB out")
+    parser.add_argument("--keep_large", action="store_true", help="leave them in, for a place that takes such files")
     parser.add_argument("--trained_on", help="what the weights were trained on, for the README")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

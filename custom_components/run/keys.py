@@ -11,6 +11,7 @@ that config's overlays, to a JSON Schema each; what another section says of a ke
 """
 
 import argparse
+import ast
 import difflib
 import functools
 import inspect
@@ -48,6 +49,7 @@ UNSAFE = (EXPR_KEY, ID_REF_KEY, MACRO_KEY)  # what MONAI evaluates where a text 
 FLAG = re.compile("--|-[A-Za-z]")  # as fire tells flags from values
 OTHERS = {"atMostKey": "at most", "multipleOfKey": "a multiple of"}  # keywords that name another key
 SECTIONS = ("parts", "arguments")
+OF_WEIGHTS = re.compile(r"\$@described\.get\('\w+', (.+)\)")
 
 
 # the run
@@ -237,7 +239,7 @@ def literal(value: Any) -> Any:
 # the check
 
 
-def check_keys(bundle_root: str | Path, section: str) -> dict[str, Any]:
+def check_keys(bundle_root: str | Path, section: str, trained_with: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Hold the config that runs now against its bundle's schema, and set words in it to what they mean.
 
     ``null``, ``true`` and ``false`` become None, True and False where a key may be so, the word for a device becomes
@@ -247,6 +249,7 @@ def check_keys(bundle_root: str | Path, section: str) -> dict[str, Any]:
 
     Args:
         section: of the schema, named like the config file that the overlays lie on.
+        trained_with: key -> value for keys that neither an overlay nor the command line gives.
 
     Raises:
         InputError: a key, or an argument of a component, is unknown; a value has another type or range than it may
@@ -258,6 +261,7 @@ def check_keys(bundle_root: str | Path, section: str) -> dict[str, Any]:
     if run is None or folder is None:
         return {}
     check = _Check(run, folder, section)
+    check.take(trained_with or {})
     if problems := check.problems():
         raise InputError("; ".join(dict.fromkeys(problems)))
     return check.known_values
@@ -301,6 +305,19 @@ class _Check:
                 self.run.parser.parse(reset=True)
             found += self.values(literals=False)
         return found
+
+    def take(self, told: Mapping[str, Any]) -> None:
+        """Set keys that nobody gives."""
+        if self.files:
+            overlays = [content for file, content in self.files.items() if Path(file).stem != self.section]
+            given = {top(key.removeprefix(MERGE_KEY)) for keys in (self.run.given, *overlays) for key in keys}
+        else:  # nobody knows what was given
+            given = {key for key in self.config if self.config[key] != self.base.get(key)}
+        taken = {key: literal(told[key]) for key in self.schema.keys if key in told and key not in given}
+        taken = {key: value for key, value in taken.items() if key in self.config and value != self.config[key]}
+        if taken:
+            self.config |= taken
+            self.run.parser.parse(reset=True)
 
     # names
 
@@ -585,6 +602,9 @@ def reference(bundle: Path) -> str:
 
 def _row(key: str, spec: Mapping[str, Any], default: Any, where: str = "") -> str:
     text = json.dumps(default) if not isinstance(default, str) else default or '""'
+    if told := OF_WEIGHTS.fullmatch(text):
+        where += "the weights' own, or "
+        text = json.dumps(ast.literal_eval(told[1]))
     text = f"`{text}`" if len(text) <= 60 else "see the file"
     return f"| `{key}` | {where}{text} | {wanted(spec)} | {spec['description']} |".replace("||", "|")
 

@@ -221,6 +221,9 @@ def import_unetr(
         pattern.sub(lambda match: names[match[0]], name): tensor
         for name, tensor in _published(checkpoint, model_file, "model_file").items()
     }
+    description = None
+    if bundle_root is not None and settings is not None:
+        description = describe(settings, bundle_root, license=license, assumed=list(settings))
     _import(
         network,
         found,
@@ -231,8 +234,6 @@ def import_unetr(
         # the published network holds them, and leaves them out of its forward pass
         harmless=lambda name: name == "encoder.cls_token" or ".conv3." in name,
         reasons={},
-        description=None
-        if bundle_root is None or settings is None
-        else describe(settings, bundle_root, license=license, assumed=list(settings)),
+        description=description,
     )
     return network

@@ -84,7 +84,7 @@ class Checkpointer:
             and replaces what is there. A path resumes from that file.
         minutes: time between two checkpoints within an epoch, after a step of the optimiser; None writes none.
         recipe: settings of the training, and fingerprints of what it starts from. ``auto`` refuses a checkpoint of
-            another recipe.
+            another recipe; but another ``dataset_dir`` goes, where ``data`` and ``files`` show the same in it.
         description: of the weights, written beside each of them and inside the checkpoint; see
             :func:`custom_components.run.description.describe`.
         loss_check: sees every loss, and is called before anything is written.
@@ -233,6 +233,13 @@ class Checkpointer:
 
     def _compare_recipe(self, path: Path, saved: Mapping[str, Any]) -> None:
         changed = [key for key in self.recipe if key in saved and self.recipe[key] != saved[key]]
+        told = self.recipe.keys() & saved.keys()
+        if "dataset_dir" in changed and {"data", "files"} <= told and not {"data", "files"} & set(changed):
+            changed.remove("dataset_dir")
+            logger.info(
+                f"{path}: dataset_dir was {saved['dataset_dir']} and is {self.recipe['dataset_dir']}; going on, since "
+                "it has the same list, of files of the same sizes"
+            )
         changes = "; ".join(f"{key} was {saved[key]} and is {self.recipe[key]}" for key in changed)
         if changed and self.resume == "auto":
             raise InputError(

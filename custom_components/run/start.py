@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 from monai.utils import set_determinism
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ from custom_components.cpu import keep_freed
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder
-from custom_components.run.keys import check_keys
+from custom_components.run.keys import check_keys, running
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,13 @@ def start(
     rank_zero_alone: bool = False,
     keys: str = "train",
     writes: Sequence[str] = (),
+    trained_with: Mapping[str, Any] | None = None,
 ) -> None:
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
     Errors that a person can mend end in one line from here on (:class:`OneLineErrors`), the components are the bundle's
-    own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), and freed memory stays
-    with the process where there is no GPU.
+    own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), MONAI's ``--tracking``
+    works (:func:`track_batches`), and freed memory stays with the process where there is no GPU.
 
     Args:
         seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
@@ -53,6 +55,7 @@ def start(
         rank_zero_alone: under torchrun, end all processes but one: the work is not divided.
         keys: the section of ``configs/keys.json`` that says what the config's keys may be.
         writes: the keys whose folders the run writes to.
+        trained_with: values of keys that nobody gives, from the checkpoint of an evaluation.
 
     Raises:
         InputError: the components are not this bundle's, a key is wrong, a folder cannot be written, or the config
@@ -60,9 +63,10 @@ def start(
     """
     OneLineErrors()
     check_components(bundle_root)
-    values = check_keys(bundle_root, keys)
+    values = check_keys(bundle_root, keys, trained_with)
     one_console()
     tell(bundle_root, keys, values, writes)
+    track_batches()
     for key in writes:
         if values.get(key) is not None:
             check_folder(key, values[key])
@@ -103,6 +107,19 @@ def tell(bundle_root: str | Path, section: str, values: Mapping[str, Any], write
     folders = dict.fromkeys(str(values[key]) for key in writes if values.get(key) is not None)
     reads = f"reads {data}, " if data is not None else ""
     logger.info(f"{metadata['name']} {metadata['version']}, {section}: {reads}writes {', '.join(folders)}")
+
+
+def track_batches() -> None:
+    """Let ``--tracking`` take a trainer's loss from whole batches: MONAI's default needs decollated ones."""
+    run = running()
+    handlers = run.parser.get("train#handlers") if run is not None else None
+    handlers = [handler for handler in handlers if isinstance(handler, dict)] if isinstance(handlers, list) else []
+    defaults = [settings["configs"]["trainer"]["output_transform"] for settings in DEFAULT_EXP_MGMT_SETTINGS.values()]
+    tracking = [handler for handler in handlers if handler.get("output_transform") in defaults]
+    for handler in tracking:
+        handler["output_transform"] = "$lambda output: output['loss']"
+    if tracking:
+        run.parser.parse(reset=True)
 
 
 def check_components(bundle_root: str | Path) -> None:

@@ -116,7 +116,7 @@ def description_of(path: str | Path, content: Any = None) -> dict[str, Any] | No
     try:
         found = json.loads(beside.read_text())
         described, settings = found["sha256"], dict(found["settings"])
-    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{beside}: is damaged, or no description of {path.name}; bring both from where they came, or delete it to "
             "load the weights as they are, and give all keys that they were trained with"
@@ -145,6 +145,18 @@ def described(
     recipe = told.get("recipe") or {}  # which alone tells the score of weights of before the settings did
     settings = {key: recipe[key] for key in SCORE if key in recipe} | told["settings"]
     return {key: value for key, value in settings.items() if key not in leave_out}
+
+
+def trained_with(checkpoint: str | Path) -> dict[str, Any]:
+    """All that a checkpoint of a training was made with, by the names of its config's keys, for its evaluation.
+
+    Beside what the weights must be used with (:func:`described`), the recipe: masks, losses, sizes of the decoders.
+
+    Raises:
+        InputError: no such file, or an unreadable one.
+    """
+    told = description_of(checkpoint) or {}
+    return {**told.get("recipe", {}), **told.get("settings", {})}
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -9,11 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import monai.bundle
 import pytest
 import torch
+from mlflow import MlflowClient
 from monai.bundle import ConfigWorkflow
+from monai.utils import path_to_sqlite_uri
 
 from custom_components.run.description import describe
 from custom_components.run.weights import save_weights
@@ -125,3 +128,21 @@ def has_properties(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
         assert workflow.check_properties() == []
 
     return check
+
+
+@pytest.fixture
+def tracked(run_here: Callable, tmp_path: Path) -> Callable[..., list[Any]]:
+    """Runs a config with MONAI's ``--tracking mlflow``, and gives the runs that MLflow's client reads back."""
+
+    def call(configs: list[str], run_id: str | None = None, **keys: object) -> list[Any]:
+        run_here(configs, run_id, tracking="mlflow", **keys)
+        found = []
+        for path in tmp_path.rglob("mlruns.db"):
+            client = MlflowClient(tracking_uri=path_to_sqlite_uri(str(path)))
+            experiment = client.get_experiment_by_name("monai_experiment")
+            for run in client.search_runs([experiment.experiment_id]):
+                run.losses = client.get_metric_history(run.info.run_id, "train_loss")
+                found.append(run)
+        return found
+
+    return call

@@ -64,8 +64,9 @@ def defaults() -> dict[str, object]:
     return {"dataset_dir": "data/phantom", "compare_after_training": False}
 
 
-def curve(folder: Path, tag: str = "loss/total") -> list[float]:
-    return [event.value for event in EventAccumulator(str(folder / "tensorboard")).Reload().Scalars(tag)]
+def validations(output_dir: Path) -> list[float]:
+    events = EventAccumulator(str(output_dir / "tensorboard" / "validation")).Reload()
+    return [event.value for event in events.Scalars("auroc")]
 
 
 def test_demo_leaves_weights_tables_and_curves(bundle: Path) -> None:
@@ -75,7 +76,7 @@ def test_demo_leaves_weights_tables_and_curves(bundle: Path) -> None:
     pretrained = torch.load(bundle.parent / "pretrain" / "models" / "encoder.pt", weights_only=True)
     assert torch.equal(weights["encoder.blocks.2.mlp.fc1.weight"], pretrained["blocks.2.mlp.fc1.weight"])
     assert (bundle / "eval" / "roc_pr.png").stat().st_size > 10_000
-    assert len(curve(bundle / "eval", "auroc")) == 4  # ten steps of 8 of 24 volumes: the last epoch has one step
+    assert len(validations(bundle / "eval")) == 4  # ten steps of 8 of 24 volumes: the last epoch has one step
     metrics = json.loads((bundle / "eval" / "metrics.json").read_text())
     assert metrics["selected_on_test"] is False and metrics["volumes"] == 16
     assert set(metrics["per_class"]) | set(metrics["left_out"]) == set(DEMO_CLASSES)
@@ -113,6 +114,19 @@ def test_overrides_reach_every_run_of_the_demo(bundle: Path) -> None:
     assert list(table) == ["labels", "class", "simcrop", "random_encoder", "hu_histogram", "raw_statistics"]
 
 
+def test_every_writer_of_curves_has_a_folder_of_its_own(bundle: Path) -> None:
+    runs = ["", *(f"{name}_{fraction}" for name in ("simcrop", "random_encoder") for fraction in ("0.5", "1"))]
+    folders = {bundle / "eval" / "tensorboard" / run / part for run in runs for part in ("", "validation")}
+    files = list((bundle / "eval").rglob("events.*"))
+    assert {path.parent for path in files} == folders and len(files) == len(folders)
+
+
+def test_mlflow_tracks_a_training_and_its_validation(tracked: Callable) -> None:
+    (run,) = tracked(TRAIN, **TINY | {"max_steps": 2, "evaluate_after_training": False})
+    assert run.info.status == "FINISHED" and [loss.step for loss in run.losses] == [1, 2]
+    assert 0 <= run.data.metrics["auroc"] <= 1 and run.data.params["max_epochs"] == "1"
+
+
 def test_a_second_run_encodes_nothing(bundle: Path, run_here: Callable) -> None:
     before = {path: path.stat().st_mtime_ns for path in (bundle / "data" / "features").rglob("*.npy")}
     assert before
@@ -144,7 +158,8 @@ def test_resume_goes_on_where_it_was_killed(run_here: Callable, tmp_path: Path) 
 
 def test_early_stopping_and_another_recipe(run_here: Callable, refuses: Callable, tmp_path: Path) -> None:
     keys = TINY | {"max_steps": 200, "learning_rate": 0.0, "patience": 2, "evaluate_after_training": False}
-    run_here(TRAIN, **keys)
+    run_here(TRAIN, **keys, log_dir=None)
+    assert not list(tmp_path.rglob("events.*")) and not Path("runs").exists()
     checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
     assert checkpoint["trainer"]["iteration"] == 9  # one epoch of three steps is best, two are not better
     refuses(TRAIN, keys | {"learning_rate": 0.1}, "learning_rate was 0.0 and is 0.1", "resume")
@@ -292,6 +307,19 @@ def test_ones_own_data_by_the_documented_overlays(
     assert (metrics["volumes"], metrics["selected_on_test"]) == [(5, False), (4, False), (12, True)][example]
     run_here(["inference.json"], dataset_dir=CT)
     assert list(pd.read_csv(tmp_path / "eval" / "predictions.csv"))[2:] == overlay["classes"]
+
+
+def test_a_missing_test_list_is_found_before_any_volume_is_read(refuses: Callable, tmp_path: Path) -> None:
+    """A training that tests nothing needs none."""
+    rows = [{"scan": i, "Nodule": i % 2, "Effusion": i // 2 % 2} for i in range(16)]
+    pd.DataFrame(rows).to_csv(tmp_path / "train.csv", index=False)
+    for i in range(16):
+        (tmp_path / f"{i}.nii.gz").touch()  # unreadable
+    keys = {"dataset_dir": tmp_path, "labels": {"train": "train.csv"}, "classes": ["Nodule", "Effusion"]}
+    keys |= {"id_column": "scan", "name_pattern": None, "images": "{name}.nii.gz", "validation_share": 0.5}
+    keys |= {"max_steps": 2, "features_dir": None}
+    refuses(TRAIN, keys, "has no labels of split test")
+    refuses(TRAIN, keys | {"evaluate_after_training": False}, ".nii.gz", "read")
 
 
 def test_training_without_a_data_set_says_which_to_add(refuses: Callable) -> None:

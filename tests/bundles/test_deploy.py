@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -105,3 +108,35 @@ def test_what_is_not_there_or_named_alike(deploy: Callable, tmp_path: Path) -> N
     (tmp_path / "scans" / "a.mha").touch()
     with pytest.raises(SystemExit, match="error: .*a.mha has the name of another"):
         deploy(str(tmp_path / "scans"))
+
+
+KEYS = {
+    "--pixdm=[1,1,1]": "--pixdm is no key of deploy.json: did you mean pixdim?",
+    "--pixdim=[1,1]": "pixdim is [1, 1]: give three numbers of mm above 0",
+    "--hu_range=[1000,-1000]": "hu_range is [1000, -1000]: give two numbers of HU, ascending",
+    "--img-size=[96,96,4.5]": "img_size is [96, 96, 4.5]: give three whole numbers of voxels above 0",
+    "--overlap=1": "overlap is 1: give a number from 0",
+    "--sw_batch_size=four": "sw_batch_size is four: give a whole number above 0",
+    "--output_dir=$open('ran', 'w').name": "output_dir $open('ran', 'w').name begins as code does",
+}
+
+
+@pytest.mark.parametrize("word", KEYS)
+def test_a_wrong_key_is_told_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, word: str
+) -> None:
+    """By the command line itself, in this process, which spares the imports: no script, no scan is looked at."""
+    monkeypatch.chdir(tmp_path)
+    command = ["--config_file", str(BUNDLES / "segment/configs/deploy.json"), "--logging_file", "False", word]
+    monkeypatch.setattr(sys, "argv", ["monai.bundle", "run", *command, "--dataset_dir", "./absent.nii"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+    assert stopped.value.code.startswith(f"error: {KEYS[word]}") and "\n" not in stopped.value.code
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_key_of_deployment_may_be_given() -> None:
+    config = json.loads((BUNDLES / "segment/configs/deploy.json").read_text())
+    schema = json.loads((BUNDLES / "segment/configs/keys.json").read_text())
+    known = {key for section, keys in schema.items() if section not in ("parts", "arguments") for key in keys}
+    assert set(config["keys"]) == known & config.keys() | {"description"}

@@ -131,6 +131,32 @@ def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, tmp_path: 
     assert again["masked_voxel_mse"]["simcrop"] == pytest.approx(first["masked_voxel_mse"]["simcrop"], rel=0.1)
 
 
+def test_evaluation_takes_from_its_checkpoint_what_nobody_gives(
+    bundle: Path, run_here: Callable, refuses: Callable, tmp_path: Path
+) -> None:
+    """Without the demo's overlay: sizes, decoders, masks, losses and the text encoder are the checkpoint's."""
+    demo = json.loads((BUNDLE / "configs" / "demo.json").read_text())
+    keys = {"dataset_dir": bundle / "data" / "phantom", "models_dir": bundle / "models", "num_workers": 0, "amp": False}
+    keys |= {"eval_batch_size": 4, "sentences": demo["sentences"]}
+    run_here(["train.json", "evaluate.json"], **keys)
+    run_here([*TRAIN, "evaluate.json"], **keys, output_dir=tmp_path / "demo")
+    found, expected = (json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("eval", "demo"))
+    assert found == expected and found["presence_auc"]
+    overlay = bundle / "configs" / "my_spacing.json"
+    overlay.write_text('{"pixdim": [1.5, 1.5, 3.0]}')
+    words = ["checkpoint.pt", "pixdim [4.0, 4.0, 8.0]", "pixdim is [1.5, 1.5, 3.0]"]
+    for files, more in (([], {"pixdim": [1.5, 1.5, 3.0]}), ([overlay.name], {})):
+        refuses(["train.json", *files, "evaluate.json"], keys | more, *words)
+    refuses(["train.json", "evaluate.json"], keys | {"models_dir": tmp_path}, "checkpoint.pt: no such checkpoint")
+
+
+def test_mlflow_tracks_a_training(bundle: Path, tracked: Callable) -> None:
+    keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir")} | {"max_epochs": 1}
+    (run,) = tracked(TRAIN, **keys, dataset_dir=bundle / "data" / "phantom", evaluate_after_training=False)
+    assert run.info.status == "FINISHED" and [loss.step for loss in run.losses] == [1, 2]
+    assert all(0 < loss.value for loss in run.losses) and run.data.metrics["lr_group_0"] >= 0
+
+
 SMALL = {"img_size": [64, 64, 32], "pixdim": [5.0, 5.0, 10.0], "num_layers": 1, "num_heads": 1, "text_cache_size": 0}
 
 
@@ -221,7 +247,10 @@ def test_training_alone_needs_no_validation_data(bundle: Path, run_here: Callabl
     (tmp_path / "mine" / "valid.jsonl").unlink()
     (bundle / "configs" / "my_data.json").write_text(json.dumps(documented_overlays(bundle)[2]))
     keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir")} | {"max_epochs": 1}
-    run_here([*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine", evaluate_after_training=False)
+    run_here(
+        [*TRAIN, "my_data.json"], **keys, dataset_dir=tmp_path / "mine", evaluate_after_training=False, log_dir=None
+    )
+    assert not list(tmp_path.rglob("events.*")) and not Path("runs").exists()
     assert (tmp_path / "models" / "encoder.pt").is_file()
 
 
@@ -309,7 +338,10 @@ def test_another_text_encoder_is_refused_and_a_moved_one_is_not(
 
 
 def other_data(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
-    return {"dataset_dir": Path(shutil.copytree(bundle / "data" / "phantom", folder / "other"))}
+    other = Path(shutil.copytree(bundle / "data" / "phantom", folder / "other"))
+    first, second = sorted(other.glob("dataset/train_fixed/*/*/*.nii.gz"))[:2]
+    shutil.copy(first, second)
+    return {"dataset_dir": other}
 
 
 def other_list(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
@@ -326,16 +358,37 @@ def other_start(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
     return {"mae_checkpoint": folder / "mae.pth"}
 
 
-@pytest.mark.parametrize(
-    ("change", "key"),
-    [(other_data, "dataset_dir"), (other_list, "data"), (other_text, "text_encoder"), (other_start, "mae_checkpoint")],
-)
+def other_heads(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
+    return {"num_heads": 3}  # of tensors of the same size
+
+
+def other_decoder(bundle: Path, folder: Path, minilm: str) -> dict[str, object]:
+    return {"report_decoder_heads": 4}
+
+
+CHANGES = {
+    "dataset_dir": other_data, "data": other_list, "text_encoder": other_text, "mae_checkpoint": other_start,
+    "num_heads": other_heads, "report_decoder_heads": other_decoder,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "change"), CHANGES.items(), ids=CHANGES)
 def test_resuming_on_other_inputs_is_refused(
-    bundle: Path, refuses: Callable, minilm: str, tmp_path: Path, change: Callable, key: str
+    bundle: Path, refuses: Callable, minilm: str, tmp_path: Path, key: str, change: Callable
 ) -> None:
     keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir#")} | {"dataset_dir": "data/phantom"}
     keys |= {"models_dir": bundle / "models", "max_epochs": 3} | change(bundle, tmp_path, minilm)
     refuses(TRAIN, keys, "checkpoint.pt", "another recipe", f"{key} was ", "and is")
+
+
+def test_resuming_on_the_same_data_in_another_place(
+    bundle: Path, run_here: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = {k: v for k, v in TINY.items() if not k.startswith("dataset_dir#")} | {"evaluate_after_training": False}
+    keys |= {"models_dir": Path(shutil.copytree(bundle / "models", tmp_path / "models"))}
+    caplog.set_level("INFO")
+    run_here(TRAIN, **keys, dataset_dir=Path(shutil.copytree(bundle / "data" / "phantom", tmp_path / "moved")))
+    assert "has the same list, of files of the same sizes" in caplog.text and "is finished" in caplog.text
 
 
 def test_old_weights_load_and_what_is_assumed_is_told(

@@ -82,6 +82,9 @@ def test_demo_compares_contenders_at_fractions(bundle: Path) -> None:
     table = pd.read_csv(bundle / "eval" / "metrics.csv")
     assert list(table) == ["fraction", "contender", "of", "dice", "interval"]
     assert (bundle / "eval" / "comparison.png").stat().st_size > 5_000
+    runs = [f"{name}_{part}_lr_{lr}" for name in metrics["dice"]["1"] for part in ("0.5", "1") for lr in (0.001, 0.01)]
+    folders = {bundle / "eval" / "tensorboard" / run / part for run in runs for part in ("", "validation")}
+    assert {path.parent for path in (bundle / "eval").rglob("events.*")} == folders
     for name in (folder(bundle, "pretrained", 0.5), folder(bundle, "scratch", 1)):
         for figure in ("box_plots.png", "contours.png"):
             assert (bundle / "eval" / name / figure).stat().st_size > 10_000
@@ -147,8 +150,11 @@ def test_training_resumes_and_draws(run_here: Callable, cohort: dict, tmp_path: 
     run_here(TRAIN, "training", **cohort)
     checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
     assert checkpoint["trainer"]["iteration"] == 8 and checkpoint["selection"]["epoch"] >= 1
-    events = EventAccumulator(str(tmp_path / "eval" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    log_dir = tmp_path / "eval" / "tensorboard"
+    assert len(list(log_dir.rglob("events.*"))) == 4  # of two runs, for training and validation
+    events = EventAccumulator(str(log_dir)).Reload()
     assert [event.step for event in events.Scalars("loss/total")] == list(range(1, 9))
+    events = EventAccumulator(str(log_dir / "validation"), size_guidance={"images": 0}).Reload()
     assert [event.step for event in events.Images("validation/contours")] == [1, 2]
     assert len(events.Scalars("dice")) == len(events.Scalars("dice_with_background")) == 2
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
@@ -159,11 +165,40 @@ def test_training_resumes_and_draws(run_here: Callable, cohort: dict, tmp_path: 
     assert table["dice"].dropna().between(0, 1).all()
 
 
+def test_mlflow_tracks_a_training_and_its_validation(tracked: Callable, cohort: dict) -> None:
+    keys = cohort | {"max_epochs": 1, "batch_size": 2, "evaluate_after_training": False}
+    (run,) = tracked(TRAIN, "training", **keys)
+    assert run.info.status == "FINISHED" and [loss.step for loss in run.losses] == [1, 2]
+    assert 0 <= run.data.metrics["dice"] <= 1 and run.data.params["max_epochs"] == "1"
+
+
+def test_mlflow_tracks_every_run_of_the_demo(tracked: Callable, cohort: dict) -> None:
+    keys = cohort | {"max_epochs": 1, "batch_size": 2, "fractions": [1.0], "learning_rates": []}
+    runs = tracked(TRAIN, **keys)
+    assert len(runs) == 2 and all(run.info.status == "FINISHED" and len(run.losses) == 2 for run in runs)
+
+
 def test_training_stops_early(run_here: Callable, cohort: dict, tmp_path: Path) -> None:
     keys = {"learning_rate": 0.0, "weight_decay": 0.0, "max_epochs": 9, "patience": 1, "evaluate_after_training": False}
-    run_here(TRAIN, "training", **cohort | keys)
+    run_here(TRAIN, "training", **cohort | keys, log_dir=None)
+    assert not list(tmp_path.rglob("events.*")) and not Path("runs").exists()
     checkpoint = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)
     assert checkpoint["trainer"]["epoch"] == 2 and checkpoint["selection"]["epoch"] == 1
+
+
+def test_a_missing_test_list_is_found_before_any_volume_is_read(refuses: Callable, tmp_path: Path) -> None:
+    """By the demo's comparison, which tests the chosen runs alone, too; a training that tests nothing needs none."""
+    for name in ("a.nii.gz", "b.nii.gz", "label.nii.gz"):
+        (tmp_path / name).touch()  # unreadable
+    item = {"image": "a.nii.gz", "label": "label.nii.gz"}
+    lists = {"training": [item], "validation": [item | {"image": "b.nii.gz"}]}
+    (tmp_path / "dataset.json").write_text(json.dumps(lists))
+    keys = {"dataset_dir": tmp_path, "datalist": "dataset.json"}
+    for run_id in ("training", None):
+        refuses(TRAIN, keys, "test_split is testing", "no such list", run_id=run_id)
+    for run_id in ("training", None):
+        refuses(TRAIN, keys | {"test_split": "validation"}, "a.nii.gz", run_id=run_id)
+    refuses(TRAIN, keys | {"evaluate_after_training": False}, "a.nii.gz", run_id="training")
 
 
 def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, cohort: dict, tmp_path: Path) -> None:

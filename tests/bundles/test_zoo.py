@@ -6,6 +6,7 @@ import ast
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -76,6 +77,30 @@ def test_names(name: str) -> None:
 def test_metadata_satisfies_monais_schema(name: str) -> None:
     jsonschema.validate(metadata(name), json.loads(SCHEMA.read_text()))
     assert all(isinstance(reference, str) for reference in metadata(name)["references"])
+
+
+@each_bundle
+def test_metadata_tells_the_documented_figures_and_of_what_they_are(name: str) -> None:
+    metrics = dict(metadata(name)["eval_metrics"])
+    assert "phantoms" in metrics.pop("data") and len(metrics) >= 2
+    told = readme(name).split("## Performance")[1].split("## MONAI Bundle Commands")[0]
+    for value in metrics.values():
+        assert re.search(rf"\b{value:.3f}", told), value
+
+
+@each_bundle
+def test_metadata_calls_logits_logits_and_tells_what_comes_of_them(name: str) -> None:
+    data_format = metadata(name)["network_data_format"]
+    pred, after = data_format["outputs"]["pred"], data_format["post_processed_outputs"]
+    inference = json.loads((folder(name) / "configs" / "inference.json").read_text())
+    if name == "pretrain":
+        assert list(after["similarity"]["channel_def"].values()) == inference["sentences"]
+        assert after["embedding"] == pred
+        return
+    (output,) = after.values()
+    assert pred["type"] == "logits" and output["channel_def"] == pred["channel_def"]
+    highest = {"classify": 1, "segment": pred["num_channels"] - 1}[name]
+    assert output["value_range"] == [0, highest] and output["num_channels"] == {"classify": 18, "segment": 1}[name]
 
 
 @each_bundle
@@ -261,6 +286,35 @@ def test_files_are_small_and_lines_short(name: str, tmp_path: Path) -> None:
         assert path.is_dir() or path.stat().st_size < LARGE
         if path.suffix == ".py":
             assert max(map(len, path.read_text().splitlines()), default=0) <= 120
+
+
+@pytest.fixture(scope="module")
+def python_of_exports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of all exports in one folder, placed as in the model zoo, away from this repository's settings."""
+    out = tmp_path_factory.mktemp("zoo")
+    for name in BUNDLES:
+        for module in components(folder(name) / "configs"):
+            target = out / "models" / "simcrop" / module.relative_to(REPOSITORY)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(module, target)
+    return out
+
+
+ZOO_STYLE = {
+    "isort": ["--check", "--diff", "--profile", "black", "--line-length", "120", "."],
+    "black": ["--check", "--diff", "-q", "-l", "120", "-C", "-t", "py37", "-t", "py38", "-t", "py39", "."],
+    "flake8": [
+        "--isolated", "--max-line-length", "120", "--select", "B,C,E,F,N,P,T4,W,B9", "--per-file-ignores",
+        "__init__.py:F401", "--ignore", "E203,E501,E741,W503,W504,C408,N812,B023", ".",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("tool", ZOO_STYLE)
+def test_exports_pass_the_zoos_style(python_of_exports: Path, tool: str) -> None:
+    command = [sys.executable, "-m", tool, *ZOO_STYLE[tool]]
+    done = subprocess.run(command, cwd=python_of_exports, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @each_bundle

@@ -997,6 +997,7 @@ def test_images_of_one_name_in_a_folder_per_case(btcv: Path) -> None:
 def test_a_bad_list_is_told(btcv: Path) -> None:
     with pytest.raises(InputError, match="split is testing, and datalist .* has no such list .*training, validation"):
         msd(btcv, split="testing")
+    assert msd(btcv, split="testing", required=False) == []
     (btcv / "labelsTr" / "7.nii.gz").unlink()
     with pytest.raises(InputError, match="1 files of training.*7.nii.gz"):
         msd(btcv)

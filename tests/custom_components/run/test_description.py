@@ -15,7 +15,13 @@ from monai.bundle import ckpt_export
 from torch import nn
 
 from custom_components.errors import InputError
-from custom_components.run.description import check_settings, data_fingerprint, describe, file_fingerprint
+from custom_components.run.description import (
+    check_settings,
+    data_fingerprint,
+    describe,
+    file_fingerprint,
+    files_fingerprint,
+)
 from custom_components.run.weights import (
     described,
     description_of,
@@ -77,6 +83,23 @@ def test_a_list_of_data_is_the_same_wherever_it_lies_and_another_when_it_says_so
     assert data_fingerprint(items("data/two"), "./data/two/") == first
     for other in (items("/data/one", label=0), items("/data/one", name="b"), items("/data/one") * 2):
         assert data_fingerprint(other, "/data/one") != first
+
+
+def test_data_in_another_place_is_known_by_names_and_sizes(tmp_path: Path) -> None:
+    def items(folder: str, size: int = 5) -> list[dict]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "ct.nii.gz").write_bytes(bytes(size))
+        return [
+            {
+                "image": f"{tmp_path}/{folder}/ct.nii.gz",
+                "label": np.array([0.0], np.float32),
+                "findings": "/ is no path",
+            }
+        ]
+
+    first = files_fingerprint(items("one"), tmp_path / "one")
+    assert first.startswith("1 files, ") and files_fingerprint(items("two"), tmp_path / "two") == first
+    assert files_fingerprint(items("two", 6), tmp_path / "two") != first
 
 
 def test_the_fingerprint_of_a_file_is_of_its_content(tmp_path: Path) -> None:

@@ -211,7 +211,16 @@ def test_an_export_fits_its_weights(name: str, tmp_path: Path, monkeypatch: pyte
     }[name]  # fmt: skip
     assert image["spatial_shape"] == SMALL["img_size"] and pred["num_channels"] == scripted.shape[1]
     assert pred["spatial_shape"] == (SMALL["img_size"] if name == "segment" else [])
-    assert list(pred["channel_def"].values()) == classes
+    assert list(pred["channel_def"].values()) == classes and metadata["eval_metrics"] == {}
+    after = metadata["network_data_format"]["post_processed_outputs"]
+    if name == "pretrain":
+        assert after["embedding"]["num_channels"] == 24
+    else:
+        (output,) = after.values()
+        assert list(output["channel_def"].values()) == classes
+        assert output["num_channels"] == (1 if name == "segment" else 3) and output["value_range"] == [
+            0, 2 if name == "segment" else 1
+        ]  # fmt: skip
     assert "HU from -900 to 900" in metadata["image_classes"]
     keys = ("description", "image_classes", "label_classes", "pred_classes", "network_data_format")
     told = json.dumps([metadata[key] for key in keys])
@@ -279,17 +288,17 @@ def test_large_weights_are_left_out_and_brought_back_by_monai(bundle: Path, tmp_
     assert (folder / "models" / "model.pt").read_bytes() == (bundle / "models" / "model.pt").read_bytes()
 
 
-def test_large_weights_stay_in_where_nothing_else_hosts_them(
-    bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, small_limit: int
+def test_large_weights_that_nobody_hosts_are_refused_in_one_line(
+    bundle: Path, tmp_path: Path, small_limit: int
 ) -> None:
     weights(bundle, small_limit)
-    folder, _ = export(bundle, tmp_path / "out")
-    assert (folder / "models" / "model.pt").is_file() and "over 25 MB" in caplog.text and "--weights_url" in caplog.text
-    download_large_files(bundle_path=str(folder))  # there already: MONAI checks their hash
-    with open(folder / "models" / "model.pt", "r+b") as file:
-        file.write(b"damaged")
-    with pytest.raises(Exception, match="hash check"):
-        download_large_files(bundle_path=str(folder))
+    with pytest.raises(ExportError) as told:
+        export(bundle, tmp_path / "out")
+    assert str(told.value).startswith(f"model.pt, encoder.pt of {bundle / 'models'}: over 25 MB")
+    assert "--weights_url" in str(told.value) and "\n" not in str(told.value)
+    assert not list((tmp_path / "out").iterdir())
+    folder, _ = export(bundle, tmp_path / "out", keep_large=True)
+    assert (folder / "models" / "model.pt").is_file() and not (folder / "large_files.yml").exists()
 
 
 def test_torchscript_loses_paths_and_keeps_its_numbers(bundle: Path, tmp_path: Path) -> None:

@@ -286,6 +286,22 @@ def test_a_finished_training_is_told_and_goes_on_with_more_epochs(tmp_path, capl
     assert (trainer.state.epoch, trainer.state.iteration) == (3, 15)
 
 
+def test_data_may_move_but_not_change(tmp_path, caplog):
+    recipe = {"dataset_dir": "/a", "data": "2 items, 1", "files": "2 files, 3"}
+    make_trainer(tmp_path, recipe=recipe).run()
+    caplog.set_level("INFO")
+    assert restored(tmp_path, recipe=recipe | {"dataset_dir": "/b"}).state.epoch == 2
+    assert "dataset_dir was /a and is /b; going on, since it has the same list" in caplog.text
+    for key in ("data", "files"):
+        for moved in ({}, {"dataset_dir": "/b"}):
+            with pytest.raises(InputError, match=f"another recipe .*{key} was"):
+                restored(tmp_path, recipe=recipe | moved | {key: "another"})
+    del recipe["files"]  # of before it was told
+    make_trainer(tmp_path / "old", recipe=recipe).run()
+    with pytest.raises(InputError, match="another recipe .dataset_dir was /a and is /b"):
+        restored(tmp_path / "old", recipe=recipe | {"dataset_dir": "/b", "files": "2 files, 3"})
+
+
 def test_another_recipe_is_refused_or_followed_if_the_path_is_given(tmp_path, caplog):
     make_trainer(tmp_path, recipe={"mask_ratio": 0.75, "hu_range": [-1000, 1000], "gone": 1}).run()
     recipe = {"mask_ratio": 0.5, "hu_range": [-1000, 1000], "new": 2}
