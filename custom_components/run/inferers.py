@@ -95,7 +95,7 @@ class ReadableLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
         self._what = "read"
-        attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
+        attempts = Dataset(range(len(self.dataset)), partial(attempt, self.dataset))
         loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
         given = {item["name"] for item in self.dataset.data if "name" in item}
         names = set(given)
@@ -114,7 +114,7 @@ class ReadableLoader:
         try:
             return engine._iteration(engine, batch)
         except Exception as error:
-            failure = _failure(batch["name"][0], error)
+            failure = reason_of(batch["name"][0], error)
         self._what = "read or processed"
         engine.state.output = None  # as large as the scan
         if torch.cuda.is_available():
@@ -139,16 +139,16 @@ class ReadableLoader:
             )
 
 
-def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
+def attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
     """An item with its name, or that name with the reason why there is none and the trace of it."""
     name = dataset.data[index].get("name", str(dataset.data[index].get("image")))
     try:
         return dataset[index], name, None
     except Exception as error:
-        return None, name, _failure(name, error)
+        return None, name, reason_of(name, error)
 
 
-def _failure(name: str, error: BaseException) -> tuple[str, str]:
+def reason_of(name: str, error: BaseException) -> tuple[str, str]:
     """Why a scan failed, in a line, and, where the scan is not known to be at fault, the trace to find the fault by.
 
     Raises:
