@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from custom_components.data.save import peaks, volumes
 from custom_components.errors import InputError
-from custom_components.run.inferers import attempt, reason_of
+from custom_components.run.inferers import reason_of
 from custom_components.run.start import check_components
 
 logger = logging.getLogger(__name__)
@@ -178,9 +178,10 @@ class Model:
             for start in tqdm(range(0, len(items), self.batch_size), unit="batch", disable=len(items) == 1):
                 read = {}
                 for i in range(start, min(start + self.batch_size, len(items))):
-                    item, _, failed = attempt(dataset, i)
-                    read |= {i: item} if failed is None else {}
-                    failures |= {} if failed is None else {i: failed}
+                    try:
+                        read[i] = dataset[i]
+                    except Exception as error:
+                        failures[i] = reason_of(items[i]["name"], error)
                 try:
                     found = self._infer(list(read.values()), inferer or self.inferer) if read else []
                     for (i, item), output in zip(read.items(), found, strict=True):

@@ -106,7 +106,8 @@ class ResultTable:
         """The rows of a scan, which all have the same columns; the first is its ``name``."""
         path = Path(self.path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "a" if self.scans else "w", newline="", encoding="utf-8") as file:
+        # a name of bytes that are no UTF-8 stays what it is
+        with open(path, "a" if self.scans else "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             if not self.scans:
                 writer.writeheader()
@@ -121,7 +122,8 @@ class ResultTable:
         table = pd.DataFrame(self.rows[: self.shown]).drop(columns="image").round(3)
         table = table.set_index("name").T if self.transposed else table
         width = max(24, shutil.get_terminal_size((120, 24)).columns - 88)  # the other columns take so many
-        print(table.to_string(index=self.transposed, na_rep="-", max_colwidth=width))
+        text = table.to_string(index=self.transposed, na_rep="-", max_colwidth=width)
+        print(text.encode(errors="replace").decode())
         if (more := len(self.rows) - self.shown) > 0:
             print(f"... and {more} more {'scans' if self.transposed else 'rows'}")
         print(

@@ -95,7 +95,7 @@ class ReadableLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
         self._what = "read"
-        attempts = Dataset(range(len(self.dataset)), partial(attempt, self.dataset))
+        attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
         loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
         given = {item["name"] for item in self.dataset.data if "name" in item}
         names = set(given)
@@ -139,7 +139,7 @@ class ReadableLoader:
             )
 
 
-def attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
+def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
     """An item with its name, or that name with the reason why there is none and the trace of it."""
     name = dataset.data[index].get("name", str(dataset.data[index].get("image")))
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import itk
@@ -26,6 +27,7 @@ from scipy.ndimage import map_coordinates
 
 from custom_components.data.read import LoadCTd
 from custom_components.data.save import (
+    AppendProbabilitiesd,
     LabelsInScand,
     MapsInScand,
     ResultTable,
@@ -242,3 +244,13 @@ def test_a_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture
     assert [line.split()[0] for line in told.splitlines()[1:3]] == ["Nodule", "Effusion"] and "1 more scans" in told
     ResultTable(path, "look at it").tell()  # of a run that no scan came through
     assert capsys.readouterr().out == ""
+
+
+def test_a_path_that_is_no_utf8_is_written_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    name = os.fsdecode(b"bad\xff")
+    image = MetaTensor(torch.zeros(1, 1, 1, 1), meta={"filename_or_obj": f"/data/{name}.nii"})
+    table = ResultTable(tmp_path / "predictions.csv", "")
+    AppendProbabilitiesd("p", ["nodule"], table)({"p": torch.ones(1), "name": name, "image": image})
+    assert (tmp_path / "predictions.csv").read_bytes() == b"name,image,nodule\nbad\xff,/data/bad\xff.nii,1.0\n"
+    table.tell()
+    assert "bad?" in capsys.readouterr().out
