@@ -10,6 +10,8 @@ SimCroP, one idea a file; whoever has read these has read the method:
     cpu.py          kernels and settings that only CPUs need
     distributed.py  errors.py  files.py  ground: processes, errors in one line, files that are always whole
 
+ask.py          trained weights of any bundle, asked from Python
+
 data/ how scans and reports come in, and how results go out:
     read.py         a CT or a label map from disk, with every check
     lists.py        reports, labels, MSD-style lists, folders of scans -> MONAI datalists

@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 from custom_components.distributed import gather_rows
 from custom_components.errors import InputError
 from custom_components.losses import SentenceVolumeScore
-from custom_components.text import Prompts, encode_sentences
+from custom_components.text import Prompts, encode_sentences, queries, read_prompts
 from custom_components.vit import (
     Block,
     SimCroPEncoder,
@@ -383,19 +384,48 @@ class VolumeEmbedder(nn.Module):
 
 @dataclass
 class SentenceSimilarityInferer(Inferer):
-    """How similar each sentence is to each place of a volume; text encoder and tokenizer are those of pre-training."""
+    """How well what is asked for fits a volume, and how similar each place is to it.
 
-    sentences: Sequence[str]
+    Args:
+        zero_shot: what is asked for; maps are those of each class' first positive sentence.
+        text_encoder, tokenizer: those of pre-training.
+        maps: whether to make those, each as large as the volume.
+    """
+
+    zero_shot: "ZeroShot"
     text_encoder: nn.Module
     tokenizer: PreTrainedTokenizerBase
+    maps: bool = True
+    _encoded: tuple[nn.Module, Tensor] | None = field(default=None, init=False, repr=False)
 
     def __call__(self, inputs: Tensor, network: VolumeEmbedder, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """``inputs [B, 1, X, Y, Z]`` -> ``similarity [B, S, X, Y, Z]``, cosines, and ``embedding [B, C]``."""
+        """Of ``inputs [B, 1, X, Y, Z]`` and S classes or sentences, float32.
+
+        Returns:
+            ``score [B, S]`` and ``probability [B, S]``, see :class:`ZeroShot`; ``embedding [B, C]``; and
+            ``similarity [B, S, X, Y, Z]``, cosines, where maps are wanted.
+        """
         volume = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
-        sentences = encode_sentences(self.sentences, network.aligner, self.text_encoder, self.tokenizer)
+        asked = self.zero_shot
+        if self._encoded is None or self._encoded[0] is not network:
+            features = encode_sentences(asked.sentences, network.aligner, self.text_encoder, self.tokenizer)
+            self._encoded = network, features  # once for all volumes
+        features = self._encoded[1]
         patches, embedding = network.patches_and_embedding(volume)
-        cosines = torch.stack([similarity(features, sentences) for features in patches])
-        return {"similarity": upsample_patches(cosines, network.encoder.grid, volume.shape[2:]), "embedding": embedding}
+        presence = asked(patches, features)
+        output = {"score": presence.score.T, "probability": presence.probability.T, "embedding": embedding}
+        if self.maps:
+            first = features[[asked.sentences.index(prompts.positive[0]) for prompts in asked.prompts.values()]]
+            cosines = torch.stack([similarity(each, first) for each in patches])
+            output["similarity"] = upsample_patches(cosines, network.encoder.grid, volume.shape[2:])
+        return output
+
+    def about(self, prompts: Any, classes: Sequence[str] | None = None, **changes: Any) -> "SentenceSimilarityInferer":
+        """The same inferer, asked for something else: see :func:`custom_components.text.queries` for sentences, and
+        :func:`custom_components.text.read_prompts` for a file (a Path), or for ``classes``."""
+        as_prompts = isinstance(prompts, Path) or classes is not None
+        prompts = read_prompts(prompts, classes) if as_prompts else queries(prompts)
+        return replace(self, zero_shot=replace(self.zero_shot, prompts=prompts), **changes)
 
 
 ENSEMBLES = ("mean_score", "max_score", "mean_embedding")

@@ -151,10 +151,10 @@ def queries(
     sentences: str | Sequence[str] | Mapping[str, Any],
     report: str | None = None,
     report_file: str | Path | None = None,
-) -> list[str]:
-    """The sentences to look for: those of a report if one is given, else ``sentences``, in any of their forms.
+) -> dict[str, Prompts]:
+    """What to look for, as :func:`read_prompts` has it: the sentences of a report if one is given, else ``sentences``.
 
-    Of a class with several sentences, its first positive one: each is a map of the scan's size.
+    A sentence that belongs to no class stands for itself.
 
     Args:
         report, report_file: the report's text, or a file in UTF-8 that holds it.
@@ -172,18 +172,23 @@ def queries(
             raise InputError(
                 f"report has {len(report)} characters: give the findings of one scan, {MAX_REPORT} at most"
             )
-        found = split_sentences(report)
+        sentences = split_sentences(report)
     elif isinstance(sentences, str):
-        found = [sentences]
-    else:
-        found = (
-            [said.positive[0] for said in read_prompts(sentences).values()]
-            if isinstance(sentences, Mapping)
-            else list(sentences)
-        )
-    if not found:
+        sentences = [sentences]
+    if not sentences:
         raise InputError("sentences and report hold no sentence: give one, as --sentences \"['There is a nodule.']\"")
-    return found
+    if isinstance(sentences, Mapping):
+        return read_prompts(sentences)
+    for said in sentences:
+        if not isinstance(said, str) or not said.strip():
+            raise InputError(f"sentences has {said!r}: give texts")
+    return {said: Prompts([said], []) for said in sentences}
+
+
+def titles(prompts: Mapping[str, Prompts]) -> dict[str, list[str]]:
+    """The columns that name prompts in a table: the first positive ``sentence``, and its ``class`` if it has one."""
+    columns = {"class": list(prompts), "sentence": [said.positive[0] for said in prompts.values()]}
+    return columns if columns["class"] != columns["sentence"] else {"sentence": columns["sentence"]}
 
 
 def tokenize_sentences(

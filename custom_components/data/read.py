@@ -16,10 +16,21 @@ from monai.transforms import MapLabelValue, MapTransform
 from torch import Tensor
 
 from custom_components.data.lists import stem
-from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, read_volume
+from custom_components.data.volume import (
+    Raw,
+    Unfit,
+    check_geometry,
+    check_voxels,
+    numbers,
+    read_volume,
+    three_axes,
+    with_guess,
+)
 from custom_components.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+IN_MEMORY = "the array"  # what stands for the path of a volume that was never a file
 
 
 class LoadCTd(MapTransform):
@@ -31,6 +42,7 @@ class LoadCTd(MapTransform):
     holds plain int16 or uint8 stays so, and if it is not compressed it stays on disk: only voxels that are used are
     read. Where a header is blank (no orientation, or an identity affine), a warning names what is assumed.
     An item without a ``name`` gets the file's, without its ending.
+    A volume in memory, MetaTensor [X, Y, Z] or [1, X, Y, Z] in HU with its affine (RAS+ mm), is checked all the same.
     For label maps use :class:`LoadLabeld`: one without any label would be refused here.
 
     Args:
@@ -64,9 +76,10 @@ class LoadCTd(MapTransform):
     def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
         data = dict(data)
         for key in self.key_iterator(data):
-            path = Path(data[key]).expanduser()
+            given = data[key]
+            path = Path(IN_MEMORY if isinstance(given, MetaTensor) else given).expanduser()
             with _in_one_line():
-                raw = read_volume(path, self.dicom_select)
+                raw = _held(given) if isinstance(given, MetaTensor) else read_volume(path, self.dicom_select)
                 check_geometry(path, raw)
                 if raw.guessed:
                     _told(path, raw.guessed, self.check_sides)
@@ -79,6 +92,15 @@ class LoadCTd(MapTransform):
             data[key] = image
             data.setdefault("name", stem(path))  # MONAI Label and Deploy send a path alone
         return data
+
+
+def _held(image: MetaTensor) -> Raw:
+    """A copy, since reading may clip it."""
+    voxels = image.as_tensor().cpu().numpy().copy()
+    voxels = voxels[0] if voxels.ndim == 4 and len(voxels) == 1 else voxels
+    path = Path(IN_MEMORY)
+    numbers(path, voxels.dtype)
+    return with_guess(Raw(voxels.reshape(three_axes(path, voxels.shape)), image.affine.cpu().double().numpy()))
 
 
 @cache

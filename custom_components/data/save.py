@@ -1,9 +1,13 @@
 """Results to disk: maps, labels and probabilities, in the geometry of the scan that they were made of."""
 
+import csv
 import logging
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -12,7 +16,7 @@ import torch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import compute_shape_offset
-from monai.transforms import MapTransform, SpatialResample
+from monai.transforms import Invertd, MapTransform, SpatialResample
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -64,9 +68,7 @@ def _straight(affine: np.ndarray) -> np.ndarray:
 
 def _to_save(maps: MetaTensor, data: Mapping[Hashable, object], mode: str) -> tuple[MetaTensor, np.ndarray]:
     """Maps [S, X, Y, Z] of a scan and their qform: on the scan's own grid, if every viewer can place that."""
-    image = data.get("image")
-    scan = image.meta.get("filename_or_obj", "") if isinstance(image, MetaTensor) else ""
-    affine = maps.affine.cpu().numpy()
+    scan, affine = _path_of(data), maps.affine.cpu().numpy()
     qform = _qform(affine, maps.shape[1:], scan)
     if qform is not None:
         return maps, qform
@@ -77,85 +79,173 @@ def _to_save(maps: MetaTensor, data: Mapping[Hashable, object], mode: str) -> tu
     straight = _straight(affine)
     shape, straight[:3, 3] = compute_shape_offset(maps.shape[1:], affine, straight)
     resample = SpatialResample(mode=mode, padding_mode="zeros", dtype=torch.float32)
+    maps = maps.nan_to_num(0.0) if maps.is_floating_point() else maps
     return resample(maps, dst_affine=straight, spatial_size=list(shape)).to(maps.dtype), straight
 
 
-class SaveMapsd(MapTransform):
-    """Saves the maps of a scan to ``<output_dir>/<name>/``.
+@dataclass
+class ResultTable:
+    """The CSV of all scans of a run, and what is said of it at the end.
 
-    ``<stem>_01.nii.gz`` and so on: one map per name, float32, in the geometry of the maps' own affine. ``<table>``:
-    each map's ``file``, ``map`` (its name), highest value ``max``, and ``x_mm``, ``y_mm``, ``z_mm``, where that is
-    (RAS+). ``embedding.npy`` where an embedding is asked for.
+    It is begun anew with the first scan of a run. Rows are written as scans are done, so a kill loses none.
 
     Args:
-        keys: of the maps, MetaTensor [S, X, Y, Z], already inverted to the scan's geometry.
-        names: of the S maps, such as sentences or classes.
-        columns: headers other than those above, as ``{"map": "class"}``.
+        next_steps: what a person does with the results, to be said at the end.
+        transposed: whether the table on the terminal has a column a scan, for a CSV with a column a class.
+        shown: rows that the terminal shows, or scans where it is transposed.
+    """
+
+    path: str | Path
+    next_steps: str
+    transposed: bool = False
+    shown: int = 40
+    rows: list[dict[str, Any]] = field(default_factory=list, init=False)
+    scans: int = field(default=0, init=False)
+
+    def append(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The rows of a scan, which all have the same columns; the first is its ``name``."""
+        path = Path(self.path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # a name of bytes that are no UTF-8 stays what it is
+        with open(path, "a" if self.scans else "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            if not self.scans:
+                writer.writeheader()
+            writer.writerows(rows)
+        self.scans += 1
+        self.rows += rows
+
+    def tell(self) -> None:
+        """Print the table, where it lies, and what to do next."""
+        if not self.rows:
+            return
+        table = pd.DataFrame(self.rows[: self.shown]).drop(columns="image").round(3)
+        table = table.set_index("name").T if self.transposed else table
+        width = max(24, shutil.get_terminal_size((120, 24)).columns - 88)  # the other columns take so many
+        text = table.to_string(index=self.transposed, na_rep="-", max_colwidth=width)
+        print(text.encode(errors="replace").decode())
+        if (more := len(self.rows) - self.shown) > 0:
+            print(f"... and {more} more {'scans' if self.transposed else 'rows'}")
+        print(
+            f"{self.scans} scan{'s' if self.scans > 1 else ''}: {Path(self.path).absolute()}\nnext: {self.next_steps}"
+        )
+
+
+def _path_of(data: Mapping[Hashable, Any]) -> str:
+    """Of the scan that an item was read from."""
+    image = data.get("image")
+    return str(image.meta.get("filename_or_obj", "")) if isinstance(image, MetaTensor) else ""
+
+
+class MapsInScand(Invertd):
+    """Brings maps ``[S, x, y, z]`` of the network's grid to the scan's, ``[S, X, Y, Z]`` with its affine.
+
+    They are NaN where the network did not look, outside of the field that its input was cropped to. What it saw of a
+    scan that was padded is left out.
+
+    Args:
+        keys: of the maps.
+        transform: the preprocessing of the item's ``image``.
+    """
+
+    def __init__(self, keys: KeysCollection, transform: Callable, allow_missing_keys: bool = False) -> None:
+        super().__init__(keys, transform, "image", nearest_interp=False, allow_missing_keys=allow_missing_keys)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        data = dict(data)
+        for key in self.key_iterator(data):
+            data[key] = MetaTensor(torch.as_tensor(data[key]))
+        data = super().__call__(data)
+        for key in self.key_iterator(data):
+            maps, image = data[key], data["image"]
+            to_network = torch.linalg.solve(image.affine.double().cpu(), maps.affine.double().cpu()).float()
+            x, y, z = (torch.arange(size, dtype=torch.float32) for size in maps.shape[1:])
+            for (a, b, c, d), size in zip(to_network.tolist(), image.shape[1:], strict=False):
+                place = (a * x)[:, None, None] + (b * y)[:, None] + (c * z + d)
+                maps.masked_fill_(((place < -0.5) | (place > size - 0.5)).to(maps.device), torch.nan)
+        return data
+
+
+def peaks(maps: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
+    """Highest values ``[S]`` of maps ``[S, X, Y, Z]``, and where they are in mm, ``[S, 3]`` (RAS+), but for NaN."""
+    values = [each.as_tensor().cpu().numpy() for each in maps]  # one at a time, since each is as large as the scan
+    index = np.array([np.unravel_index(np.nanargmax(each), each.shape) for each in values])
+    affine = maps.affine.cpu().numpy()
+    highest = np.array([each[tuple(place)] for each, place in zip(values, index, strict=True)])
+    return highest, index @ affine[:3, :3].T + affine[:3, 3]
+
+
+class SaveMapsd(MapTransform):
+    """Saves the maps of a scan to ``<output_dir>/<name>/``, and a row a map to the run's table.
+
+    ``<stem>_01.nii.gz`` and so on: one map per name, float32, in the geometry of the maps' own affine, 0 where they are
+    NaN. A row: ``name`` and ``image`` of the scan, what the map is of, the ``values``, its highest value ``max``, where
+    that is (``x_mm``, ``y_mm``, ``z_mm``, RAS+), and its ``map`` file below ``output_dir``. ``embedding.npy`` where an
+    embedding is asked for.
+
+    Args:
+        keys: of the maps, MetaTensor [S, X, Y, Z] in the scan's geometry, see :class:`MapsInScand`.
+        titles: what the S maps are of, column -> S entries, such as ``{"sentence": [...]}``.
+        values: keys of numbers [S] of the item, one per map.
         embedding_key: of the scan's embedding [C], or None.
     """
 
     def __init__(
         self,
         keys: KeysCollection,
-        names: Sequence[str],
+        titles: Mapping[str, Sequence[str]],
         output_dir: str,
         stem: str,
-        table: str,
-        columns: Mapping[str, str],
+        table: ResultTable,
+        values: Sequence[str] = (),
         embedding_key: str | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.names, self.columns, self.embedding_key = names, columns, embedding_key
+        self.titles, self.values, self.embedding_key = titles, values, embedding_key
         self.output_dir, self.stem, self.table = Path(output_dir), stem, table
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         folder = self.output_dir / data["name"]
         for key in self.key_iterator(data):
             folder.mkdir(parents=True, exist_ok=True)
             if self.embedding_key is not None:
                 np.save(folder / "embedding.npy", data[self.embedding_key].float().cpu().numpy())
+            highest, places = peaks(data[key])
             maps, qform = _to_save(data[key], data, "bilinear")
-            values, affine = maps.cpu().numpy(), maps.affine.cpu().numpy()
             rows = []
-            for i, (name, volume) in enumerate(zip(self.names, values, strict=True), 1):
-                file = f"{self.stem}_{i:02d}.nii.gz"
-                _save_nifti(volume.astype(np.float32), affine, folder / file, qform)
-                peak = np.unravel_index(volume.argmax(), volume.shape)
-                x, y, z = (affine @ [*peak, 1])[:3].round(1)
-                rows.append((file, name, round(float(volume.max()), 4), x, y, z))
-            table = pd.DataFrame(rows, columns=["file", "map", "max", "x_mm", "y_mm", "z_mm"])
-            table.rename(columns=self.columns).to_csv(folder / self.table, index=False)
+            for i in range(len(maps)):
+                file = f"{self.stem}_{i + 1:02d}.nii.gz"
+                values = np.nan_to_num(maps[i].cpu().numpy().astype(np.float32), nan=0.0)
+                _save_nifti(values, maps.affine.cpu().numpy(), folder / file, qform)
+                row = {"name": data["name"], "image": _path_of(data)}
+                row |= {column: entries[i] for column, entries in self.titles.items()}
+                known = {value: float(data[value][i]) for value in self.values}
+                row |= {value: None if np.isnan(number) else round(number, 6) for value, number in known.items()}
+                row |= {"max": round(float(highest[i]), 6)}
+                row |= dict(zip(("x_mm", "y_mm", "z_mm"), places[i].round(1).tolist(), strict=True))
+                rows.append(row | {"map": f"{data['name']}/{file}"})
+            self.table.append(rows)
         return dict(data)
 
 
 class AppendProbabilitiesd(MapTransform):
-    """Appends one row per scan to ``<output_dir>/predictions.csv``: name, image, and a probability per class.
-
-    The file is begun anew with the first scan of a run. Rows are written as scans are done, so a kill loses none.
+    """Appends a row per scan to the run's table: name, image, and a probability per class.
 
     Args:
         keys: of the probabilities [C].
         classes: their C names, the columns.
     """
 
-    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], table: ResultTable) -> None:
         super().__init__(keys)
-        self.classes = classes
-        self.path = Path(output_dir) / "predictions.csv"
-        self.started = False
+        self.classes, self.table = classes, table
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         for key in self.key_iterator(data):
             values = data[key].float().cpu().tolist()
-            path = data["image"].meta.get("filename_or_obj", "")
-            row = {"name": data["name"], "image": path, **dict(zip(self.classes, values, strict=True))}
-            mode = "a" if self.started else "w"
-            rows = pd.DataFrame([row])
-            # a name of bytes that are no UTF-8 stays what it is
-            rows.to_csv(self.path, mode=mode, header=not self.started, index=False, errors="surrogateescape")
-            self.started = True
+            row = {"name": data["name"], "image": _path_of(data), **dict(zip(self.classes, values, strict=True))}
+            self.table.append([row])
         return dict(data)
 
 
@@ -283,36 +373,43 @@ class LabelsInScand(MapTransform):
         return data
 
 
-class SaveLabelsd(MapTransform):
-    """Saves what was segmented in a scan to ``<output_dir>/<name>/``.
+def volumes(labels: MetaTensor, classes: Sequence[str]) -> pd.DataFrame:
+    """``voxels`` and ``ml`` of each ``class`` 1, 2, ... of a label map ``[1, X, Y, Z]``."""
+    counts = [int((labels == index).sum()) for index in range(1, len(classes) + 1)]
+    millilitres = abs(float(torch.linalg.det(labels.affine[:3, :3].double()))) / 1000
+    return pd.DataFrame({"class": classes, "voxels": counts, "ml": [round(n * millilitres, 2) for n in counts]})
 
-    ``labels.nii.gz``: class indices, uint8, in the scan's own geometry. ``volumes.csv``: voxels and millilitres of each
-    class. Where the item has ``probability``: ``probability_<class>.nii.gz``, stored in steps of 1/255.
+
+class SaveLabelsd(MapTransform):
+    """Saves what was segmented in a scan to ``<output_dir>/<name>/``, and a row a class to the run's table.
+
+    ``labels.nii.gz``: class indices, uint8, in the scan's own geometry. A row: ``name`` and ``image`` of the scan,
+    ``class``, ``voxels`` and ``ml``, and the file of the ``labels`` below ``output_dir``. Where the item has
+    ``probability``: ``probability_<class>.nii.gz``, stored in steps of 1/255.
 
     Args:
         keys: of the label maps, see :class:`LabelsInScand`.
         classes: names of classes 1, 2, ...
     """
 
-    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str) -> None:
+    def __init__(self, keys: KeysCollection, classes: Sequence[str], output_dir: str, table: ResultTable) -> None:
         super().__init__(keys)
-        self.classes = classes
+        self.classes, self.table = list(classes), table
         self.output_dir = Path(output_dir)
 
-    def __call__(self, data: Mapping[Hashable, object]) -> dict[Hashable, object]:
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         folder = self.output_dir / data["name"]
         for key in self.key_iterator(data):
+            folder.mkdir(parents=True, exist_ok=True)
             maps, qform = _to_save(data[key], data, "nearest")
-            labels, affine = maps[0].cpu().numpy(), maps.affine.cpu().numpy()
-            _save_nifti(labels, affine, folder / "labels.nii.gz", qform)
-            counts = [int((labels == index).sum()) for index in range(1, len(self.classes) + 1)]
-            millilitres = [round(count * abs(np.linalg.det(affine[:3, :3])) / 1000, 2) for count in counts]
-            table = pd.DataFrame({"class": self.classes, "voxels": counts, "ml": millilitres})
-            table.to_csv(folder / "volumes.csv", index=False)
-            if "probability" not in data:
-                continue
-            chances, qform = _to_save(MetaTensor(data["probability"], affine=data[key].affine), data, "bilinear")
-            for name, chance in zip(self.classes, chances, strict=True):
-                file = f"probability_{name.replace(' ', '_')}.nii.gz"
-                _save_nifti(chance.cpu().numpy(), affine, folder / file, qform, scale=1 / 255)
+            affine = maps.affine.cpu().numpy()
+            _save_nifti(maps[0].cpu().numpy(), affine, folder / "labels.nii.gz", qform)
+            if "probability" in data:
+                chances, qform = _to_save(MetaTensor(data["probability"], affine=data[key].affine), data, "bilinear")
+                for name, chance in zip(self.classes, chances, strict=True):
+                    file = f"probability_{name.replace(' ', '_')}.nii.gz"
+                    _save_nifti(chance.cpu().numpy(), affine, folder / file, qform, scale=1 / 255)
+            scan = {"name": data["name"], "image": _path_of(data)}
+            file = {"labels": f"{data['name']}/labels.nii.gz"}
+            self.table.append([scan | row | file for row in volumes(maps, self.classes).to_dict("records")])
         return dict(data)

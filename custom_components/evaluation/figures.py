@@ -4,16 +4,20 @@ Slices are shown as radiologists see them: axial from below, so the patient's ri
 Volumes are in RAS axis order, as every preprocessing chain of this project leaves them.
 """
 
-from collections.abc import Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pandas as pd
 from ignite.engine import Engine, Events
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from monai.config import KeysCollection
@@ -27,9 +31,12 @@ from torch.utils.tensorboard import SummaryWriter
 from custom_components.data.save import argmax_labels
 
 CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
-HEAT = {"cmap": "inferno", "alpha": 0.45}
+LUNG, SOFT_TISSUE, BOTH = (-1350, 150), (-160, 240), (-1150, 350)  # HU
+OUTLINE, TRUTH = "#00e5ff", "#7dff5a"
+COMPARED = 4  # sentences at most of which each is shown on the slices of all
 COLOURS = tuple(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])  # of classes 1, 2, ...
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
+SIDES = {2: "RL", 1: "RL", 0: "AP"}  # left and right of a plane
 
 
 def plane(volume: Tensor | np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -48,7 +55,7 @@ def show_plane(
 
 
 def outline_plane(
-    axes: Axes, mask: Tensor | np.ndarray, axis: int, index: int, colour: str = "#00e5ff", **style: Any
+    axes: Axes, mask: Tensor | np.ndarray, axis: int, index: int, colour: str = OUTLINE, **style: Any
 ) -> None:
     """Outline a RAS mask ``[X, Y, Z]``, to go over :func:`show_plane`."""
     area = plane(mask, axis, index).astype(float)
@@ -95,48 +102,200 @@ def _curve(events: EventAccumulator, tag: str) -> tuple[np.ndarray, np.ndarray]:
     return steps, values
 
 
-class SentencePaneld(MapTransform):
-    """Draws the CT with the map of every sentence, and saves it as ``<output_dir>/<name>/panel.png``.
+def canonical(volume: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
+    """A view ``[C, X, Y, Z]`` whose axes point to R, A and S as nearly as a volume's own allow, and its affine.
 
-    Reads ``image [1, X, Y, Z]`` and ``name`` too. Works on the network's grid, so it stands before the maps are brought
-    back to the scan's geometry.
+    A :func:`plane` of it has the patient's right on the left, however the file stores its axes.
+    """
+    affine = volume.affine.cpu().double().numpy()
+    turned = nib.io_orientation(affine)
+    array = nib.apply_orientation(np.moveaxis(volume.as_tensor().cpu().numpy(), 0, -1), turned)
+    return np.moveaxis(array, -1, 0), affine @ nib.orientations.inv_ornt_aff(turned, volume.shape[1:])
+
+
+def height_of(affine: np.ndarray, shape: Sequence[int], index: int) -> str:
+    """Where the middle of an axial slice of a :func:`canonical` volume lies, in the words of the tables."""
+    z = (affine @ [(shape[0] - 1) / 2, (shape[1] - 1) / 2, index, 1])[2]
+    return f"z = {z:.0f} mm".replace("-", "\N{MINUS SIGN}")
+
+
+def dark(figure: Figure, axes: Any) -> None:
+    """White on black, as CT is read."""
+    figure.set_facecolor("black")
+    for each in axes.flat:
+        each.set_facecolor("black")
+        each.set_axis_off()
+
+
+def show_ct(
+    axes: Axes, ct: np.ndarray, index: int, spacing: Sequence[float], window: tuple[float, float], place: str = ""
+) -> None:
+    """An axial slice of a :func:`canonical` CT ``[X, Y, Z]`` in HU, with the patient's sides marked and its place."""
+    low, high = window
+    show_plane(axes, ct, 2, index, spacing, cmap="gray", vmin=low, vmax=high, interpolation="bilinear")
+    words = {"color": "white", "fontsize": 8, "transform": axes.transAxes}
+    axes.text(0.02, 0.5, "R", ha="left", va="center", **words)
+    axes.text(0.98, 0.5, "L", ha="right", va="center", **words)
+    axes.text(0.02, 0.02, place, ha="left", va="bottom", **words)
+
+
+class Heat:
+    """One colour scale for maps that are compared, from their median to their maximum.
+
+    Colour grows opaque with the value, so that anatomy shows through what is ordinary. Outlines lie at ``threshold``,
+    half of the scale if None.
 
     Args:
-        keys: of the maps ``[S, X, Y, Z]``.
-        sentences: the S sentences, or whatever else the maps are of.
+        maps: each ``[X, Y, Z]``; what is NaN is not shown.
+    """
+
+    def __init__(self, maps: Sequence[np.ndarray], threshold: float | None = None) -> None:
+        some = [part[tuple(slice(None, None, -(-size // 64)) for size in part.shape)] for part in maps]
+        self.low = float(np.nanmedian(np.concatenate([part.ravel() for part in some])))
+        self.high = float(max(np.fmax.reduce(part, axis=None) for part in maps))  # which copies none
+        self.threshold = (self.low + self.high) / 2 if threshold is None else threshold
+        colours = colormaps["inferno"](np.linspace(0.3, 1, 256))
+        colours[:, 3] = np.linspace(0, 0.75, 256)
+        self.mappable = ScalarMappable(Normalize(self.low, max(self.high, self.low + 1e-6)), ListedColormap(colours))
+
+    def show(self, axes: Axes, heat: np.ndarray, index: int, spacing: Sequence[float]) -> None:
+        """Lay an axial slice of a map ``[X, Y, Z]`` over the CT, with its outline."""
+        show_plane(axes, heat, 2, index, spacing, norm=self.mappable.norm, cmap=self.mappable.cmap)
+        field = np.isfinite(heat[..., [index]])
+        outline_plane(axes, np.where(field, heat[..., [index]], -np.inf) > self.threshold, 2, 0)
+        if not field.all():
+            outline_plane(axes, field, 2, 0, "grey", linewidths=0.6, linestyles="dotted")
+
+    def bar(self, figure: Figure, axes: Any, label: str) -> None:
+        """The scale beside ``axes``, as it looks over black, with the threshold."""
+        bar = figure.colorbar(self.mappable, ax=axes, aspect=40, fraction=0.02, pad=0.01)
+        bar.ax.set_facecolor("black")
+        bar.ax.axhline(self.threshold, color=OUTLINE, linewidth=1.2)
+        bar.ax.tick_params(colors="white", labelsize=8)
+        bar.outline.set_edgecolor("grey")
+        bar.set_label(label, color="white", fontsize=9)
+
+
+def sentence_panel(
+    ct: MetaTensor,
+    maps: MetaTensor,
+    titles: Sequence[str],
+    quantity: str = "cosine",
+    threshold: float | None = None,
+) -> Figure:
+    """A row a map: the slice of its peak, in two windows, and what the maps say there, in the colours of one scale.
+
+    Every row shows all maps, so that they can be compared on a slice, or, of more than :data:`COMPARED`, its own.
+
+    Args:
+        ct: ``[1, X, Y, Z]`` in HU.
+        maps: ``[S, X, Y, Z]`` on the grid of the CT, NaN where nothing is known.
+        titles: of the S maps.
         quantity: what the maps hold.
+        threshold: see :class:`Heat`.
+    """
+    (scan,), affine = canonical(ct)
+    heats, _ = canonical(maps)
+    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    compared = len(titles) <= COMPARED
+    columns = 2 + (len(titles) if compared else 1)
+    figure = Figure(figsize=(2.9 * columns + 0.8, 2.9 * len(titles) + 0.5), layout="constrained")
+    grid = figure.subplots(len(titles), columns, squeeze=False)
+    dark(figure, grid)
+    heat = Heat(heats, threshold)
+    for i, (row, own) in enumerate(zip(grid, heats, strict=True)):
+        peak = np.unravel_index(np.nanargmax(own), own.shape)
+        place = height_of(affine, scan.shape, peak[2])
+        for axes, title, window in zip(row, ("lung window", "soft-tissue window"), (LUNG, SOFT_TISSUE), strict=False):
+            show_ct(axes, scan, peak[2], spacing, window, place)
+            axes.set_title(title if i == 0 else "", fontsize=10, color="white")
+        for axes, j in zip(row[2:], range(len(titles)) if compared else [i], strict=True):
+            show_ct(axes, scan, peak[2], spacing, BOTH, place)
+            heat.show(axes, heats[j], peak[2], spacing)
+            if i == j:  # as plane() turns it
+                axes.plot(scan.shape[0] - 1 - peak[0], peak[1], "+", color="white", markersize=9)
+            if i == 0 or not compared:
+                lines = [textwrap.fill(line, 36) for line in titles[j].split("\n")]
+                axes.set_title("\n".join(lines), fontsize=10, color="white")
+    heat.bar(figure, grid, quantity)
+    outline = f"outlined above {heat.threshold:.2f}, + highest; dotted: the field that the network saw"
+    figure.supxlabel(f"rows: the slice where each is highest; {outline}", color="white", fontsize=9)
+    return figure
+
+
+class SentencePaneld(MapTransform):
+    """Saves a :func:`sentence_panel` of every scan as ``<output_dir>/<name>/panel.png``.
+
+    The scan is read again, at its own resolution, from where ``image`` came from.
+
+    Args:
+        keys: of the maps ``[S, X, Y, Z]`` in the scan's geometry, see :class:`custom_components.data.save.MapsInScand`.
+        names: of the S maps.
+        reader: of the scan, as the first transform of the preprocessing.
+        score_key: of the scores [S] that titles tell, or None.
     """
 
     def __init__(
         self,
         keys: KeysCollection,
-        sentences: Sequence[str],
+        names: Sequence[str],
         output_dir: str,
+        reader: Callable,
         quantity: str = "cosine",
+        threshold: float | None = None,
+        score_key: str | None = None,
         allow_missing_keys: bool = False,
     ) -> None:
         super().__init__(keys, allow_missing_keys)
-        self.sentences = list(sentences)
-        self.output_dir = Path(output_dir)
-        self.quantity = quantity
+        self.names, self.output_dir, self.reader = list(names), Path(output_dir), reader
+        self.quantity, self.threshold, self.score_key = quantity, threshold, score_key
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        image, folder = data["image"].cpu(), self.output_dir / data["name"]
         for key in self.key_iterator(data):
+            folder = self.output_dir / data["name"]
             folder.mkdir(parents=True, exist_ok=True)
-            figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
-            rows = figure.subplots(len(self.sentences), 2, squeeze=False)
-            for row, sentence, heat in zip(rows, self.sentences, data[key].cpu(), strict=True):
-                z = int(heat.amax((0, 1)).argmax())
-                low, high = float(heat.min()), float(heat.max())
-                for axes in row:
-                    show_plane(axes, image[0], 2, z, spacing_of(image), **CT)
-                show_plane(row[1], heat, 2, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
-                row[0].set_title(sentence, fontsize=9, loc="left")
-                row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
-            figure.savefig(folder / "panel.png", dpi=120)
+            titles = self.names
+            if self.score_key is not None:
+                scores = data[self.score_key].tolist()
+                titles = [f"{name}\nscore {score:.2f}" for name, score in zip(titles, scores, strict=True)]
+            ct = self.reader({"image": data["image"].meta["filename_or_obj"]})["image"]
+            figure = sentence_panel(ct, data[key], titles, self.quantity, self.threshold)
+            figure.savefig(folder / "panel.png", dpi=130)
         return data
+
+
+def told_looked_there(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """What the network was told, where it looked, and what was there: two slices a finding, in one colour scale.
+
+    Args:
+        rows: of a finding each. ``told``, its title; on one grid in RAS order ``image [1, X, Y, Z]`` in [-1, 1], a
+            MetaTensor, its ``heat [X, Y, Z]``, and the true ``mask [X, Y, Z]``.
+    """
+    figure = Figure(figsize=(11.6, 3.25 * -(-len(rows) // 2) + 0.5), layout="constrained")
+    grid = figure.subplots(-(-len(rows) // 2), 5, squeeze=False, width_ratios=[1, 1, 0.04, 1, 1])
+    dark(figure, grid)
+    heat = Heat([row["heat"].numpy() for row in rows])
+    pairs = [pair for line in grid for pair in (line[:2], line[3:])]
+    for row, (looked, there) in zip(rows, pairs, strict=False):
+        image, affine = row["image"][0].as_tensor().numpy(), row["image"].affine.numpy()
+        values, mask = row["heat"].numpy(), row["mask"].numpy()
+        x, y, z = np.unravel_index(values.argmax(), values.shape)
+        spacing = spacing_of(row["image"])
+        for axes, index in ((looked, z), (there, int(mask.sum((0, 1)).argmax()))):
+            show_ct(axes, image, index, spacing, (CT["vmin"], CT["vmax"]), height_of(affine, image.shape, index))
+        heat.show(looked, values, z, spacing)
+        looked.plot(image.shape[0] - 1 - x, y, "+", color="white", markersize=9)
+        outline_plane(looked, mask, 2, z, TRUTH, linestyles="dashed")
+        outline_plane(there, mask, 2, int(mask.sum((0, 1)).argmax()), TRUTH)
+        looked.set_title(row["told"], fontsize=9.5, color="white", loc="left")
+    for axes, words in zip(grid[-1], ("where it looked", "what was there", "") * 2, strict=False):
+        axes.text(0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", color="white", fontsize=10)
+    heat.bar(figure, grid, "cosine of the sentence and each place")
+    lines = [Line2D([], [], color=OUTLINE, label="looked at"), Line2D([], [], color=TRUTH, label="true finding")]
+    lines += [Line2D([], [], color="white", marker="+", linestyle="", markersize=9, label="most similar place")]
+    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=10, frameon=False, labelcolor="white")
+    return figure
 
 
 def most_classes(labels: np.ndarray, axis: int) -> int:
@@ -152,7 +311,8 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
 
     Args:
         rows: tensors on one grid in RAS order: ``image [X, Y, Z]`` in [-1, 1], class indices ``pred [X, Y, Z]`` and,
-            where it is known, ``truth``; ``spacing`` in mm, ``title``.
+            where it is known, ``truth``; ``spacing`` in mm, ``title``, and perhaps the grid's ``affine [4, 4]``, by
+            which slices are placed.
         classes: names of classes 1, 2, ...
     """
     figure = Figure(figsize=(11, 3.6 * len(rows) + 0.4), layout="constrained")
@@ -161,13 +321,19 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
         pred, truth = row["pred"].numpy(), row["truth"].numpy() if "truth" in row else None
         for axis, axes in zip(PLANES, axes_row, strict=True):
             index = most_classes(pred if truth is None else truth, axis)
-            show_plane(axes, row["image"], axis, index, row["spacing"], **CT)
+            show_plane(axes, row["image"], axis, index, row["spacing"], **CT, interpolation="bilinear")
             for c in range(1, len(classes) + 1):
                 outline_plane(axes, pred == c, axis, index, COLOURS[(c - 1) % len(COLOURS)])
                 shown |= {c} if (plane(pred, axis, index) == c).any() else set()
                 if truth is not None:
                     outline_plane(axes, truth == c, axis, index, "white", linewidths=0.9, linestyles="dotted")
-            axes.text(0.5, -0.02, PLANES[axis], transform=axes.transAxes, ha="center", va="top", fontsize=9)
+            for side, x, ha in zip(SIDES[axis], (0.015, 0.985), ("left", "right"), strict=True):
+                axes.text(x, 0.5, side, transform=axes.transAxes, ha=ha, va="center", fontsize=8, color="white")
+            place = PLANES[axis]
+            if "affine" in row:
+                middle = [index if i == axis else (size - 1) / 2 for i, size in enumerate(pred.shape)]
+                place += f", {'xyz'[axis]} = {(row['affine'] @ [*middle, 1])[axis]:.0f} mm"
+            axes.text(0.5, -0.02, place, transform=axes.transAxes, ha="center", va="top", fontsize=9)
         axes_row[0].set_title(row["title"], fontsize=10, loc="left")
     lines = [Line2D([], [], color=COLOURS[(c - 1) % len(COLOURS)], label=classes[c - 1]) for c in sorted(shown)]
     if any("truth" in row for row in rows):
@@ -200,7 +366,8 @@ class ContourPaneld(MapTransform):
         for key in self.key_iterator(data):
             pred = argmax_labels(data[key].cpu())
             row = {"image": image[0], "pred": pred, "spacing": spacing_of(image), "title": data["name"]}
-            contours([row], self.classes).savefig(folder / "panel.png", dpi=120)
+            row["affine"] = image.affine.numpy()
+            contours([row], self.classes).savefig(folder / "panel.png", dpi=130)
         return data
 
 

@@ -30,7 +30,7 @@ from custom_components.evaluation.controls import (
     regression_auc,
     untrained,
 )
-from custom_components.evaluation.figures import CT, HEAT, outline_plane, show_plane, spacing_of
+from custom_components.evaluation.figures import CT, show_plane, spacing_of
 from custom_components.evaluation.places import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
 from custom_components.evaluation.report import write_report
 from custom_components.evaluation.retrieval import MAX_COSINES, draw_pools, retrieval
@@ -163,6 +163,10 @@ class PretrainEvaluation:
             metrics["patch_effective_rank"] = torch.special.entr(values / values.sum()).sum().exp().item()
             told = {"hu_histogram": np.stack(histograms), "raw_statistics": np.concatenate(statistics)}
             metrics["presence_auc"] = self._presence(own.scores, random.scores, rows, baseline, told)
+            for place in places:
+                scores = own.scores[rows[place["sentence"]]]
+                place["score"] = scores[place["volume"]].item()
+                place["score_elsewhere"] = (scores.sum().item() - place["score"]) / max(1, len(scores) - 1)
             # a finding outside of the cropped volume, or too small for its grid, cannot be hit
             places = [place for place in places if place["patches"].any()]
             if places:
@@ -288,7 +292,7 @@ class PretrainEvaluation:
         if places:
             # the first of each finding, not the best
             first = {place["finding"]: place for place in reversed(places)}
-            self._sentence_maps(list(first.values())).savefig(folder / "sentences.png", dpi=120)
+            self._sentence_maps(list(first.values())).savefig(folder / "sentences.png", dpi=110)
 
     def _reconstructions(self, number: int) -> Figure:
         """Original, masked and reconstructed middle slice of the first volumes, one row a volume."""
@@ -315,29 +319,18 @@ class PretrainEvaluation:
         return figure
 
     def _sentence_maps(self, places: Sequence[Mapping[str, Any]]) -> Figure:
-        """Similarity map of finding sentences over CT, beside the finding's true mask; one row a place."""
-        embedder = VolumeEmbedder(self.network.encoder, self.network.aligner)
-        figure = Figure(figsize=(8.4, 3.1 * len(places)), layout="constrained")
-        for row, place in zip(figure.subplots(len(places), 3, squeeze=False), places, strict=True):
+        """Maps of finding sentences beside the finding's true mask, with what the figures above make of them."""
+        embedder, rows = VolumeEmbedder(self.network.encoder, self.network.aligner), []
+        for place in places:
             image = self.dataset[place["volume"]]["image"]
-            mask = self._mask(place, image)[0] > 0
             features = embedder.patches_and_embedding(image.as_tensor()[None].to(self.device))[0][0]
             heat = similarity(features, self._encode([place["sentence"]], embedder))
             heat = upsample_patches(heat, self.network.encoder.grid, image.shape[1:])[0].cpu()
-            at_mask, at_peak = mask.sum((0, 1)).argmax().item(), heat.amax((0, 1)).argmax().item()
-            panels = {
-                "CT, true mask outlined": at_mask,
-                "similarity, same slice": at_mask,
-                "slice of its peak": at_peak,
-            }
-            for axes, (text, z) in zip(row, panels.items(), strict=True):
-                show_plane(axes, image[0], 2, z, spacing_of(image), **CT)
-                if axes is not row[0]:
-                    show_plane(axes, heat, 2, z, spacing_of(image), vmin=heat.min(), vmax=heat.max(), **HEAT)
-                outline_plane(axes, mask, 2, z)
-                axes.text(0.5, -0.02, text, transform=axes.transAxes, ha="center", va="top", fontsize=9)
-            row[0].set_title(f"“{place['sentence']}”", fontsize=10, loc="left")
-        return figure
+            told = f"\u201c{place['sentence']}\u201d\nscore {place['score']:.2f}"
+            told += f"; in other volumes {place['score_elsewhere']:.2f} on average" if len(self.dataset) > 1 else ""
+            mask = self._mask(place, image)[0] > 0
+            rows.append({"told": told, "image": image.cpu(), "heat": heat, "mask": mask.cpu()})
+        return figures.told_looked_there(rows)
 
 
 def _cases(places: Sequence[Mapping[str, Any]], kind: str, rows: Mapping[str, int]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ NEEDED = ("LICENSE", "configs/metadata.json", "docs/README.md", "docs/data_licen
 WEIGHTS = ("model.pt", "model.ts", "encoder.pt")  # checkpoints and caches of a training are not for sharing
 LARGE = 25 * 10**6  # bytes that the model zoo takes in one file
 AFTER = "post_processed_outputs"
+ASKED = ".ask"  # what people import, and no config names
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold: equal content makes equal zips
 COMPONENT = re.compile(rf"\b{PACKAGE.name}((?:\.\w+)+)")
 # what MONAI's push_to_hf_hub puts before docs/README.md, so that a card pushed by it and one pushed by hand agree
@@ -57,12 +58,14 @@ def imported(module: Path) -> set[str]:
 
 
 def components(configs: Path) -> list[Path]:
-    """The modules that the configs of a folder name, those that these import in turn, and their packages.
+    """The modules that the configs of a folder name, and :mod:`custom_components.ask`; those that these import in turn,
+    and their packages.
 
     Raises:
         ExportError: a config or a module names one that is not there.
     """
     wanted = {name: path for path in sorted(configs.glob("*.json")) for name in COMPONENT.findall(path.read_text())}
+    wanted[ASKED] = Path(__file__)
     found: set[Path] = {PACKAGE / "__init__.py"}
     while wanted:
         name, source = wanted.popitem()

@@ -141,7 +141,7 @@ class ReadableLoader:
         try:
             return engine._iteration(engine, batch)
         except Exception as error:
-            failure = _failure(batch["name"][0], error)
+            failure = reason_of(batch["name"][0], error)
         self._what = "read or processed"
         engine.state.output = None  # as large as the scan
         if torch.cuda.is_available():
@@ -195,10 +195,10 @@ def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | 
     try:
         return dataset[index], name, None
     except Exception as error:
-        return None, name, _failure(name, error)
+        return None, name, reason_of(name, error)
 
 
-def _failure(name: str, error: BaseException) -> tuple[str, str]:
+def reason_of(name: str, error: BaseException) -> tuple[str, str]:
     """Why a scan failed, in a line, and, where the scan is not known to be at fault, the trace to find the fault by.
 
     Raises:

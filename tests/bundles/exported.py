@@ -21,8 +21,10 @@ from typing import Any
 sys.path.insert(0, "")  # as ``python -m monai.bundle`` has it
 
 import monai.bundle
+import nibabel as nib
 import numpy as np
 import onnxruntime
+import pandas as pd
 import torch
 from monai.bundle import (
     ConfigParser,
@@ -116,6 +118,21 @@ def inference(scan: str, keys: dict[str, Any]) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
+def asked(scan: str, keys: dict[str, Any]) -> bool:
+    """Whether Python is told what inference has written."""
+    from custom_components.ask import load as ask  # the export's own
+
+    folder, keys = Path("eval/inference"), dict(keys)
+    model = ask(keys.pop("checkpoint", "models"), **{key: keys[key] for key in keys if key in ("amp", "overlap")})
+    if model.bundle == "pretrain":
+        return np.array_equal(model.embed(scan), np.load(folder / "CTChest4" / "embedding.npy"))
+    assert "custom_components.text" not in sys.modules and "pysbd" not in sys.modules
+    if model.bundle == "classify":
+        table = pd.read_csv(folder / "predictions.csv")[list(model.settings["classes"])]
+        return np.allclose(model.probabilities([scan]), table, atol=0.02)  # with saliency, in another order of bfloat16
+    return np.array_equal(model.segment(scan).labels, nib.load(folder / "CTChest4" / "labels.nii.gz").dataobj)
+
+
 def deployed(scan: str, keys: dict[str, Any]) -> None:
     """``deploy.json`` on a scan with the eager network in place of its script: what the script has to repeat."""
     parser = ConfigParser()
@@ -170,6 +187,7 @@ def main() -> None:
         "error": exports(task["shape"]),
         "loaded": loaded_share(),
         "files": inference(task["scan"], task["inference"]),
+        "asked": asked(task["scan"], task["inference"]),
         "outside": sorted(
             path
             for module in list(sys.modules.values())

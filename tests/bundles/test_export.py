@@ -97,10 +97,11 @@ TASK = {
     },
 }
 FILES = {
-    "pretrain": {"embedding.npy", "panel.png", "sentences.csv", "similarity_01.nii.gz"},
-    "classify": {"panel.png", "saliency.csv", *(f"saliency_{i:02d}.nii.gz" for i in range(1, 7))},
-    "segment": {"labels.nii.gz", "panel.png", "volumes.csv"},
+    "pretrain": {"embedding.npy", "panel.png", "similarity_01.nii.gz"},
+    "classify": {"panel.png", *(f"saliency_{i:02d}.nii.gz" for i in range(1, 7))},
+    "segment": {"labels.nii.gz", "panel.png"},
 }
+TABLES = {"pretrain": {"sentences.csv"}, "classify": {"predictions.csv", "saliency.csv"}, "segment": {"volumes.csv"}}
 
 
 @pytest.fixture(scope="session")
@@ -225,10 +226,12 @@ def test_monai_load_fills_the_network(exported: dict, name: str) -> None:
 
 @pytest.mark.parametrize("name", BUNDLES)
 def test_inference_on_a_real_ct(exported: dict, name: str) -> None:
-    files = set(found(exported, name)["files"])
-    assert files == {f"CTChest4/{file}" for file in FILES[name]} | (
-        {"predictions.csv"} if name == "classify" else set()
-    )
+    assert set(found(exported, name)["files"]) == {f"CTChest4/{file}" for file in FILES[name]} | TABLES[name]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_python_is_told_what_inference_writes(exported: dict, name: str) -> None:
+    assert found(exported, name)["asked"]
 
 
 def test_two_exports_in_one_process(exported: dict) -> None:

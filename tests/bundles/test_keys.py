@@ -405,7 +405,7 @@ def test_files_are_the_safe_way(tmp_path: Path) -> None:
     for file in ("list.txt", "list.csv"):
         assert [Path(item["image"]).name for item in scans("nowhere", tmp_path / file)] == names
     (tmp_path / "report.txt").write_text("$5 of fluid, #2.\n@seed is clear.")
-    assert queries([], report_file=tmp_path / "report.txt") == ["$5 of fluid, #2.", "@seed is clear."]
+    assert list(queries([], report_file=tmp_path / "report.txt")) == ["$5 of fluid, #2.", "@seed is clear."]
     with pytest.raises(InputError, match="report_file"):
         queries([], "text", tmp_path / "report.txt")
     with pytest.raises(InputError, match="report_file"):

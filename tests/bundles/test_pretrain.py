@@ -402,7 +402,7 @@ def test_old_weights_load_and_what_is_assumed_is_told(
 
 
 def test_inference_goes_on_past_bad_files(found: Path) -> None:
-    assert sorted(p.name for p in found.iterdir()) == ["chest", "nifti"]
+    assert sorted(p.name for p in found.iterdir()) == ["chest", "nifti", "sentences.csv"]
 
 
 @pytest.mark.parametrize("name", ["chest", "nifti"])
@@ -431,8 +431,9 @@ def test_inference_writes_panel_embedding_and_table(found: Path) -> None:
     assert (found / "chest" / "panel.png").stat().st_size > 10_000
     embedding = np.load(found / "chest" / "embedding.npy")
     assert embedding.dtype == np.float32 and embedding.ndim == 1
-    table = pd.read_csv(found / "chest" / "sentences.csv")
-    assert list(table["file"]) == ["similarity_01.nii.gz", "similarity_02.nii.gz"]
+    table = pd.read_csv(found / "sentences.csv")
+    assert list(table["map"]) == [f"{name}/similarity_0{i}.nii.gz" for name in ("chest", "nifti") for i in (1, 2)]
+    assert list(table) == ["name", "image", "sentence", "score", "probability", "max", "x_mm", "y_mm", "z_mm", "map"]
 
 
 def test_map_follows_the_anatomy_not_the_storage_order(bundle: Path, run_here: Callable, tmp_path: Path) -> None:

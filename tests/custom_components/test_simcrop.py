@@ -33,7 +33,7 @@ from custom_components.simcrop import (
     ZeroShot,
     similarity,
 )
-from custom_components.text import TextEncoder, load_text_encoder, read_prompts
+from custom_components.text import TextEncoder, load_text_encoder, queries, read_prompts
 from custom_components.vit import SimCroPEncoder, gather_tokens, patchify, unpatchify, upsample_patches
 
 ROOT = Path(__file__).parents[2]
@@ -522,10 +522,18 @@ def test_sentence_maps_show_the_cosine_of_each_patch(minilm, tokenizer):
     )
     network = VolumeEmbedder(encoder, Aligner(24, 384, 16)).eval()
     text_encoder, sentences = load_text_encoder(minilm), ["No effusion.", "A 3 mm nodule in the left lung."]
+    score = SentenceVolumeScore("lse", beta=5.0)
+    asked = {"Effusion": {"positive": "Fluid.", "negative": sentences[0]}, "Nodule": sentences[1]}
+    inferer = SentenceSimilarityInferer(ZeroShot(queries(sentences), score), text_encoder, tokenizer)
     volume = torch.rand(2, 1, 6, 9, 6)
     with torch.no_grad():
-        output = SentenceSimilarityInferer(sentences, text_encoder, tokenizer)(volume, network)
+        output, classes = inferer(volume, network), inferer.about(asked, maps=False)(volume, network)
+        expected = score(network.patches_and_embedding(volume)[0], inferer._encoded[1]).T
         tokens = encoder(volume)[0][:, 1:]
+    torch.testing.assert_close(output["score"], expected)
+    assert output["probability"].isnan().all() and "similarity" not in classes
+    torch.testing.assert_close(classes["score"][:, 1], expected[:, 1])
+    assert ((0 < classes["probability"][:, 0]) & (classes["probability"][:, 0] < 1)).all()
     assert output["similarity"].shape == (2, 2, 6, 9, 6)
     torch.testing.assert_close(output["embedding"], network(volume))
     for s, sentence in enumerate(sentences):

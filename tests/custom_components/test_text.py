@@ -32,6 +32,7 @@ from custom_components.text import (
     read_prompts,
     sentence_hash,
     split_sentences,
+    titles,
     tokenize_sentences,
 )
 from tests.conftest import BUNDLES, classes_of
@@ -245,11 +246,18 @@ def test_shipped_prompts_have_every_class_on_both_sides(data_set):
 
 
 def test_queries_take_any_form_and_must_hold_a_sentence():
-    assert queries("A nodule.") == ["A nodule."]
-    assert queries({"nodule": "A nodule."}) == ["A nodule."]
-    assert queries({"nodule": ["A nodule.", "Two nodules."], "effusion": "Fluid."}) == ["A nodule.", "Fluid."]
-    assert queries(["A nodule.", "No effusion."]) == ["A nodule.", "No effusion."]
-    assert queries("unused", report="A nodule. No effusion.") == ["A nodule.", "No effusion."]
+    assert queries("A nodule.") == {"A nodule.": (["A nodule."], [])}
+    assert queries({"nodule": "A nodule."}) == {"nodule": (["A nodule."], [])}
+    sides = {"positive": ["A nodule.", "Two nodules."], "negative": "No nodule."}
+    found = queries({"nodule": sides, "effusion": "Fluid."})
+    assert found == {"nodule": (["A nodule.", "Two nodules."], ["No nodule."]), "effusion": (["Fluid."], [])}
+    assert titles(found) == {"class": ["nodule", "effusion"], "sentence": ["A nodule.", "Fluid."]}
+    assert list(queries(["{class}", "*"])) == ["{class}", "*"]  # a report's own words
+    assert titles(queries(["A nodule.", "No effusion."])) == {"sentence": ["A nodule.", "No effusion."]}
+    assert list(queries("unused", report="A nodule. No effusion.")) == ["A nodule.", "No effusion."]
+    for wrong in ([3], [" "], ["A nodule.", None]):
+        with pytest.raises(InputError, match="give texts"):
+            queries(wrong)
     for nothing in ({"sentences": []}, {"sentences": "unused", "report": " - "}):
         with pytest.raises(InputError, match="no sentence"):
             queries(**nothing)

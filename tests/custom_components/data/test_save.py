@@ -8,16 +8,34 @@ from pathlib import Path
 import itk
 import nibabel as nib
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import MetaTensor
-from monai.transforms import Compose, Orientation, Spacing
+from monai.transforms import (
+    CenterSpatialCropd,
+    Compose,
+    Orientation,
+    Orientationd,
+    Spacing,
+    Spacingd,
+    SpatialPadd,
+)
 from scipy.ndimage import map_coordinates
 
 from custom_components.data.read import LoadCTd
-from custom_components.data.save import AppendProbabilitiesd, LabelsInScand, SaveLabelsd, SaveMapsd, labels_in_scan
+from custom_components.data.save import (
+    AppendProbabilitiesd,
+    LabelsInScand,
+    MapsInScand,
+    ResultTable,
+    SaveLabelsd,
+    SaveMapsd,
+    labels_in_scan,
+    peaks,
+)
 
 
 def oblique(shape: tuple[int, int, int]) -> np.ndarray:
@@ -85,15 +103,15 @@ def test_saved_labels_have_the_scans_geometry(tmp_path: Path) -> None:
     logits = torch.cat([-image.as_tensor(), image.as_tensor()]) + torch.tensor([-400.0, 400.0])[:, None, None, None]
     item = {"image": image, "pred": logits, "name": "scan"}
     item = LabelsInScand("pred", probabilities=True)(item)
-    SaveLabelsd("pred", ["upper lobe"], tmp_path)(item)
+    SaveLabelsd("pred", ["upper lobe"], tmp_path, ResultTable(tmp_path / "volumes.csv", ""))(item)
     saved = nib.load(tmp_path / "scan" / "labels.nii.gz")
     assert saved.shape == shape and saved.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(saved.affine, nib.load(tmp_path / "scan.nii.gz").affine)
     found, truth = np.asarray(saved.dataobj), volume > 0
     assert 2 * (found * truth).sum() / (found.sum() + truth.sum()) > 0.8
-    row = (tmp_path / "scan" / "volumes.csv").read_text().splitlines()[1].split(",")
-    assert row[0] == "upper lobe" and int(row[1]) == found.sum()
-    assert float(row[2]) == pytest.approx(found.sum() * 1.4 * 1.1 * 2.0 / 1000, abs=0.01)
+    row = pd.read_csv(tmp_path / "volumes.csv").iloc[0]
+    assert row["class"] == "upper lobe" and row["voxels"] == found.sum() and row["labels"] == "scan/labels.nii.gz"
+    assert row["ml"] == pytest.approx(found.sum() * 1.4 * 1.1 * 2.0 / 1000, abs=0.01)
     chance = nib.load(tmp_path / "scan" / "probability_upper_lobe.nii.gz").get_fdata()
     assert chance.shape == shape and 0 <= chance.min() and chance.max() == pytest.approx(1)
 
@@ -135,10 +153,10 @@ def test_every_output_opens_elsewhere_at_the_scans_place(tmp_path: Path, skew: f
     soft = (torch.as_tensor(volume)[None] > 0).float()
     item = {"image": image, "name": "out", "pred": torch.cat([1 - soft, soft]) * 8}
     item = LabelsInScand("pred", probabilities=True)(item)
-    SaveLabelsd("pred", ["organ"], tmp_path)(item)
+    SaveLabelsd("pred", ["organ"], tmp_path, ResultTable(tmp_path / "volumes.csv", ""))(item)
     maps = MetaTensor(soft, affine=image.affine)
-    keys = {"output_dir": str(tmp_path), "stem": "map", "table": "maps.csv", "columns": {}}
-    SaveMapsd("maps", ["organ"], **keys)({"image": image, "name": "out", "maps": maps})
+    keys = {"output_dir": str(tmp_path), "stem": "map", "table": ResultTable(tmp_path / "maps.csv", "")}
+    SaveMapsd("maps", {"class": ["organ"]}, **keys)({"image": image, "name": "out", "maps": maps})
 
     organ = np.argwhere(volume > 0)
     by_sform = organ @ affine[:3, :3].T + affine[:3, 3]
@@ -168,16 +186,71 @@ def test_a_scan_without_an_sform_is_placed_by_its_qform(tmp_path: Path) -> None:
     path = write_scan(tmp_path / "scan.nii", None, affine, volume)
     image = LoadCTd("image")({"image": path})["image"]
     maps = MetaTensor(torch.zeros(1, *SHAPE), affine=image.affine)
-    keys = {"output_dir": str(tmp_path), "stem": "map", "table": "maps.csv", "columns": {}}
-    SaveMapsd("maps", ["organ"], **keys)({"image": image, "name": "out", "maps": maps})
+    keys = {"output_dir": str(tmp_path), "stem": "map", "table": ResultTable(tmp_path / "maps.csv", "")}
+    SaveMapsd("maps", {"class": ["organ"]}, **keys)({"image": image, "name": "out", "maps": maps})
     corners = np.array([[0, 0, 0], [23, 19, 11]])
     expected = places_in_itk(path, corners)
     np.testing.assert_allclose(places_in_itk(tmp_path / "out" / "map_01.nii.gz", corners), expected, atol=1e-3)
     np.testing.assert_allclose(nib.affines.apply_affine(nib.load(path).affine, corners), expected, atol=1e-3)
 
 
-def test_a_path_that_is_no_utf8_is_written_as_it_is(tmp_path: Path) -> None:
-    path = os.fsdecode(b"/data/bad\xff.nii")
-    image = MetaTensor(torch.zeros(1, 1, 1, 1), meta={"filename_or_obj": path})
-    AppendProbabilitiesd("p", ["nodule"], str(tmp_path))({"p": torch.ones(1), "name": "bad_", "image": image})
-    assert (tmp_path / "predictions.csv").read_bytes() == b"name,image,nodule\nbad_,/data/bad\xff.nii,1.0\n"
+def test_maps_come_back_where_the_network_looked(tmp_path: Path) -> None:
+    """Padding is not of the scan, and what was cropped away was not seen: no peak lies in either."""
+    volume = np.full((40, 40, 12), -900, np.int16)
+    volume[14:20, 10:16, 2:5] = 60
+    nib.save(nib.Nifti1Image(volume, np.diag([-5.0, -5.0, 8.0, 1.0])), tmp_path / "scan.nii.gz")
+    steps = [
+        LoadCTd("image", check_hu=False),
+        Orientationd("image", axcodes="RAS", labels=None),
+        Spacingd("image", (5.0, 5.0, 5.0)),
+    ]
+    steps += [CenterSpatialCropd("image", (30, 30, 30)), SpatialPadd("image", (30, 30, 30), mode="reflect")]
+    preprocessing = Compose(steps)
+    image = preprocessing({"image": tmp_path / "scan.nii.gz"})["image"]
+    maps = torch.full((2, 30, 30, 30), -0.5)
+    maps[0] = image[0] / 1000 - 0.5
+    maps[1, :, :, -1] = 0.9  # in the padding
+    item = MapsInScand("maps", preprocessing)({"image": image, "name": "scan", "maps": maps})
+    found = item["maps"]
+    assert found.shape == (2, 40, 40, 12)
+    assert found[:, :5].isnan().all() and found[:, 6:34, 6:34].isfinite().all()
+    highest, places = peaks(found)
+    assert highest[1] == pytest.approx(-0.5) and highest[0] < 0
+    assert (np.abs(places[0] - [-82.5, -62.5, 24.0]) < [15, 15, 12]).all()
+    table = ResultTable(tmp_path / "maps.csv", "")
+    SaveMapsd("maps", {"class": ["one", "two"]}, str(tmp_path), "map", table)(item)
+    assert (nib.load(tmp_path / "scan" / "map_01.nii.gz").get_fdata()[:5] == 0).all()
+    assert list(pd.read_csv(tmp_path / "maps.csv")["max"].round(3)) == [round(float(value), 3) for value in highest]
+
+
+def test_a_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """All scans are in one file, begun anew by each run; the terminal shows the first of many."""
+    path = tmp_path / "eval" / "table.csv"
+    for scans in (5, 3):
+        table = ResultTable(path, "look at it", shown=4)
+        for scan in range(scans):
+            row = {"name": f"scan {scan}", "image": "/somewhere/long", "class": "Fluid, free", "score": 0.123456}
+            table.append([row, row | {"score": None}])
+            assert len(pd.read_csv(path)) == 2 * (scan + 1)  # a kill loses none
+    table.tell()
+    told = capsys.readouterr().out
+    assert "scan 1" in told and "scan 2" not in told and "... and 2 more rows" in told and "/somewhere" not in told
+    assert f"3 scans: {path}" in told and "next: look at it" in told and "0.123" in told and " -" in told
+    wide = ResultTable(tmp_path / "wide.csv", "", transposed=True, shown=2)
+    for scan in range(3):
+        wide.append([{"name": f"scan {scan}", "image": "", "Nodule": 0.5, "Effusion": 0.25}])
+    wide.tell()
+    told = capsys.readouterr().out
+    assert [line.split()[0] for line in told.splitlines()[1:3]] == ["Nodule", "Effusion"] and "1 more scans" in told
+    ResultTable(path, "look at it").tell()  # of a run that no scan came through
+    assert capsys.readouterr().out == ""
+
+
+def test_a_path_that_is_no_utf8_is_written_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    name = os.fsdecode(b"bad\xff")
+    image = MetaTensor(torch.zeros(1, 1, 1, 1), meta={"filename_or_obj": f"/data/{name}.nii"})
+    table = ResultTable(tmp_path / "predictions.csv", "")
+    AppendProbabilitiesd("p", ["nodule"], table)({"p": torch.ones(1), "name": name, "image": image})
+    assert (tmp_path / "predictions.csv").read_bytes() == b"name,image,nodule\nbad\xff,/data/bad\xff.nii,1.0\n"
+    table.tell()
+    assert "bad?" in capsys.readouterr().out
