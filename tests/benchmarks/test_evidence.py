@@ -72,6 +72,7 @@ def test_published_is_all_that_recommended_changes() -> None:
     assert {key: read["train"][key] for key in evidence.PUBLISHED} == evidence.PUBLISHED
     # whatever else of the recipe the demo sets is its size or its budget
     size = {"pixdim", "img_size", "scale_crop", "flip_prob", "shift_prob", "max_length", "lse_beta"}
+    size |= {"num_heads"} | {key for key in read["train"] if "_decoder_" in key}
     budget = {"warmup_epochs", "effective_batch_size", "learning_rate"}
     changed = {
         key
