@@ -1,10 +1,13 @@
 """The pictures: training, ROC and precision-recall curves, box plots, heat maps and contours over CT slices.
 
+A picture is not worth a run: the functions return figures, and :func:`save` makes of one that cannot be drawn or
+written a warning.
+
 Slices are shown as radiologists see them: axial from below, so the patient's right is on the left of the picture.
 Volumes are in RAS axis order, as every preprocessing chain of this project leaves them.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,18 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from custom_components.data.save import argmax_labels
+from custom_components.files import not_worth_a_run, picture
 
 CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
 HEAT = {"cmap": "inferno", "alpha": 0.45}
 COLOURS = tuple(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])  # of classes 1, 2, ...
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
+
+
+def save(path: str | Path, draw: Callable[..., Figure], *args: Any) -> None:
+    """Write the figure that ``draw(*args)`` returns; a warning where drawing or writing fails."""
+    with picture(path) as file:
+        draw(*args).savefig(file, dpi=120)
 
 
 def plane(volume: Tensor | np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -61,12 +71,12 @@ def spacing_of(image: Tensor) -> tuple[float, float, float]:
     return tuple(image.pixdim.tolist()) if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
 
 
-def loss_curves(log_dir: str | Path, path: str | Path) -> None:
+def loss_curves(log_dir: str | Path) -> Figure:
     """One panel per scalar of a TensorBoard folder, over iterations, with a running mean."""
     events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0}).Reload()
     tags = events.Tags()["scalars"]
     if not tags:
-        return
+        raise ValueError(f"{log_dir} holds no curves")
     figure = Figure(figsize=(3.6 * len(tags), 3.0), layout="constrained")
     for axes, tag in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags, strict=True):
         curve: list[tuple[int, float]] = []
@@ -83,7 +93,7 @@ def loss_curves(log_dir: str | Path, path: str | Path) -> None:
         axes.set_title(tag, fontsize=10)
         axes.set_xlabel("iteration", fontsize=9)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 class SentencePaneld(MapTransform):
@@ -113,21 +123,24 @@ class SentencePaneld(MapTransform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        image, folder = data["image"].cpu(), self.output_dir / data["name"]
+        path = self.output_dir / data["name"] / "panel.png"
         for key in self.key_iterator(data):
-            folder.mkdir(parents=True, exist_ok=True)
-            figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
-            rows = figure.subplots(len(self.sentences), 2, squeeze=False)
-            for row, sentence, heat in zip(rows, self.sentences, data[key].cpu(), strict=True):
-                z = int(heat.amax((0, 1)).argmax())
-                low, high = float(heat.min()), float(heat.max())
-                for axes in row:
-                    show_plane(axes, image[0], 2, z, spacing_of(image), **CT)
-                show_plane(row[1], heat, 2, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
-                row[0].set_title(sentence, fontsize=9, loc="left")
-                row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
-            figure.savefig(folder / "panel.png", dpi=120)
+            save(path, self.draw, data["image"].cpu(), data[key].cpu())
         return data
+
+    def draw(self, image: MetaTensor, maps: Tensor) -> Figure:
+        """A row a sentence: the slice of its highest value, without and with its map."""
+        figure = Figure(figsize=(6.4, 3.3 * len(self.sentences)), layout="constrained")
+        rows = figure.subplots(len(self.sentences), 2, squeeze=False)
+        for row, sentence, heat in zip(rows, self.sentences, maps, strict=True):
+            z = int(heat.amax((0, 1)).argmax())
+            low, high = float(heat.min()), float(heat.max())
+            for axes in row:
+                show_plane(axes, image[0], 2, z, spacing_of(image), **CT)
+            show_plane(row[1], heat, 2, z, spacing_of(image), vmin=low, vmax=high, **HEAT)
+            row[0].set_title(sentence, fontsize=9, loc="left")
+            row[1].set_title(f"{self.quantity} {low:.2f} to {high:.2f}", fontsize=9, loc="right")
+        return figure
 
 
 def most_classes(labels: np.ndarray, axis: int) -> int:
@@ -186,12 +199,11 @@ class ContourPaneld(MapTransform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        image, folder = data["image"].cpu(), self.output_dir / data["name"]
-        folder.mkdir(parents=True, exist_ok=True)
+        image = data["image"].cpu()
         for key in self.key_iterator(data):
             pred = argmax_labels(data[key].cpu())
             row = {"image": image[0], "pred": pred, "spacing": spacing_of(image), "title": data["name"]}
-            contours([row], self.classes).savefig(folder / "panel.png", dpi=120)
+            save(self.output_dir / data["name"] / "panel.png", contours, [row], self.classes)
         return data
 
 
@@ -218,11 +230,11 @@ class ContourImages:
         image, pred, truth = (item[key].cpu()[0] for key in ("image", "pred", "label"))
         title = f"epoch {engine.state.epoch}"
         row = {"image": image, "pred": pred, "truth": truth, "spacing": spacing_of(item["image"]), "title": title}
-        with SummaryWriter(self.log_dir) as writer:
+        with not_worth_a_run("validation/contours"), SummaryWriter(self.log_dir) as writer:
             writer.add_figure("validation/contours", contours([row], self.classes), engine.state.epoch)
 
 
-def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
+def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """One panel per metric with a box and the single scans per class.
 
     Args:
@@ -238,10 +250,10 @@ def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) 
         axes.set_title(title, fontsize=10)
         axes.tick_params(axis="x", labelrotation=30 if classes < 6 else 75, labelsize=8)
         axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, path: str | Path) -> None:
+def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str) -> Figure:
     """Groups of bars with intervals: ``values`` are group -> bar -> ``mean``, ``low``, ``high``."""
     mean, low, high = (
         pd.DataFrame({g: {bar: entry[part] for bar, entry in group.items()} for g, group in values.items()}).T
@@ -252,10 +264,10 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, p
     axes = mean.plot.bar(ax=figure.subplots(), yerr=reach, capsize=3, rot=0, ylabel=ylabel, color=COLOURS)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=9)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
+def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str]) -> Figure:
     """ROC and precision-recall curve of every class with both label values; ``truth`` and ``score`` are ``[N, C]``."""
     figure = Figure(figsize=(11.0, 5.0), layout="constrained")
     roc, pr = figure.subplots(1, 2)
@@ -271,13 +283,13 @@ def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[st
     for axes in (roc, pr):
         axes.legend(fontsize=6)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: str | Path) -> None:
+def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
     """Counts of true class (rows) against the class of highest probability."""
     figure = Figure(figsize=(1.5 + 1.2 * len(classes), 1.2 + 1.0 * len(classes)), layout="constrained")
     axes = figure.subplots()
     display = ConfusionMatrixDisplay(np.asarray(matrix), display_labels=list(classes))
     display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=30)
-    figure.savefig(path, dpi=120)
+    return figure

@@ -17,7 +17,7 @@ def write_report(
     notes: Sequence[str] = (),
     csv_name: str = "metrics.csv",
 ) -> None:
-    """Write ``metrics.json`` and a CSV file to ``output_dir``, each whole at any moment, and print a table.
+    """Print a table, and write ``metrics.json`` and a CSV file to ``output_dir``, each whole at any moment.
 
     Args:
         rows: of the CSV file, its header first.
@@ -25,14 +25,15 @@ def write_report(
         notes: lines to print below it.
     """
     output_dir = Path(output_dir)
+    # first what no full disk can take
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*notes, f"tables and figures: {output_dir.resolve()}", sep="\n", flush=True)
     with replacing(output_dir / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
     with replacing(output_dir / csv_name) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(*notes, f"tables and figures: {output_dir.resolve()}", sep="\n")
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any]:

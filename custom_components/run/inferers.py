@@ -11,13 +11,14 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
+from monai.data import Dataset, MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from custom_components.errors import InputError
+from custom_components.run.seeded import WatchedDataLoader
 
 
 class AutocastInferer(SimpleInferer):
@@ -80,6 +81,7 @@ class ReadableLoader:
 
     Args:
         dataset: whose items have a ``name`` when they are read, by which their results are called.
+        timeout_minutes: see :class:`custom_components.run.seeded.WatchedDataLoader`.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
@@ -88,6 +90,7 @@ class ReadableLoader:
     dataset: Dataset
     num_workers: int = 0
     description: str | None = None
+    timeout_minutes: float | None = None
     failures: list[tuple[str, str]] = field(default_factory=list, init=False)
     _what: str = field(default="read", init=False, repr=False)
     _told: set[str] = field(default_factory=set, init=False, repr=False)
@@ -95,8 +98,8 @@ class ReadableLoader:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self.failures.clear()
         self._what = "read"
-        attempts = Dataset(range(len(self.dataset)), partial(_attempt, self.dataset))
-        loader = DataLoader(attempts, self.num_workers, collate_fn=itemgetter(0))
+        attempts = _Attempts(self.dataset)
+        loader = WatchedDataLoader(attempts, self.num_workers, self.timeout_minutes, collate_fn=itemgetter(0))
         given = {item["name"] for item in self.dataset.data if "name" in item}
         names = set(given)
         for item, name, failure in tqdm(loader, self.description, unit="scan", total=len(self.dataset)):
@@ -139,13 +142,21 @@ class ReadableLoader:
             )
 
 
-def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
+class _Attempts(torch.utils.data.Dataset):
     """An item with its name, or that name with the reason why there is none and the trace of it."""
-    name = dataset.data[index].get("name", str(dataset.data[index].get("image")))
-    try:
-        return dataset[index], name, None
-    except Exception as error:
-        return None, name, _failure(name, error)
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset, self.data = dataset, dataset.data
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> tuple[Any, str, tuple[str, str] | None]:
+        name = self.data[index].get("name", str(self.data[index].get("image")))
+        try:
+            return self.dataset[index], name, None
+        except Exception as error:
+            return None, name, _failure(name, error)
 
 
 def _failure(name: str, error: BaseException) -> tuple[str, str]:
