@@ -356,7 +356,7 @@ def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
         item.load_state_dict(saved)
         for group, own in zip(item.param_groups, configured, strict=True):
             # where a schedule runs, the rate is the schedule's, on the scale of the configured one
-            rate = group["lr"] * own["initial_lr"] / group["initial_lr"] if "initial_lr" in own else own["lr"]
+            rate = group["lr"] * (own["initial_lr"] / group["initial_lr"]) if "initial_lr" in own else own["lr"]
             group.update(own | {"lr": rate})
     elif isinstance(item, LRScheduler):
         position = {key: saved[key] for key in ("last_epoch", "_step_count", "_last_lr")}

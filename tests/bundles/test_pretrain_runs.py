@@ -1,7 +1,6 @@
 """Pre-training that is killed, that runs in several processes, or out of disk, through the real command line.
 
-Importing what a bundle needs takes many times longer than a tiny training, so one process imports it and is forked for
-each command; torchrun starts processes of its own.
+torchrun starts processes of its own; the others are forked, see :mod:`tests.bundles.jobs`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom_components.data import phantom
+from tests.bundles.jobs import Job, arguments, serving, until
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
 CONFIGS = ["configs/train.json", "configs/demo.json"]
@@ -40,74 +40,12 @@ TINY = {
     "shift_prob": 1.0,
     "text_cache_size": 0,  # else features are rounded as the batch was that they were first read in
 }
-SERVER = """
-import json, os, runpy, sys
-import ignite.engine, monai.bundle, torch.utils.tensorboard, transformers.models.bert.modeling_bert
-import custom_components.run.resume, custom_components.evaluation.pretrain, custom_components.data.lists
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.chdir(job["folder"])
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.path.append(job["stdout"].rpartition("/")[0])
-        sys.argv = ["monai.bundle", "run", *job["arguments"]]
-        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
-        sys.exit()
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def arguments(configs: list[str], keys: dict[str, object]) -> list[str]:
-    given = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-    return ["--config_file", str(configs), *given]
-
-
-class Job:
-    """A command that runs."""
-
-    def __init__(self, server: subprocess.Popen, folder: Path, given: list[str], output: Path) -> None:
-        self.server, self.files = server, {name: output / f"{name}.txt" for name in ("stdout", "stderr")}
-        request = {"folder": str(folder), "arguments": given} | {k: str(v) for k, v in self.files.items()}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        self.pid = int(server.stdout.readline())
-        self.returncode: int | None = None
-
-    def kill_when(self, condition: Callable[[], bool]) -> None:
-        """``kill -9`` as soon as the condition holds; the process must still be there."""
-        until(condition, lambda: Path(f"/proc/{self.pid}/stat").read_text().split()[2] != "Z")
-        os.kill(self.pid, signal.SIGKILL)
-        assert self.wait() == -signal.SIGKILL
-
-    def wait(self) -> int:
-        self.returncode = int(self.server.stdout.readline())
-        return self.returncode
-
-    @property
-    def stdout(self) -> str:
-        return self.files["stdout"].read_text()
-
-    @property
-    def stderr(self) -> str:
-        return self.files["stderr"].read_text()
-
-
-def until(condition: Callable[[], bool], alive: Callable[[], bool], seconds: float = 300.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert alive() and time.monotonic() < end
-        time.sleep(0.0005)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with serving() as process:
         yield process
-        process.kill()
 
 
 @pytest.fixture(scope="module")
