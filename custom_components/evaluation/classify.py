@@ -23,7 +23,7 @@ from custom_components.evaluation.metrics import (
     resample,
 )
 from custom_components.evaluation.report import read_metrics, write_report
-from custom_components.files import replacing
+from custom_components.files import remove_temporary, replacing
 from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureDataset
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
@@ -170,6 +170,7 @@ class ProbeEvaluation:
         frame = pd.DataFrame({key: [item[key] for item in items] for key in ("name", "patient")})
         for name, labels, probability in zip(self.classes, truth.T, score.T, strict=True):
             frame[name + LABEL], frame[name] = labels.astype(int), probability
+        remove_temporary(path)
         with replacing(path) as temporary:
             frame.to_csv(temporary, index=False)
 

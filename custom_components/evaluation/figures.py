@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from custom_components.data.save import argmax_labels
-from custom_components.files import not_worth_a_run, picture
+from custom_components.files import not_worth_a_run, picture, remove_temporary
 
 CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
 HEAT = {"cmap": "inferno", "alpha": 0.45}
@@ -38,6 +38,7 @@ PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
 
 def save(path: str | Path, draw: Callable[..., Figure], *args: Any) -> None:
     """Write the figure that ``draw(*args)`` returns; a warning where drawing or writing fails."""
+    remove_temporary(path)
     with picture(path) as file:
         draw(*args).savefig(file, dpi=120)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from custom_components.files import replacing
+from custom_components.files import remove_temporary, replacing
 
 
 def write_report(
@@ -30,6 +30,8 @@ def write_report(
     for row in table:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
     print(*notes, f"tables and figures: {output_dir.resolve()}", sep="\n", flush=True)
+    for name in ("metrics.json", csv_name):
+        remove_temporary(output_dir / name)
     with replacing(output_dir / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
     with replacing(output_dir / csv_name) as temporary, open(temporary, "w", newline="") as file:

@@ -5,6 +5,7 @@ import errno
 import importlib
 import itertools
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -149,6 +150,9 @@ class OneLineErrors:
             sys.stderr.flush()
             os._exit(code)  # the interpreter's own end would first wait for the process group
         if code != 1:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise where its workers end
+            for worker in multiprocessing.active_children():
+                worker.kill()  # torch would wait seconds for each
             raise SystemExit(code)
 
     def interruption(self, error: BaseException) -> str | None:

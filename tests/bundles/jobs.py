@@ -4,8 +4,6 @@ Importing what a bundle needs takes many times longer than a tiny run, so one pr
 command. It reads a command a line, and prints a process's number, and its exit code when that has ended.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Signals end a process in order, the second at once; workers end with their parent and at its word alone."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -11,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
+from tests.watch import runs, within
 
 PROGRAM = """
 import multiprocessing, os, signal, sys, time
@@ -40,20 +40,6 @@ def waits(folder):
 if __name__ == "__main__":
     globals()[sys.argv[1]](*sys.argv[2:])
 """
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def within(seconds: float, condition: Callable[[], object]) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not condition():
-        time.sleep(0.02)
-    return bool(condition())
 
 
 @pytest.fixture
