@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tests.watch import runs
+
+BUNDLES = Path(__file__).parents[2] / "bundles"
 SERVER = """
 import json, os, runpy, sys
 import ignite.engine, monai.bundle, torch.utils.tensorboard, transformers.models.bert.modeling_bert
@@ -66,12 +69,15 @@ class Job:
 
     def signal_when(self, number: signal.Signals, condition: Callable[[], bool], group: bool = False) -> int:
         """Send a signal, to all of the job's processes if ``group``, as soon as the condition holds -> exit code."""
-        until(condition, self.runs)
-        (os.killpg if group else os.kill)(self.pid, number)
+        until(condition, lambda: runs(self.pid))
+        self.hit(number, group)
         return self.wait()
 
-    def runs(self) -> bool:
-        return Path(f"/proc/{self.pid}/stat").read_text().split()[2] != "Z"
+    def hit(self, number: signal.Signals, group: bool = False) -> list[int]:
+        """Send a signal, to all of the job's processes if ``group`` -> its children so far."""
+        children = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
+        (os.killpg if group else os.kill)(self.pid, number)
+        return [int(child) for child in children]
 
     def wait(self) -> int:
         self.returncode = int(self.server.stdout.readline())

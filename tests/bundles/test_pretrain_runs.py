@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from custom_components.data import phantom
 from tests.bundles.jobs import Job, arguments, serving, until
+from tests.watch import runs, within
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
 CONFIGS = ["configs/train.json", "configs/demo.json"]
@@ -66,6 +67,19 @@ def start(server: subprocess.Popen, folder: Path, tmp_path: Path) -> Callable[..
         return Job(server, folder, arguments(configs, paths | TINY | keys), tmp_path)
 
     return call
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from custom_components.errors import InputError
+try:
+    from custom_components.files import only_writer
+    with only_writer(Path(sys.argv[1], ".lock"), "models_dir", "models_dir"):
+        print("not refused")
+except InputError as error:
+    print(error)
+"""
 
 
 def weights(models_dir: Path) -> dict[str, torch.Tensor]:
@@ -134,6 +148,29 @@ def test_a_run_killed_three_times_ends_with_the_weights_of_an_unbroken_one(
     for name in ("encoder.pt", "model.pt"):
         assert (models / name).exists()
     assert not [name for name in weights(models) if name.startswith("text_encoder")], "it has a folder of its own"
+
+
+def test_a_signal_to_all_processes_ends_a_run_after_its_step_and_a_second_run_is_refused_meanwhile(
+    unbroken: Path, start: Callable[..., Job], tmp_path: Path
+) -> None:
+    keys = {"num_workers": 2, "cache_rate": 0.0, "checkpoint_minutes": 60, "evaluate_after_training": False}
+    job = start(**keys)
+    until(lambda: "epoch 1/2" in job.stderr, lambda: runs(job.pid))
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "m")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert f"process {job.pid} on {socket.gethostname()}" in other.communicate(timeout=60)[0]
+    children = job.hit(signal.SIGTERM, group=True)
+    assert job.wait() == 75
+    told = [line for line in job.stderr.splitlines() if line.startswith("SIGTERM: ")]
+    assert len(told) == 1 and "checkpoint.pt holds the training up to iteration" in told[0]
+    assert "Traceback" not in job.stderr and "Traceback" not in job.stdout
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["checkpoint.pt"]
+    assert children and within(10, lambda: not any(map(runs, children)))
+    job = start(**keys)
+    assert job.wait() == 0, job.stderr
+    assert "going on in epoch 1 of 2" in job.stdout
+    torch.testing.assert_close(weights(tmp_path / "m"), weights(unbroken / "m"), atol=0, rtol=0)
 
 
 def test_a_finished_run_refuses_another_recipe_until_told(unbroken: Path, start: Callable[..., Job]) -> None:
@@ -263,6 +300,35 @@ def test_two_processes_train_as_one_does_also_after_one_was_killed(
     together, alone = dict(curve(tmp_path / "e")), dict(curve(tmp_path / "1e"))
     assert together.keys() == alone.keys() == set(range(1, 11))
     assert together == pytest.approx(alone, rel=1e-4)
+    before = torch.load(tmp_path / "1" / "checkpoint.pt", weights_only=True)["network"]
+    torch.testing.assert_close(weights(tmp_path / "m"), before, atol=2e-6, rtol=1e-4)
+
+
+def test_a_signal_to_torchrun_ends_all_after_one_step_and_an_odd_number_of_volumes_trains_as_in_one_process(
+    server: subprocess.Popen, folder: Path, torchrun: Callable, tmp_path: Path
+) -> None:
+    """Nine volumes on two processes: the last batch has one, which both take."""
+    (tmp_path / "fixed_masks.py").write_text(FIXED)
+    (tmp_path / "fixed.json").write_text(json.dumps(OVERLAY))
+    (tmp_path / "left_out.csv").write_text("name\ntrain_3_a_1\n")
+    configs = [*CONFIGS, str(tmp_path / "fixed.json")]
+    keys = {"evaluate_after_training": False, "exclude": tmp_path / "left_out.csv", "checkpoint_minutes": 60}
+    launcher = torchrun(["--nproc_per_node=2"], configs, "asked.txt", batch_size=1, **keys)
+    log = tmp_path / "asked.txt"
+    until(lambda: "epoch 1/2" in log.read_text(), lambda: launcher.poll() is None)
+    ranks = ranks_of(launcher)
+    launcher.terminate()
+    assert launcher.wait(60) != 0
+    told = [line for line in log.read_text().splitlines() if "checkpoint.pt holds the training up to" in line]
+    assert len(told) == 1 and "SIGTERM: " in told[0], log.read_text()
+    assert (tmp_path / "m" / "checkpoint.pt").exists() and not any(map(runs, ranks))
+
+    launcher = torchrun(["--nproc_per_node=2"], configs, "again.txt", batch_size=1, **keys)
+    assert launcher.wait(300) == 0, (tmp_path / "again.txt").read_text()
+    paths = {"dataset_dir": folder / "data" / "phantom", "models_dir": tmp_path / "1", "output_dir": tmp_path / "1e"}
+    job = Job(server, folder, arguments(configs, paths | TINY | keys), tmp_path)
+    assert job.wait() == 0, job.stderr
+    assert dict(curve(tmp_path / "e")) == pytest.approx(dict(curve(tmp_path / "1e")), rel=1e-4)
     before = torch.load(tmp_path / "1" / "checkpoint.pt", weights_only=True)["network"]
     torch.testing.assert_close(weights(tmp_path / "m"), before, atol=2e-6, rtol=1e-4)
 
