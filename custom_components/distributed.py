@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -195,6 +195,17 @@ def mean_over_ranks(mean: Tensor, count: int | Tensor) -> Tensor:
     everything = sums[1].clamp(min=1)
     share = total * (world_size() / everything).to(mean.dtype)
     return (sums[0] / everything).to(mean.dtype) + (share - share.detach())
+
+
+class LossOverRanks:
+    """A loss that is a mean over the items of a batch, made that over the batches of all processes, which may differ by
+    an item: see :func:`mean_over_ranks`."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.loss = loss
+
+    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+        return mean_over_ranks(self.loss(pred, target), len(pred))
 
 
 class _AllGather(torch.autograd.Function):

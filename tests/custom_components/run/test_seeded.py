@@ -130,6 +130,8 @@ def test_files_of_an_iteration_are_those_of_its_batch():
 class Hanging(torch.utils.data.Dataset):
     """Volumes of which one is never read."""
 
+    transform = None
+
     def __init__(self) -> None:
         self.data = [{"image": f"/data/scan{i}.nii.gz"} for i in range(6)]
 
