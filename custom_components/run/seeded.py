@@ -15,6 +15,7 @@ from monai.data import DataLoader, Dataset, list_data_collate
 from monai.data.utils import worker_init_fn
 from monai.transforms import Randomizable
 from torch.utils.data import DistributedSampler
+from torch.utils.data._utils import signal_handling
 
 from custom_components.distributed import rank, world_size
 from custom_components.errors import InputError
@@ -59,6 +60,8 @@ class WatchedDataLoader(DataLoader):
                 if "DataLoader timed out" not in str(error):
                     raise
                 worker = batches._workers[batches._task_info[batches._rcvd_idx][0]].pid
+                signal_handling._remove_worker_pids(id(batches))  # else torch raises an error of its own by its end
+                batches._worker_pids_set = False
                 os.kill(worker, signal.SIGKILL)  # torch would wait for it
                 raise InputError(
                     f"process {worker}, a worker, has not read {', '.join(self.names(number))} within timeout_minutes "

@@ -43,7 +43,7 @@ PROGRAMS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
     "classify": (
         "classify",
         TRAINING,
-        SMALL | {"max_steps": 30, "warmup_steps": 2, "batch_size": 4, "num_resamples": 2, "pretrained": None}
+        SMALL | {"max_steps": 30, "warmup_steps": 2, "batch_size": 4, "num_resamples": 2, "pretrained": "null"}
         | {"compare_after_training": False},
     ),
     "segment": (
@@ -51,7 +51,7 @@ PROGRAMS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
         TRAINING,
         SMALL
         | {"max_epochs": 3, "warmup_epochs": 1, "val_interval": 1, "num_samples": 1, "eval_figures": 1}
-        | {"feature_size": 4, "pretrained": None, "procedure": "@training", "cache_rate": 0.0},
+        | {"feature_size": 4, "pretrained": "null", "procedure": "@training", "cache_rate": 0.0},
     ),
     "prepare": ("pretrain", ["prepare"], {"num_workers": 2, "contact_sheet_volumes": 1, "min_lung_share": 0.0}),
 }  # fmt: skip
