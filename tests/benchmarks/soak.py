@@ -51,7 +51,8 @@ PROGRAMS: dict[str, tuple[str, list[str], dict[str, Any]]] = {
         TRAINING,
         SMALL
         | {"max_epochs": 3, "warmup_epochs": 1, "val_interval": 1, "num_samples": 1, "eval_figures": 1}
-        | {"feature_size": 4, "pretrained": "null", "procedure": "@training", "cache_rate": 0.0},
+        | {"feature_size": 4, "pretrained": "null", "procedure": "@training", "cache_rate": 0.0}
+        | {"datalist#num_validation": 2},
     ),
     "prepare": ("pretrain", ["prepare"], {"num_workers": 2, "contact_sheet_volumes": 1, "min_lung_share": 0.0}),
 }  # fmt: skip
