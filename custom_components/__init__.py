@@ -8,7 +8,8 @@ SimCroP, one idea a file; whoever has read these has read the method:
     probe.py        linear probe, its loss, its inferer
     unetr.py        UNETR for patches that are no cubes
     cpu.py          kernels and settings that only CPUs need
-    distributed.py  errors.py  files.py  ground: processes, errors in one line, files that are always whole
+    distributed.py  errors.py  files.py  ground: training in many processes, errors in one line, files that are always
+    processes.py    whole and have one writer, runs that signals end in order
 
 ask.py          trained weights of any bundle, asked from Python
 

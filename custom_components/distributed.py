@@ -6,8 +6,10 @@ does not, but its first call waits for all processes, and after the group has en
 
 import logging
 import os
+import socket
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -20,6 +22,8 @@ from torch.nn import functional as F
 from custom_components.errors import InputError
 
 logger = logging.getLogger(__name__)
+
+SECONDS_TO_SPEAK = 3.0  # processes that have waited in vain for the same give up within less
 
 
 def world_size() -> int:
@@ -62,19 +66,58 @@ def start(device: torch.device, timeout_minutes: float = 10.0) -> None:
     """Join the processes that torchrun started: nccl between GPUs, gloo between CPUs. Ranks above 0 log warnings alone.
 
     A process gives up when it has waited for the others for ``timeout_minutes``, which must exceed the time that rank 0
-    alone takes to make its data or to write a checkpoint.
+    alone takes to make its data or to write a checkpoint; :func:`hanging` then says whom it has waited for.
     """
     _environment("RANK")
     hook = sys.excepthook
     timeout = timedelta(minutes=timeout_minutes)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=timeout, device_id=device)
+        # gloo beside it for what concerns no GPU, so that none waits for it
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
     else:
         dist.init_process_group("gloo", timeout=timeout)
     sys.excepthook = hook  # torch has put its own around it, which prefixes each line with the rank
+    _store().set(f"place/{dist.get_rank()}", f"process {os.getpid()} on {socket.gethostname()}")
     if dist.get_rank() > 0:
         logging.getLogger().setLevel(logging.WARNING)
+
+
+def _store() -> dist.Store:
+    """Where processes leave word for each other: torchrun keeps it, so that it outlives each of them."""
+    return dist.distributed_c10d._get_default_store()
+
+
+def hanging(error: BaseException) -> str | None:
+    """The line that names the processes of which no word came in time, if that is what an error of torch's says.
+
+    Every process that waits in vain says so to the others; those that do not are told of.
+    """
+    if world_size() == 1 or not isinstance(error, RuntimeError) or "timed out" not in str(error).lower():
+        return None
+    try:
+        store = _store()
+        store.set(f"waited/{rank()}", "")
+        time.sleep(SECONDS_TO_SPEAK)
+        silent = [number for number in range(world_size()) if not store.check([f"waited/{number}"])]
+        places = [f"rank {number} ({store.get(f'place/{number}').decode()})" for number in silent]
+    except RuntimeError:  # the machine that keeps the store is gone
+        return None
+    if not silent:
+        return None
+    return (
+        f"no word from {', '.join(places)} within timeout_minutes: look at what it does there (py-spy dump --pid), or "
+        "raise timeout_minutes if it was only slow"
+    )
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether any process passes true; all must ask at the same place. No GPU waits for the answer."""
+    if world_size() == 1:
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags, dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 def leave_to_rank_zero() -> None:
@@ -84,11 +127,14 @@ def leave_to_rank_zero() -> None:
 
 
 @contextmanager
-def rank_zero_first() -> Iterator[None]:
-    """The block runs in rank 0, and in the others once it has ended there; for what one makes and all read."""
+def rank_zero_first() -> Iterator[bool]:
+    """The block runs in rank 0, and in the others once it has ended there; for what one makes and all read.
+
+    Gives whether this process is the one to make it.
+    """
     if rank() > 0:
         dist.barrier()
-    yield
+    yield rank() == 0
     if world_size() > 1 and rank() == 0:
         dist.barrier()
 
@@ -149,6 +195,17 @@ def mean_over_ranks(mean: Tensor, count: int | Tensor) -> Tensor:
     everything = sums[1].clamp(min=1)
     share = total * (world_size() / everything).to(mean.dtype)
     return (sums[0] / everything).to(mean.dtype) + (share - share.detach())
+
+
+class LossOverRanks:
+    """A loss that is a mean over the items of a batch, made that over the batches of all processes, which may differ by
+    an item: see :func:`mean_over_ranks`."""
+
+    def __init__(self, loss: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self.loss = loss
+
+    def __call__(self, pred: Tensor, target: Tensor) -> Tensor:
+        return mean_over_ranks(self.loss(pred, target), len(pred))
 
 
 class _AllGather(torch.autograd.Function):

@@ -1,15 +1,22 @@
-"""Files that are whole under their name even if a run is killed, stamps that show a change, text in one encoding."""
+"""Files that are whole even if a run is killed, one writer at a time, stamps that show a change, text in UTF-8."""
 
 import glob
+import json
+import logging
 import os
 import re
+import socket
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from custom_components.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 # of the files that hold the voxels of a header
 VOXEL_SUFFIXES = {".mhd": (".raw", ".zraw"), ".nhdr": (".raw", ".raw.gz", ".raw.bz2")}
@@ -20,7 +27,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """A temporary path beside ``path``, in a folder that is made if need be, for the block to write.
 
     Renamed to ``path`` when the block ends well, deleted when it raises. It ends like ``path``, by which some libraries
-    choose the format, and holds the process's number, so that several may write at once.
+    choose the format, and holds the process's number, so that several may write at once on one machine; where several
+    machines may write the same file, :func:`only_writer` lets them take turns.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +38,24 @@ def replacing(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def not_worth_a_run(path: str | Path) -> Iterator[None]:
+    """Where the block, which draws a picture, fails, be it by a full disk or a missing font, a warning says so and the
+    run goes on: a picture only shows what is written elsewhere."""
+    try:
+        yield
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning(f"{path}: not drawn ({cause}); only the picture is missing")
+
+
+@contextmanager
+def picture(path: str | Path) -> Iterator[Path]:
+    """:func:`replacing` for a picture, which is :func:`not_worth_a_run`."""
+    with not_worth_a_run(path), replacing(path) as temporary:
+        yield temporary
 
 
 def check_folder(key: str, path: str | Path) -> None:
@@ -47,6 +73,59 @@ def check_folder(key: str, path: str | Path) -> None:
             pass
     except OSError as error:
         raise InputError(f"{key} {path} cannot be written ({error.strerror}): give a folder that can") from error
+
+
+@contextmanager
+def only_writer(lock: str | Path, what: str, key: str, wait: bool = False) -> Iterator[None]:
+    """The block runs while no other process is in such a block of the same lock, on this machine or on another.
+
+    The system holds the lock, and lets it go with the process, however that ends: a lock file that is left behind locks
+    nothing. A process that holds it may take it again. On a network file system this is as true as its locks are.
+
+    Args:
+        lock: file, made here and deleted at the end, in a folder that is made if need be.
+        what: is written, for the message.
+        key: of the config, that would lead elsewhere.
+        wait: for the other to end, with a line that says so.
+
+    Raises:
+        InputError: another process has it, and ``wait`` is false.
+    """
+    lock = Path(lock).absolute()
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(lock, is_singleton=True, thread_local=False)
+    try:
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            other = f"{what} is being written by {_holder(lock)}"
+            if not wait:
+                raise InputError(f"{other}: let it end, or stop it, or give another {key}") from None
+            logger.warning(f"{other}: waiting for it to end")
+            held.acquire()
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, Timeout):
+            raise
+        logger.warning(f"{lock.parent}: this disk has no locks ({error}): see to it that no second run writes there")
+        yield
+        return
+    try:
+        with suppress(OSError):  # a full disk; who is told of it is not told whose it is
+            lock.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+        yield
+    finally:
+        if held.is_locked:  # not in a process forked meanwhile
+            if held.lock_counter == 1:
+                lock.unlink(missing_ok=True)  # before it is let go: who gets it after that looks for the file again
+            held.release()
+
+
+def _holder(lock: Path) -> str:
+    try:
+        told = json.loads(lock.read_text())
+        return f"process {told['process']} on {told['host']}"
+    except (OSError, ValueError, KeyError):  # it has just begun, or just ended
+        return "another process"
 
 
 def remove_temporary(path: str | Path) -> None:

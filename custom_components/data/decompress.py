@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,7 +17,8 @@ TIMEOUT = 60, 5  # s, and s a file
 def decompressed(paths: Sequence[Path]) -> list[np.ndarray | str]:
     """Voxels of each file as stored, or why there are none."""
     # -P: the modules beside this one, such as nrrd, are not to hide packages of their name
-    command, limit = [sys.executable, "-P", __file__], TIMEOUT[0] + TIMEOUT[1] * len(paths)
+    limit = TIMEOUT[0] + TIMEOUT[1] * len(paths)
+    command = [sys.executable, "-P", __file__, str(limit)]
     names = b"\0".join(os.fsencode(path.absolute()) for path in paths)
     try:
         done = subprocess.run(
@@ -35,6 +37,7 @@ def decompressed(paths: Sequence[Path]) -> list[np.ndarray | str]:
 
 
 def main() -> None:
+    signal.alarm(int(sys.argv[1]))  # ends it where the process that waits for it was killed
     import gdcm  # noqa: F401  by which pydicom decompresses JPEG, JPEG-LS and JPEG 2000
 
     with os.fdopen(os.dup(1), "wb") as answers:

@@ -34,6 +34,7 @@ independently of the findings, and the findings independently of each other.
 """
 
 import csv
+import glob
 import gzip
 import json
 import math
@@ -43,7 +44,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -58,7 +59,8 @@ from tqdm import tqdm
 
 from custom_components.data.lists import mask_file_name
 from custom_components.errors import InputError
-from custom_components.files import replacing
+from custom_components.files import only_writer, remove_temporary, replacing
+from custom_components.processes import follow_parent
 
 # raise the version with every change of the bytes written, so that old cohorts are rebuilt
 GENERATOR = {"generator": "custom_components.phantom", "version": 2}
@@ -870,8 +872,9 @@ def cohort(
 
     Beside CT-RATE's own files, ``dataset/masks`` holds for each volume ``organs.nii.gz``, a mask per finding that is
     present, and per split the sentence that speaks of each. The bytes depend on the arguments but not on
-    `num_workers`. A cohort of other parameters is replaced; any other folder that is not empty is left alone. Where
-    several processes train together, rank 0 writes it, and the others go on when it is there.
+    `num_workers`. A cohort of other parameters is replaced; any other folder that is not empty is left alone. A run
+    that finds another at it waits. Where several processes train together, rank 0 writes it, and the others go on when
+    it is there. What a kill has left is removed by the next run.
 
     Args:
         shape, spacing, prevalence: as in :func:`patient`.
@@ -902,24 +905,43 @@ def write_cohort(dataset_dir: str | os.PathLike[str], manifest: Mapping[str, Any
     kind = manifest["generator"].rpartition(".")[2]
     target = Path(dataset_dir).resolve()
     stamp = target / f"{kind}.json"
-    with rank_zero_first():
-        if stamp.is_file():
-            if json.loads(stamp.read_text()) == manifest:
-                return str(dataset_dir)
-        elif target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(
-                f"{kind}.cohort: {target} holds something that is not its cohort (it has no {stamp.name}): "
-                "set dataset_dir to a new or empty folder"
-            )
-        _write_cohort(stamp, manifest, draw, num_workers)
+    with rank_zero_first() as first:
+        if first and (not _is_there(stamp, manifest) or _left_by_kills(target)):
+            with _only_writer(target):
+                for left in _left_by_kills(target):
+                    shutil.rmtree(left)
+                if not _is_there(stamp, manifest):  # another run may have written it in the meantime
+                    _write_cohort(stamp, manifest, draw, num_workers)
     return str(dataset_dir)
+
+
+def _only_writer(target: Path) -> AbstractContextManager[None]:
+    """The lock lies beside the cohort, which is replaced as a whole."""
+    return only_writer(target.parent / f".{target.name}.lock", f"the cohort {target}", "dataset_dir", wait=True)
+
+
+def _left_by_kills(target: Path) -> list[Path]:
+    """Folders in which runs that were killed, or the one that runs now, build the cohort."""
+    return list(target.parent.glob(f".{glob.escape(target.name)}.partial-*"))
+
+
+def _is_there(stamp: Path, manifest: Mapping[str, Any]) -> bool:
+    """Whether a cohort is that of the manifest; an InputError where its place is taken by something else."""
+    target = stamp.parent
+    if stamp.is_file():
+        return json.loads(stamp.read_text()) == manifest
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise InputError(
+            f"{stamp.stem}.cohort: {target} holds something that is not its cohort (it has no {stamp.name}): "
+            "set dataset_dir to a new or empty folder"
+        )
+    return False
 
 
 def _write_cohort(stamp: Path, manifest: Mapping[str, Any], draw: Draw, num_workers: int) -> None:
     target = stamp.parent
     items = [(split, i) for split in SPLITS for i in range(manifest[f"num_{split}"])]
     context = multiprocessing.get_context("spawn")  # forking a process in which torch's threads run can hang
-    target.parent.mkdir(parents=True, exist_ok=True)
     # built beside the target and renamed at the end, so that a kill never leaves half a cohort under its name
     with tempfile.TemporaryDirectory(prefix=f".{target.name}.partial-", dir=target.parent) as stage:
         data = Path(stage, "cohort", "dataset")
@@ -927,15 +949,16 @@ def _write_cohort(stamp: Path, manifest: Mapping[str, Any], draw: Draw, num_work
             (data / folder).mkdir(parents=True)
         (data.parent / stamp.name).write_text(json.dumps(manifest, indent=2) + "\n")
         write = partial(_write_patient, data, draw, *map(manifest.get, ("shape", "spacing", "seed")))
-        with ProcessPoolExecutor(num_workers, context) if num_workers > 1 else nullcontext() as pool:
+        workers = ProcessPoolExecutor(num_workers, context, follow_parent) if num_workers > 1 else nullcontext()
+        with workers as pool:
             written = pool.map(write, items, chunksize=8) if pool else map(write, items)
             for tables in tqdm(written, total=len(items), desc=f"{stamp.stem} cohort", unit="patient"):
                 for table, lines in tables.items():
                     with open(data / table, "a", newline="", encoding="utf-8") as file:
                         header = [] if file.tell() else [COLUMNS[table.split("/")[0]]]
                         csv.writer(file, lineterminator="\n").writerows(header + lines)
-        if stamp.is_file():  # nothing else is ever deleted
-            shutil.rmtree(target)
+        if stamp.is_file():  # nothing else is ever replaced; renamed too, since a kill may come between any two files
+            target.rename(Path(stage, "old"))
         data.parent.rename(target)
 
 
@@ -950,7 +973,7 @@ def _write_label_map(dataset: Path, volume: str) -> str:
     for finding, value in LESIONS.items():
         if (file := masks / mask_file_name(finding)).is_file():
             labels[np.asarray(nib.load(file).dataobj) > 0] = value
-    with replacing(masks / "labels.nii.gz") as temporary:  # several processes may write and read it at once
+    with replacing(masks / "labels.nii.gz") as temporary:  # other processes may read it
         image = nib.Nifti1Image(labels, organs.affine, organs.header)
         temporary.write_bytes(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
     return f"dataset/masks/{volume}/labels.nii.gz"
@@ -965,6 +988,8 @@ def segmentation_datalist(dataset_dir: str | os.PathLike[str], num_validation: i
     Raises:
         InputError: no patient is left for one of the lists.
     """
+    from custom_components.distributed import rank_zero_first
+
     dataset = Path(dataset_dir, "dataset")
 
     def items(split: str) -> list[dict[str, str]]:
@@ -973,14 +998,22 @@ def segmentation_datalist(dataset_dir: str | os.PathLike[str], num_validation: i
         names = ["/".join(file.parts[-4:]).removesuffix(".nii.gz") for file in volumes]
         return [{"image": f"dataset/{n}.nii.gz", "label": _write_label_map(dataset, n)} for n in names]
 
-    train, other = map(items, SPLITS)
-    content = {"training": train, "validation": other[:num_validation], "testing": other[num_validation:]}
-    if not all(content.values()):
-        raise InputError(
-            f"{dataset_dir}: num_validation {num_validation} of {len(other)} held-out patients leaves none to "
-            "validate or to test on: change num_valid or num_validation"
-        )
     path = Path(dataset_dir).resolve() / "segmentation.json"
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    with rank_zero_first() as first:
+        if first:
+            with _only_writer(path.parent):
+                for left in dataset.glob("masks/*/*/*/*/.*.tmp.labels.nii.gz"):  # of runs that were killed
+                    left.unlink()
+                remove_temporary(path)
+                train, other = map(items, SPLITS)
+                content = {
+                    "training": train, "validation": other[:num_validation], "testing": other[num_validation:]
+                }  # fmt: skip
+                if not all(content.values()):
+                    raise InputError(
+                        f"{dataset_dir}: num_validation {num_validation} of {len(other)} held-out patients leaves none "
+                        "to validate or to test on: change num_valid or num_validation"
+                    )
+                with replacing(path) as temporary:
+                    temporary.write_text(json.dumps(content, indent=1) + "\n")
     return str(path)

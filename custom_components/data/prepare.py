@@ -13,7 +13,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +20,6 @@ from concurrent import futures
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +35,8 @@ from tqdm import tqdm
 from custom_components.data.sources import Scan, Source
 from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, first_line, linear_weights, reading
 from custom_components.errors import InputError
-from custom_components.files import file_stamp, remove_temporaries, remove_temporary, replacing
+from custom_components.files import file_stamp, only_writer, picture, remove_temporaries, remove_temporary, replacing
+from custom_components.processes import follow_parent
 
 FORMAT_VERSION = 1  # raise it with every change of the voxels written, so that a restart prepares volumes anew
 
@@ -269,12 +268,7 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
 
 def _begin_worker() -> None:
     """One thread for BLAS, and an end with the parent, which, killed, could not end a worker that hangs."""
-
-    def follow_parent() -> None:
-        wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow_parent, daemon=True).start()
+    follow_parent()
     threadpool_limits(1)
 
 
@@ -414,7 +408,8 @@ def prepare(
         recipe_keys: pixdim and all else that :class:`Recipe` takes.
 
     Raises:
-        InputError: an argument is impossible, the disk is full, or, at the end, volumes have failed.
+        InputError: an argument is impossible, another run prepares the shard, the disk is full, or, at the end, volumes
+            have failed.
     """
     folder = Path(prepared_dir).expanduser()
     recipe = Recipe(**recipe_keys)
@@ -430,52 +425,58 @@ def prepare(
 
     every_scan = source.scans()
     mine = every_scan[part::parts]
-    rows = {name: row for name, row in read_manifest(folder).items() if row["recipe"] == recipe_hash}
-    waiting = [s for s in tqdm(mine, "verifying", delay=5) if not _is_done(s, rows.get(s.name), recipe, folder)]
     with _writing(folder):
-        manifest = _Manifest(folder / "manifest" / f"shard_{part + 1}_of_{parts}.csv")
-        if part == 0:
-            _copy_tables(source, folder)
-    own_outputs = [output for scan in mine for output in _outputs(scan, recipe)]
-    remove_temporaries(folder, own_outputs)
-    shown: list[tuple[str, Path]] = []
-    failures = 0
-    sheet = folder / f"contact_sheet{f'_{part + 1}' if parts > 1 else ''}.png"
-    bar = tqdm(total=len(mine), initial=len(mine) - len(waiting), desc="prepare", unit="volume", smoothing=0.05)
-    pool = _run_pool(waiting, num_workers, 60 * timeout_minutes, source, recipe, str(folder))
-    try:
-        with bar, manifest, closing(pool) as finished:
-            for scan, row in finished:
-                outputs = _outputs(scan, recipe)
-                row |= {
-                    "name": scan.name,
-                    "source": scan.image,
-                    "output": outputs[0],
-                    "label_output": outputs[1] if len(outputs) > 1 else "",
-                    "source_stamp": _stamps(scan),
-                    "recipe": recipe_hash,
-                    "finished": f"{time.time():.3f}",
-                }
-                manifest.append(row)
-                if row["status"] != "ok":
-                    failures += 1
-                    for place in outputs:  # a worker that was killed could not tidy up
-                        remove_temporary(folder / place)
-                elif len(shown) < contact_sheet_volumes:
-                    shown.append((scan.name, folder / outputs[0]))
-                    if len(shown) == contact_sheet_volumes:  # now, when a wrong orientation costs least
-                        contact_sheet(shown, sheet, recipe.hu_range)
-                bar.set_postfix(failed=failures, refresh=False)
-                bar.update()
-    except BaseException:  # the workers were ended, be it in the midst of writing
+        Path(folder, "manifest").mkdir(parents=True, exist_ok=True)
+    with _only_preparing(folder, part, parts):
+        rows = {name: row for name, row in read_manifest(folder).items() if row["recipe"] == recipe_hash}
+        waiting = [s for s in tqdm(mine, "verifying", delay=5) if not _is_done(s, rows.get(s.name), recipe, folder)]
+        with _writing(folder):
+            manifest = _Manifest(folder / "manifest" / f"shard_{part + 1}_of_{parts}.csv")
+            if part == 0:
+                _copy_tables(source, folder)
+        own_outputs = [output for scan in mine for output in _outputs(scan, recipe)]
         remove_temporaries(folder, own_outputs)
-        raise
-    if 0 < len(shown) < contact_sheet_volumes:
-        contact_sheet(shown, sheet, recipe.hu_range)
+        shown: list[tuple[str, Path]] = []
+        failures = 0
+        sheet = folder / f"contact_sheet{f'_{part + 1}' if parts > 1 else ''}.png"
+        remove_temporary(sheet)
+        bar = tqdm(total=len(mine), initial=len(mine) - len(waiting), desc="prepare", unit="volume", smoothing=0.05)
+        pool = _run_pool(waiting, num_workers, 60 * timeout_minutes, source, recipe, str(folder))
+        try:
+            with bar, manifest, closing(pool) as finished:
+                for scan, row in finished:
+                    outputs = _outputs(scan, recipe)
+                    row |= {
+                        "name": scan.name,
+                        "source": scan.image,
+                        "output": outputs[0],
+                        "label_output": outputs[1] if len(outputs) > 1 else "",
+                        "source_stamp": _stamps(scan),
+                        "recipe": recipe_hash,
+                        "finished": f"{time.time():.3f}",
+                    }
+                    manifest.append(row)
+                    if row["status"] != "ok":
+                        failures += 1
+                        for place in outputs:  # a worker that was killed could not tidy up
+                            remove_temporary(folder / place)
+                    elif len(shown) < contact_sheet_volumes:
+                        shown.append((scan.name, folder / outputs[0]))
+                        if len(shown) == contact_sheet_volumes:  # now, when a wrong orientation costs least
+                            _show(shown, sheet, recipe)
+                    bar.set_postfix(failed=failures, refresh=False)
+                    bar.update()
+        except BaseException:  # the workers were ended, be it in the midst of writing
+            remove_temporaries(folder, own_outputs)
+            raise
+        if 0 < len(shown) < contact_sheet_volumes:
+            _show(shown, sheet, recipe)
 
     _wait_for_others(shard)
-    rows = read_manifest(folder)
-    with _writing(folder):
+    with _writing(folder), only_writer(folder / "manifest" / ".reports.lock", f"{folder}", "prepared_dir", wait=True):
+        for report in ("manifest.csv", "failed.csv", "summary.md"):
+            remove_temporary(folder / report)
+        rows = read_manifest(folder)
         failed = summarize(folder, [rows[scan.name] for scan in every_scan if scan.name in rows], len(every_scan))
     mine_failed = [scan.name for scan in mine if scan.name in failed]
     if mine_failed:
@@ -484,6 +485,19 @@ def prepare(
             f"{len(mine_failed)} of {len(mine)} volumes failed, the first by {first['reason']} ({first['message']}): "
             f"see {folder / 'summary.md'}"
         )
+
+
+@contextmanager
+def _only_preparing(folder: Path, part: int, parts: int) -> Iterator[None]:
+    """One run a shard, and no two that divide a data set otherwise, since those would share volumes."""
+    locks = folder / "manifest"
+    own = locks / f".shard_{part + 1}_of_{parts}.lock"
+    with only_writer(own, f"shard {part + 1}/{parts} of {folder}", "shard or prepared_dir"):
+        for other in locks.glob(".shard_*.lock"):
+            if not other.name.endswith(f"_of_{parts}.lock"):
+                with only_writer(other, f"{folder}, in other shards,", "prepared_dir"):
+                    pass
+        yield
 
 
 def _wait_for_others(shard: str | None) -> None:
@@ -555,6 +569,11 @@ def summarize(folder: Path, rows: Sequence[Mapping[str, str]], expected: int) ->
     return failed
 
 
+def _show(volumes: Sequence[tuple[str, Path]], sheet: Path, recipe: Recipe) -> None:
+    with picture(sheet) as part:
+        contact_sheet(volumes, part, recipe.hu_range)
+
+
 def contact_sheet(volumes: Sequence[tuple[str, Path]], path: Path, hu_range: Sequence[float]) -> None:
     """A row per prepared file: its middle axial, coronal and sagittal slice, the histogram of its HU, and its name."""
     from matplotlib.figure import Figure
@@ -580,5 +599,4 @@ def contact_sheet(volumes: Sequence[tuple[str, Path]], path: Path, hu_range: Seq
         row[3].hist(volume[::2, ::2, ::2].ravel(), bins=100, range=tuple(hu_range), color="#08519c", log=True)
         row[3].set_title("HU", fontsize=9)
         row[3].tick_params(labelsize=7, left=False, labelleft=False)
-    with _writing(path), replacing(path) as part:
-        figure.savefig(part, dpi=80)
+    figure.savefig(path, dpi=80)

@@ -48,6 +48,7 @@ class ProbeEvaluation:
             test labels, as the authors do.
         checkpoint: weights to load first; None to take the network as it is.
         exclusive: whether exactly one class is true of a volume.
+        timeout_minutes: see :class:`custom_components.run.seeded.WatchedDataLoader`.
 
     Raises:
         InputError: a class is neither the network's nor merged of such.
@@ -67,6 +68,7 @@ class ProbeEvaluation:
     num_workers: int = 0
     num_resamples: int = 1000
     seed: int = 42
+    timeout_minutes: float | None = None
 
     def __post_init__(self) -> None:
         self.parts = {name: list((self.merged_classes or {}).get(name, [name])) for name in self.classes}
@@ -106,12 +108,13 @@ class ProbeEvaluation:
         if any(len(parts) > 1 for parts in self.parts.values()):
             metrics["auroc_published"] = self._published(truth, probability_of_all, patients)
         rows = [("class", "metric", "value", "low", "high"), *metric_rows(metrics)]
-        write_report(self.output_dir, metrics, rows, *_table(metrics))
         folder = Path(self.output_dir)
         write_predictions(folder / "predictions.csv", items, self.classes, truth, probability)
-        figures.roc_and_pr_curves(truth, probability, self.classes, folder / "roc_pr.png")
+        write_report(self.output_dir, metrics, rows, *_table(metrics))
+        figures.save(folder / "roc_pr.png", figures.roc_and_pr_curves, truth, probability, self.classes)
         if self.exclusive:
-            figures.confusion_matrix(metrics["confusion_matrix"], self.classes, folder / "confusion_matrix.png")
+            matrix = metrics["confusion_matrix"]
+            figures.save(folder / "confusion_matrix.png", figures.confusion_matrix, matrix, self.classes)
         return metrics
 
     def _outputs(self, dataset: Dataset) -> tuple[pd.DataFrame, np.ndarray, list, list]:
@@ -129,7 +132,10 @@ class ProbeEvaluation:
         if isinstance(dataset, FeatureDataset):  # its first view counts
             logits = self.network.head(dataset.features[:, 0].to(self.device))
             return logits.float().cpu(), dataset.data, dataset.failures
-        loader, forward = ReadableLoader(dataset, self.num_workers, "volumes"), AutocastInferer(self.amp)
+        loader, forward = (
+            ReadableLoader(dataset, self.num_workers, "volumes", self.timeout_minutes),
+            AutocastInferer(self.amp),
+        )
         items = {item["name"]: item for item in dataset.data}
         logits, kept = [], []
         for batch in loader:

@@ -1,5 +1,8 @@
 """The pictures: training, ROC and precision-recall curves, box plots, heat maps and contours over CT slices.
 
+A picture is not worth a run: the functions return figures, and :func:`save` makes of one that cannot be drawn or
+written a warning.
+
 Slices are shown as radiologists see them: axial from below, so the patient's right is on the left of the picture.
 Volumes are in RAS axis order, as every preprocessing chain of this project leaves them.
 """
@@ -29,6 +32,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from custom_components.data.save import argmax_labels
+from custom_components.files import not_worth_a_run, picture, remove_temporary
 
 CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
 LUNG, SOFT_TISSUE, BOTH = (-1350, 150), (-160, 240), (-1150, 350)  # HU
@@ -37,6 +41,13 @@ COMPARED = 4  # sentences at most of which each is shown on the slices of all
 COLOURS = tuple(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])  # of classes 1, 2, ...
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
 SIDES = {2: "RL", 1: "RL", 0: "AP"}  # left and right of a plane
+
+
+def save(path: str | Path, draw: Callable[..., Figure], *args: Any) -> None:
+    """Write the figure that ``draw(*args)`` returns; a warning where drawing or writing fails."""
+    remove_temporary(path)
+    with picture(path) as file:
+        draw(*args).savefig(file, dpi=120)
 
 
 def plane(volume: Tensor | np.ndarray, axis: int, index: int) -> np.ndarray:
@@ -68,12 +79,12 @@ def spacing_of(image: Tensor) -> tuple[float, float, float]:
     return tuple(image.pixdim.tolist()) if isinstance(image, MetaTensor) else (1.0, 1.0, 1.0)
 
 
-def loss_curves(log_dir: str | Path, path: str | Path) -> None:
+def loss_curves(log_dir: str | Path) -> Figure:
     """One panel per scalar of a TensorBoard folder, over iterations, with a running mean, and its held-out values."""
     events = EventAccumulator(str(log_dir), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("held_out/")]
     if not tags:
-        return
+        raise ValueError(f"{log_dir} holds no curves")
     curves = {tag: _curve(events, tag) for tag in events.Tags()["scalars"]}
     figure = Figure(figsize=(3.2 * len(tags), 3.0), layout="constrained")
     for axes, tag in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags, strict=True):
@@ -88,7 +99,7 @@ def loss_curves(log_dir: str | Path, path: str | Path) -> None:
         axes.set_title(tag.replace("loss/", "loss: "), fontsize=10)
         axes.set_xlabel("iteration", fontsize=9)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 def _curve(events: EventAccumulator, tag: str) -> tuple[np.ndarray, np.ndarray]:
@@ -253,15 +264,13 @@ class SentencePaneld(MapTransform):
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
         for key in self.key_iterator(data):
-            folder = self.output_dir / data["name"]
-            folder.mkdir(parents=True, exist_ok=True)
             titles = self.names
             if self.score_key is not None:
                 scores = data[self.score_key].tolist()
                 titles = [f"{name}\nscore {score:.2f}" for name, score in zip(titles, scores, strict=True)]
             ct = self.reader({"image": data["image"].meta["filename_or_obj"]})["image"]
-            figure = sentence_panel(ct, data[key], titles, self.quantity, self.threshold)
-            figure.savefig(folder / "panel.png", dpi=130)
+            path = self.output_dir / data["name"] / "panel.png"
+            save(path, sentence_panel, ct, data[key], titles, self.quantity, self.threshold)
         return data
 
 
@@ -361,13 +370,12 @@ class ContourPaneld(MapTransform):
 
     def __call__(self, data: Mapping[str, Any]) -> dict[str, Any]:
         data = dict(data)
-        image, folder = data["image"].cpu(), self.output_dir / data["name"]
-        folder.mkdir(parents=True, exist_ok=True)
+        image = data["image"].cpu()
         for key in self.key_iterator(data):
             pred = argmax_labels(data[key].cpu())
             row = {"image": image[0], "pred": pred, "spacing": spacing_of(image), "title": data["name"]}
             row["affine"] = image.affine.numpy()
-            contours([row], self.classes).savefig(folder / "panel.png", dpi=130)
+            save(self.output_dir / data["name"] / "panel.png", contours, [row], self.classes)
         return data
 
 
@@ -394,11 +402,12 @@ class ContourImages:
         image, pred, truth = (item[key].cpu()[0] for key in ("image", "pred", "label"))
         title = f"epoch {engine.state.epoch}"
         row = {"image": image, "pred": pred, "truth": truth, "spacing": spacing_of(item["image"]), "title": title}
-        self.writer.add_figure("validation/contours", contours([row], self.classes), engine.state.epoch)
-        self.writer.flush()
+        with not_worth_a_run("validation/contours"):
+            self.writer.add_figure("validation/contours", contours([row], self.classes), engine.state.epoch)
+            self.writer.flush()
 
 
-def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) -> None:
+def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]]) -> Figure:
     """One panel per metric with a box and the single scans per class.
 
     Args:
@@ -414,10 +423,10 @@ def box_plots(scores: Mapping[str, Mapping[str, np.ndarray]], path: str | Path) 
         axes.set_title(title, fontsize=10)
         axes.tick_params(axis="x", labelrotation=30 if classes < 6 else 75, labelsize=8)
         axes.grid(axis="y", alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, path: str | Path) -> None:
+def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str) -> Figure:
     """Groups of bars with intervals: ``values`` are group -> bar -> ``mean``, ``low``, ``high``."""
     mean, low, high = (
         pd.DataFrame({g: {bar: entry[part] for bar, entry in group.items()} for g, group in values.items()}).T
@@ -428,10 +437,10 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str, p
     axes = mean.plot.bar(ax=figure.subplots(), yerr=reach, capsize=3, rot=0, ylabel=ylabel, color=COLOURS)
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=9)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str], path: str | Path) -> None:
+def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str]) -> Figure:
     """ROC and precision-recall curve of every class with both label values; ``truth`` and ``score`` are ``[N, C]``."""
     figure = Figure(figsize=(11.0, 5.0), layout="constrained")
     roc, pr = figure.subplots(1, 2)
@@ -447,13 +456,13 @@ def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[st
     for axes in (roc, pr):
         axes.legend(fontsize=6)
         axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    return figure
 
 
-def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str], path: str | Path) -> None:
+def confusion_matrix(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> Figure:
     """Counts of true class (rows) against the class of highest probability."""
     figure = Figure(figsize=(1.5 + 1.2 * len(classes), 1.2 + 1.0 * len(classes)), layout="constrained")
     axes = figure.subplots()
     display = ConfusionMatrixDisplay(np.asarray(matrix), display_labels=list(classes))
     display.plot(ax=axes, cmap="Blues", colorbar=False, xticks_rotation=30)
-    figure.savefig(path, dpi=120)
+    return figure

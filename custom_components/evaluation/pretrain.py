@@ -16,7 +16,7 @@ from monai.transforms import LoadImage, ResampleToMatch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import Subset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +35,7 @@ from custom_components.evaluation.places import OPPOSITES, Similarities, groundi
 from custom_components.evaluation.report import write_report
 from custom_components.evaluation.retrieval import MAX_COSINES, draw_pools, retrieval
 from custom_components.losses import SimCroPLoss
+from custom_components.run.seeded import WatchedDataLoader
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences, read_prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
@@ -70,6 +71,7 @@ class PretrainEvaluation:
         sentences: class name -> its prompts, see :func:`custom_components.text.read_prompts`; the positive ones count.
         num_baseline: training items that the baselines learn from.
         log_dir: TensorBoard folder whose curves are drawn, or None.
+        timeout_minutes: see :class:`custom_components.run.seeded.WatchedDataLoader`.
     """
 
     network: SimCroP
@@ -85,6 +87,7 @@ class PretrainEvaluation:
     seed: int = 42
     num_baseline: int = 1024
     log_dir: str | None = None
+    timeout_minutes: float | None = None
 
     def __post_init__(self) -> None:
         self.prompts = {name: said.positive for name, said in read_prompts(self.sentences).items()}
@@ -104,7 +107,10 @@ class PretrainEvaluation:
 
     def _batches(self, dataset: Dataset, description: str) -> tqdm:
         """Lists of ``batch_size`` items, with a progress bar."""
-        loader = DataLoader(dataset, self.batch_size, num_workers=self.num_workers, collate_fn=list)
+        with torch.random.fork_rng(devices=()):  # MONAI's loader would start torch's generator anew
+            loader = WatchedDataLoader(
+                dataset, self.num_workers, self.timeout_minutes, batch_size=self.batch_size, collate_fn=list
+            )
         return tqdm(loader, desc=description, unit="batch")
 
     def _metrics(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -286,13 +292,13 @@ class PretrainEvaluation:
 
     def _figures(self, places: Sequence[Mapping[str, Any]], folder: Path) -> None:
         if self.log_dir is not None:
-            figures.loss_curves(self.log_dir, folder / "losses.png")
+            figures.save(folder / "losses.png", figures.loss_curves, self.log_dir)
         if self.network.volume_decoder is not None:
-            self._reconstructions(min(3, len(self.dataset))).savefig(folder / "reconstructions.png", dpi=120)
+            figures.save(folder / "reconstructions.png", self._reconstructions, min(3, len(self.dataset)))
         if places:
             # the first of each finding, not the best
             first = {place["finding"]: place for place in reversed(places)}
-            self._sentence_maps(list(first.values())).savefig(folder / "sentences.png", dpi=110)
+            figures.save(folder / "sentences.png", self._sentence_maps, list(first.values()))
 
     def _reconstructions(self, number: int) -> Figure:
         """Original, masked and reconstructed middle slice of the first volumes, one row a volume."""

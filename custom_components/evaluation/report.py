@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from custom_components.files import replacing
+from custom_components.files import remove_temporary, replacing
 
 LABEL = " (label)"  # ends the name of a column of labels in predictions.csv
 
@@ -22,7 +22,7 @@ def write_report(
     notes: Sequence[str] = (),
     csv_name: str = "metrics.csv",
 ) -> None:
-    """Write ``metrics.json`` and a CSV file to ``output_dir``, each whole at any moment, and print a table.
+    """Print a table, and write ``metrics.json`` and a CSV file to ``output_dir``, each whole at any moment.
 
     Args:
         rows: of the CSV file, its header first.
@@ -30,14 +30,17 @@ def write_report(
         notes: lines to print below it.
     """
     output_dir = Path(output_dir)
+    # first what no full disk can take
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    print(*notes, f"tables and figures: {output_dir.resolve()}", sep="\n", flush=True)
+    for name in ("metrics.json", csv_name):
+        remove_temporary(output_dir / name)
     with replacing(output_dir / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
     with replacing(output_dir / csv_name) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows(rows)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(*notes, f"tables and figures: {output_dir.resolve()}", sep="\n")
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any]:
@@ -53,5 +56,6 @@ def write_predictions(
     frame = pd.DataFrame({key: [item[key] for item in items] for key in ("name", "patient")})
     for name, labels, scores in zip(classes, truth.T, score.T, strict=True):
         frame[name + LABEL], frame[name] = labels.astype(int), scores
+    remove_temporary(path)
     with replacing(path) as temporary:
         frame.to_csv(temporary, index=False)

@@ -143,8 +143,8 @@ class SegmentationEvaluation:
             title.format(self.tolerance): dict(zip(self.classes, values[name].T[1:], strict=True))
             for name, title in METRICS.items()
         }
-        figures.box_plots(panels, Path(self.output_dir) / "box_plots.png")
-        figures.contours(rows, self.classes).savefig(Path(self.output_dir) / "contours.png", dpi=120)
+        figures.save(Path(self.output_dir, "box_plots.png"), figures.box_plots, panels)
+        figures.save(Path(self.output_dir, "contours.png"), figures.contours, rows, self.classes)
         return metrics
 
     def _row(self, item: Mapping[str, Any], logits: Tensor, dice: Sequence[float]) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def compare_dice(
         for of in _entries(next(iter(dice.values())))
         if of.endswith(" mean")
     }
-    figures.bars(groups, "Dice", Path(output_dir) / "comparison.png")
+    figures.save(Path(output_dir, "comparison.png"), figures.bars, groups, "Dice")
     return metrics
 
 

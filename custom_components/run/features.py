@@ -8,6 +8,7 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -18,19 +19,18 @@ from typing import Any, ClassVar
 import monai.data
 import numpy as np
 import torch
-import torch.distributed as dist
 from monai.data import ImageReader
 from monai.networks import eval_mode
 from monai.transforms import Compose, Transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from custom_components.distributed import rank, world_size
+from custom_components.distributed import any_rank, from_rank_zero, rank, world_size
 from custom_components.errors import InputError
-from custom_components.files import file_stamp, replacing
+from custom_components.files import file_stamp, only_writer, replacing
 from custom_components.probe import LinearProbe
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
-from custom_components.run.seeded import SeededDataLoader, mixed_seed
+from custom_components.run.seeded import SeededDataLoader, WatchedDataLoader, mixed_seed
 
 CACHE_VERSION = 1  # raise it when the same keys would give other features
 
@@ -121,6 +121,7 @@ class OnlineFeatures:
         plain, augment: transforms that follow for evaluation, and for training.
         seed: of order and augmentation.
         batch_size: volumes per forward pass of an evaluation.
+        timeout_minutes: see :class:`custom_components.run.seeded.WatchedDataLoader`.
     """
 
     name: ClassVar[str] = "online"
@@ -134,6 +135,7 @@ class OnlineFeatures:
     num_workers: int = 0
     batch_size: int = 8
     num_views: int | None = None
+    timeout_minutes: float | None = None
 
     def __post_init__(self) -> None:
         self.read, self.plain, self.augment = Compose(self.read), Compose(self.plain), Compose(self.augment)
@@ -166,11 +168,12 @@ class OnlineFeatures:
 
     def training_loader(self, dataset: Dataset, batch_size: int) -> SeededDataLoader:
         """Shuffled, repeatable batches of what :meth:`training` gave."""
-        return SeededDataLoader(dataset, batch_size, self.seed, self.num_workers)
+        return SeededDataLoader(dataset, batch_size, self.seed, self.num_workers, timeout_minutes=self.timeout_minutes)
 
     def loader(self, dataset: Dataset) -> DataLoader:
         """Batches of what :meth:`plain_views` gave."""
-        return DataLoader(dataset, batch_size=self.batch_size, num_workers=self.num_workers)
+        with torch.random.fork_rng(devices=()):  # MONAI's loader would start torch's generator anew
+            return WatchedDataLoader(dataset, self.num_workers, self.timeout_minutes, batch_size=self.batch_size)
 
     def report(self) -> None:
         """Nothing to report: a volume that cannot be read has ended the run."""
@@ -187,6 +190,7 @@ class FeatureCache(OnlineFeatures):
     Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``. The key hashes the encoder's
     weights and architecture, the deterministic transforms, and ``amp``; the augmentation's hashes its transforms and
     the seed. Names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
+    A run that finds another encoding for the same key waits, and encodes what is then missing.
     A file that is damaged, or not as long as it was, is made again.
 
     Args:
@@ -223,9 +227,10 @@ class FeatureCache(OnlineFeatures):
         key = describe({"version": CACHE_VERSION, "encoder": self.encoder_key(), "transforms": chain, "amp": self.amp})
         augmentation = describe({"augment": self.augment, "seed": self.seed})
         folder = self.cache_dir / _hash(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "key.json").write_text(key)
-        (folder / f"{_hash(augmentation)}.json").write_text(augmentation)
+        for file, text in ((folder / "key.json", key), (folder / f"{_hash(augmentation)}.json", augmentation)):
+            if not file.is_file() or file.read_text() != text:
+                with replacing(file) as temporary:
+                    temporary.write_text(text)
         return folder / "plain", folder / _hash(augmentation)
 
     def encode(self, data: Sequence[Mapping[str, Any]], num_views: int = 1, description: str = "") -> FeatureDataset:
@@ -253,15 +258,18 @@ class FeatureCache(OnlineFeatures):
                 continue
             stem = f"{Path(item['name']).name}-{stamp}"
             files.append([(augmented if view else plain) / f"{stem}-{view}.npy" for view in range(num_views)])
-        missing = [
-            {**item, "files": absent}
-            for item, views in zip(data, files, strict=True)
-            if (absent := {view: file for view, file in enumerate(views) if _load(file) is None})
-        ]
-        if own := missing[rank() :: world_size()]:
-            failures |= self._encode(own, description)
-        if world_size() > 1:
-            dist.barrier()
+        if any_rank(bool(_missing(data, files))):
+            with ExitStack() as held:
+                if rank() == 0:  # for all ranks, which wait for it
+                    lock, what = plain.parent / ".lock", f"the feature cache {plain.parent}"
+                    held.enter_context(only_writer(lock, what, "features_dir", wait=True))
+                    for left in plain.parent.glob("*/.*.tmp.*.npy"):  # of runs that were killed
+                        left.unlink(missing_ok=True)
+                # of what is missing now, since another run may have encoded it in the meantime
+                missing = from_rank_zero(_missing(data, files))
+                if own := missing[rank() :: world_size()]:
+                    failures |= self._encode(own, description)
+                any_rank(False)  # all have written theirs
 
         kept, features = [], []
         for item, views in zip(data, files, strict=True):
@@ -281,7 +289,8 @@ class FeatureCache(OnlineFeatures):
         """Write each item's ``files``, a feature per view; returns names and reasons of those that cannot be read."""
         views = partial(_views, read=self.read, plain=self.plain, augment=self.augment, seed=self.seed)
         data = [{**item, "index": index} for index, item in enumerate(items)]
-        loader = ReadableLoader(monai.data.Dataset(data, views), self.num_workers, description)
+        dataset = monai.data.Dataset(data, views)
+        loader = ReadableLoader(dataset, self.num_workers, description, self.timeout_minutes)
         with eval_mode(self.network):
             for batch in loader:
                 chunks = batch["image"][0].to(self.device).split(self.batch_size)
@@ -372,6 +381,15 @@ def probe_features(cache_dir: str | None, num_views: int, **options: Any) -> Onl
     if cache_dir is None:
         return OnlineFeatures(**options)
     return FeatureCache(cache_dir=cache_dir, num_views=num_views, **options)
+
+
+def _missing(data: Sequence[Mapping[str, Any]], files: Sequence[Sequence[Path]]) -> list[dict[str, Any]]:
+    """The items of which views have no feature that can be read, with those views' ``files``."""
+    return [
+        {**item, "files": absent}
+        for item, views in zip(data, files, strict=True)
+        if (absent := {view: file for view, file in enumerate(views) if _load(file) is None})
+    ]
 
 
 def _views(item: Mapping[str, Any], read: Callable, plain: Callable, augment: Compose, seed: int) -> dict[str, Any]:

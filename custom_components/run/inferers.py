@@ -14,13 +14,14 @@ from operator import itemgetter
 from typing import Any
 
 import torch
-from monai.data import DataLoader, Dataset, MetaTensor, list_data_collate
+from monai.data import Dataset, MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from custom_components.errors import InputError
+from custom_components.run.seeded import WatchedDataLoader
 
 
 class AutocastInferer(SimpleInferer):
@@ -83,6 +84,7 @@ class ReadableLoader:
 
     Args:
         dataset: whose items have a ``name`` when they are read, by which their results are called.
+        timeout_minutes: see :class:`custom_components.run.seeded.WatchedDataLoader`.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
@@ -91,6 +93,7 @@ class ReadableLoader:
     dataset: Dataset
     num_workers: int = 0
     description: str | None = None
+    timeout_minutes: float | None = None
     failures: list[tuple[str, str]] = field(default_factory=list, init=False)
     _what: str = field(default="read", init=False, repr=False)
     _told: set[str] = field(default_factory=set, init=False, repr=False)
@@ -111,12 +114,13 @@ class ReadableLoader:
                 self._pass_over(name, *failure)
 
     def _attempts(self) -> Iterator[tuple[Any, str, tuple[str, str] | None]]:
-        """What :func:`_attempt` says of each item, in their order, though a worker be killed."""
+        """What :func:`attempt` says of each item, in their order, though a worker be killed."""
 
         def attempts(indices: Sequence[int], num_workers: int) -> Iterator:
-            return iter(DataLoader(Dataset([*indices], attempt), num_workers, collate_fn=itemgetter(0)))
+            places = Dataset([{"image": _name(self.dataset, i), "index": i} for i in indices], self._attempt)
+            return iter(WatchedDataLoader(places, num_workers, self.timeout_minutes, collate_fn=itemgetter(0)))
 
-        attempt, left = partial(_attempt, self.dataset), list(range(len(self.dataset)))
+        left = list(range(len(self.dataset)))
         while left:
             try:
                 for answer in attempts(left, self.num_workers):
@@ -135,6 +139,9 @@ class ReadableLoader:
                 del left[0]
                 with _untroubled():
                     yield answer
+
+    def _attempt(self, place: dict[str, Any]) -> tuple[Any, str, tuple[str, str] | None]:
+        return attempt(self.dataset, place["index"])
 
     def iteration(self, engine: SupervisedEvaluator, batch: dict[str, Any]) -> dict[str, Any] | None:
         """What the evaluator does with a batch, as its ``iteration_update``: a failure is that of one scan."""
@@ -189,7 +196,7 @@ def _name(dataset: Dataset, index: int) -> str:
     return dataset.data[index].get("name", str(dataset.data[index].get("image")))
 
 
-def _attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
+def attempt(dataset: Dataset, index: int) -> tuple[Any, str, tuple[str, str] | None]:
     """An item with its name, or that name with the reason why there is none and the trace of it."""
     name = _name(dataset, index)
     try:

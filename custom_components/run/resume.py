@@ -1,12 +1,13 @@
 """Checkpoints: written whole, resumed from exactly, the best weights kept, and none of a loss that is not finite."""
 
+import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from ignite.engine import Engine, Events
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from custom_components.distributed import from_all_ranks, from_rank_zero, rank, world_size
+from custom_components.distributed import any_rank, from_all_ranks, from_rank_zero, rank, world_size
 from custom_components.errors import InputError
 from custom_components.files import remove_temporary
+from custom_components.processes import EndOnSignal, Interrupted
 from custom_components.run.handlers import completes_step
 from custom_components.run.seeded import SeededDataLoader
 from custom_components.run.weights import (
@@ -74,7 +76,10 @@ class Checkpointer:
     schedule the config's values hold, and not the checkpoint's: ``max_epochs`` may be raised. What was kept is restored
     once, at the first start, and never over weights that others have set since the trainer was made, as federated
     clients do.
-    Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share.
+    A signal (:class:`custom_components.processes.EndOnSignal`) ends the training with a checkpoint after the running
+    step of the optimiser; one that comes in a validation, with a checkpoint from which the validation is done anew.
+    Under torchrun, rank 0 writes and all read: ``path`` must be on a disk that all machines share. A signal to any of
+    the processes ends all of them, after the same step.
 
     Args:
         objects: what to keep by name (network, optimizer, lr_scheduler, ...): anything with a state dict.
@@ -106,6 +111,8 @@ class Checkpointer:
     position: dict[str, int] | None = field(default=None, init=False)  # the last one kept
     restored: Path | None = field(default=None, init=False)  # where it came from
     made: list[int] | None = field(default=None, init=False)  # until the first start
+    # what the handlers of a running end of an epoch, such as a validation, may change, as it was before them
+    before: dict[str, Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.path = Path(self.path)
@@ -122,8 +129,11 @@ class Checkpointer:
         if self.loss_check is not None:
             engine.add_event_handler(Events.ITERATION_COMPLETED, self.loss_check.iteration_completed)
         engine.add_event_handler(Events.STARTED, self.started)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.epoch_started)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.iteration_completed)
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.epoch_completed)
+        engine.add_event_handler(Events.COMPLETED, self.completed)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.exception_raised)
         self.made = self._writes()
 
     def _writes(self) -> list[int]:
@@ -145,19 +155,79 @@ class Checkpointer:
                     f"{self.path}: not resumed from, since weights were set from outside: training on from them"
                 )
         self.made = None
+        self.saved_at = time.monotonic()
         # ignite counts anew where a training is run again that has ended
         if self.position is not None and not engine.state.iteration:
             self._restore_position(engine)
-        self.saved_at = time.monotonic()
+            if self.position.get("epoch_ends"):
+                self._note_before()
+                engine.fire_event(Events.EPOCH_COMPLETED)  # its validation was interrupted
+
+    def epoch_started(self, engine: SupervisedTrainer) -> None:
+        self._defer(True)
 
     def iteration_completed(self, engine: SupervisedTrainer) -> None:
+        if not completes_step(engine):
+            return
         due = self.minutes is not None and time.monotonic() - self.saved_at >= 60 * self.minutes
-        if due and completes_step(engine) and engine.state.iteration % engine.state.epoch_length:
+        asked = any_rank(self._asked())
+        epoch_ends = engine.state.iteration % engine.state.epoch_length == 0 or engine.should_terminate_single_epoch
+        if epoch_ends:
+            self._note_before()
+        if asked:
+            self._save_and_end(engine)
+        if due and not epoch_ends:
             self.save(engine)
+        if epoch_ends:
+            self._defer(False)  # a validation may take long
 
     def epoch_completed(self, engine: SupervisedTrainer) -> None:
+        self._defer(True)
+        self.before = None
+        asked = any_rank(self._asked())
+        if asked:
+            self._save_and_end(engine)
         if engine.state.epoch % self.interval == 0 or engine.state.epoch == engine.state.max_epochs:
             self.save(engine)
+
+    def completed(self, engine: SupervisedTrainer) -> None:
+        self._defer(False)
+        if self._asked():  # since the last checkpoint
+            EndOnSignal.current().end(f"the training is finished, and {self.path} holds it; the same command goes on")
+
+    def exception_raised(self, engine: SupervisedTrainer, error: BaseException) -> None:
+        self._defer(False)
+        # or an error, where the signal has ended another process that this one talks to
+        if self.before is not None and (isinstance(error, Interrupted) or self._asked()):
+            self._save_and_end(engine, together=False)
+        raise error
+
+    @staticmethod
+    def _asked() -> bool:
+        """Whether a signal has asked this process to end."""
+        handler = EndOnSignal.current()
+        return handler is not None and handler.received is not None
+
+    @staticmethod
+    def _defer(deferred: bool) -> None:
+        if (handler := EndOnSignal.current()) is not None:
+            handler.deferred = deferred
+
+    def _save_and_end(self, engine: SupervisedTrainer, together: bool = True) -> NoReturn:
+        handler = EndOnSignal.current() or EndOnSignal()
+        handler.deferred = handler.ending = True
+        self.save(engine)
+        if together:
+            any_rank(True)  # waits for rank 0: torchrun ends those that are left when one is gone
+        self.before = None
+        handler.end(
+            f"{self.path} holds the training up to iteration {engine.state.iteration}; the same command goes on from it"
+        )
+
+    def _note_before(self) -> None:
+        changing = (nn.Module, Optimizer, LRScheduler)  # in steps alone
+        others = {name: item for name, item in self.objects.items() if not isinstance(item, changing)}
+        self.before = {name: copy.deepcopy(item.state_dict()) for name, item in others.items()}
 
     def save(self, engine: SupervisedTrainer) -> None:
         """Write the checkpoint; at the end of an epoch first the weights for others, so that it never stands alone."""
@@ -177,9 +247,11 @@ class Checkpointer:
             "items": batch * loader.batch_size * world_size(),  # of the running epoch, that were trained on
             "epoch_items": len(loader.dataset),
         }
+        if self.before is not None:
+            self.position["epoch_ends"] = 1
         if rank() > 0:
             return
-        content = {name: _state(item) for name, item in self.objects.items()}
+        content = {name: _state(item) for name, item in self.objects.items()} | (self.before or {})
         content |= {"trainer": self.position, "recipe": self.recipe, "frozen": self.frozen}
         if self.description is not None:
             content["description"] = dict(self.description)
@@ -261,6 +333,8 @@ class Checkpointer:
         loader.start = batch
         state.epoch = saved["epoch"]
         state.iteration = state.epoch * state.epoch_length + batch
+        if saved.get("epoch_ends"):
+            state.epoch, loader.start = -(-state.iteration // state.epoch_length), 0
         if state.epoch < state.max_epochs:
             where = f"going on in epoch {state.epoch + 1} of {state.max_epochs}, after iteration {state.iteration}"
         else:
@@ -289,7 +363,7 @@ def _restore_state(item: Any, saved: Mapping[str, Any]) -> None:
         item.load_state_dict(saved)
         for group, own in zip(item.param_groups, configured, strict=True):
             # where a schedule runs, the rate is the schedule's, on the scale of the configured one
-            rate = group["lr"] * own["initial_lr"] / group["initial_lr"] if "initial_lr" in own else own["lr"]
+            rate = group["lr"] * (own["initial_lr"] / group["initial_lr"]) if "initial_lr" in own else own["lr"]
             group.update(own | {"lr": rate})
     elif isinstance(item, LRScheduler):
         position = {key: saved[key] for key in ("last_epoch", "_step_count", "_last_lr")}

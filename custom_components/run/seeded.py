@@ -1,20 +1,25 @@
-"""Batches in an order, and with random numbers, that depend on seed, epoch and place alone."""
+"""Batches in an order, and with random numbers, that follow from seed, epoch and place; loaders that do not hang."""
 
+import os
 import random
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from monai.data import DataLoader, Dataset, list_data_collate
+from monai.data.utils import worker_init_fn
 from monai.transforms import Randomizable
 from torch.utils.data import DistributedSampler
+from torch.utils.data._utils import signal_handling
 
 from custom_components.distributed import rank, world_size
+from custom_components.errors import InputError
+from custom_components.processes import follow_parent
 
 
 def mixed_seed(*numbers: int) -> int:
@@ -22,10 +27,70 @@ def mixed_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])
 
 
+class WatchedDataLoader(DataLoader):
+    """MONAI's DataLoader, whose workers end with their parent, and whose hangs are told.
+
+    Args:
+        dataset: whose ``data`` names each item's file under ``image``.
+        timeout_minutes: within which a worker must give a batch; None waits for ever.
+        kwargs: more of torch's DataLoader's arguments.
+
+    Raises:
+        InputError: when iterated, a worker has given none: its process, and the files that it reads.
+    """
+
+    def __init__(
+        self, dataset: Dataset, num_workers: int = 0, timeout_minutes: float | None = None, **kwargs: Any
+    ) -> None:
+        self.timeout_minutes = timeout_minutes
+        timeout = 60 * timeout_minutes if num_workers and timeout_minutes else 0
+        if world_size() > 1:
+            timeout *= 0.8  # the others, which wait as long for this process, cannot name the file
+        super().__init__(dataset, num_workers, timeout=timeout, worker_init_fn=_begin_worker, **kwargs)
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        number = 0
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+                worker = batches._workers[batches._task_info[batches._rcvd_idx][0]].pid
+                signal_handling._remove_worker_pids(id(batches))  # else torch raises an error of its own by its end
+                batches._worker_pids_set = False
+                os.kill(worker, signal.SIGKILL)  # torch would wait for it
+                raise InputError(
+                    f"process {worker}, a worker, has not read {', '.join(self.names(number))} within timeout_minutes "
+                    f"({self.timeout_minutes:g}): look at the file and its disk, or raise it if they are only slow"
+                ) from error
+            yield batch
+            number += 1
+
+    def names(self, number: int) -> list[str]:
+        """Of the files in a batch of the running iteration, which counts from 0."""
+        first = number * self.batch_size
+        return [_name(self.dataset, index) for index in range(first, min(first + self.batch_size, len(self.dataset)))]
+
+
+def _begin_worker(worker: int) -> None:
+    worker_init_fn(worker)
+    follow_parent()
+
+
+def _name(dataset: Dataset, index: int) -> str:
+    item = dataset.data[index] if hasattr(dataset, "data") else {}
+    return Path(str(item["image"])).name if "image" in item else f"item {index}"
+
+
 class EpochSampler(DistributedSampler):
     """``(epoch, index)`` of each item of an epoch, in the order that seed and epoch shuffle; every process its share.
 
-    It repeats a few items where the processes would get unequal shares. MONAI's engines set the epoch.
+    MONAI's engines set the epoch. Shares differ by an item where the processes do not divide the epoch. Only a process
+    that would have nothing in the last batch repeats an item of it, so that all make the same number of batches.
 
     Attributes:
         start: how many items the next epoch skips, since a run that resumes within it has trained on them already.
@@ -33,12 +98,23 @@ class EpochSampler(DistributedSampler):
 
     start: int = 0
 
+    def __init__(self, dataset: Dataset, num_replicas: int, rank: int, seed: int, batch_size: int = 1) -> None:
+        super().__init__(dataset, num_replicas, rank, seed=seed)
+        self.batch_size = batch_size
+
     def __iter__(self) -> Iterator[tuple[int, int]]:
         start, self.start = self.start, 0
-        return ((self.epoch, index) for index in islice(super().__iter__(), start, None))
+        everything = DistributedSampler(self.dataset, 1, 0, seed=self.seed)
+        everything.set_epoch(self.epoch)
+        order = list(everything)
+        own = order[self.rank :: self.num_replicas]
+        if len(own) < self.num_samples and len(own) % self.batch_size == 0:
+            left = order[len(own) * self.num_replicas :]
+            own.append(left[self.rank % len(left)])
+        return ((self.epoch, index) for index in own[start:])
 
 
-class SeededDataLoader(DataLoader):
+class SeededDataLoader(WatchedDataLoader):
     """MONAI's DataLoader for training, made repeatable: a run resumes within an epoch from its position alone.
 
     - The order follows from the seed and the epoch.
@@ -52,7 +128,7 @@ class SeededDataLoader(DataLoader):
 
     Args:
         dataset: whose ``transform`` may be random, and whose ``data`` names each item's file under ``image``.
-        kwargs: more of torch's DataLoader's arguments.
+        kwargs: more of :class:`WatchedDataLoader`'s arguments.
 
     Attributes:
         start: how many batches the next epoch skips; their items are not read.
@@ -68,18 +144,19 @@ class SeededDataLoader(DataLoader):
         **kwargs: Any,
     ) -> None:
         self.seed = seed
-        self.start = 0
+        self.start = self.first = 0  # batches that the next epoch skips, and that the running one has skipped
         super().__init__(
             _SeededItems(dataset, seed),
             num_workers,
             batch_size=batch_size,
-            sampler=EpochSampler(dataset, world_size(), rank(), seed=seed),
+            sampler=EpochSampler(dataset, world_size(), rank(), seed, batch_size),
             collate_fn=partial(_seeded, collate_fn),
             **kwargs,
         )
 
     def __iter__(self) -> Iterator[Any]:
         start, self.start = self.start, 0
+        self.first = start
         self.sampler.start = start * self.batch_size
         for i, batch in enumerate(super().__iter__(), start):
             seed = mixed_seed(self.seed, self.sampler.epoch, i, self.sampler.rank)
@@ -91,14 +168,17 @@ class SeededDataLoader(DataLoader):
     def files(self, iteration: int) -> list[str]:
         """Names of the files in the batches that all processes had in an iteration, which counts from 1."""
         epoch, batch = divmod(iteration - 1, len(self))
-        names = []
-        for process in range(self.sampler.num_replicas):
-            order = EpochSampler(self.dataset, self.sampler.num_replicas, process, seed=self.seed)
-            order.set_epoch(epoch + 1)
-            for _, index in list(order)[batch * self.batch_size : (batch + 1) * self.batch_size]:
-                item = self.dataset.items.data[index]
-                names.append(Path(item["image"]).name if "image" in item else f"item {index}")
-        return names
+        processes = range(self.sampler.num_replicas)
+        return [name for process in processes for name in self._names(process, epoch + 1, batch)]
+
+    def names(self, number: int) -> list[str]:
+        return self._names(self.sampler.rank, self.sampler.epoch, self.first + number)
+
+    def _names(self, process: int, epoch: int, batch: int) -> list[str]:
+        order = EpochSampler(self.dataset, self.sampler.num_replicas, process, self.seed, self.batch_size)
+        order.set_epoch(epoch)
+        indices = list(order)[batch * self.batch_size : (batch + 1) * self.batch_size]
+        return [_name(self.dataset.items, index) for _, index in indices]
 
 
 @dataclass

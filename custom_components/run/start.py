@@ -1,16 +1,20 @@
-"""How every run begins: errors in one line, the bundle's own components, processes, memory, seed."""
+"""How every run begins: errors and signals in one line, the bundle's own components, processes, memory, seed."""
 
+import atexit
 import errno
 import importlib
 import itertools
 import json
 import logging
+import multiprocessing
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,7 +30,8 @@ from custom_components import distributed
 from custom_components.cpu import keep_freed
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
-from custom_components.files import check_folder
+from custom_components.files import check_folder, only_writer
+from custom_components.processes import TRY_AGAIN, EndOnSignal, Interrupted
 from custom_components.run.keys import check_keys, running
 
 logger = logging.getLogger(__name__)
@@ -45,9 +50,11 @@ def start(
 ) -> None:
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
-    Errors that a person can mend end in one line from here on (:class:`OneLineErrors`), the components are the bundle's
-    own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), MONAI's ``--tracking``
-    works (:func:`track_batches`), and freed memory stays with the process where there is no GPU.
+    Errors that a person can mend, and signals, end in one line from here on (:class:`OneLineErrors`,
+    :class:`custom_components.processes.EndOnSignal`), the components are the bundle's own (:func:`check_components`),
+    all keys are known and in their range (:func:`check_keys`), no other run writes to ``models_dir`` until this process
+    ends, MONAI's ``--tracking`` works (:func:`track_batches`), and freed memory stays with the process where there is
+    no GPU.
 
     Args:
         seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
@@ -58,10 +65,11 @@ def start(
         trained_with: values of keys that nobody gives, from the checkpoint of an evaluation.
 
     Raises:
-        InputError: the components are not this bundle's, a key is wrong, a folder cannot be written, or the config
-            needs torchrun and was started without.
+        InputError: the components are not this bundle's, a key is wrong, a folder cannot be written, another run writes
+            to ``models_dir``, or the config needs torchrun and was started without.
     """
     OneLineErrors()
+    EndOnSignal.install()
     check_components(bundle_root)
     values = check_keys(bundle_root, keys, trained_with)
     one_console()
@@ -72,6 +80,11 @@ def start(
             check_folder(key, values[key])
     if rank_zero_alone:
         distributed.leave_to_rank_zero()
+    if "models_dir" in writes and values.get("models_dir") is not None and int(os.environ.get("RANK", 0)) == 0:
+        folder = Path(values["models_dir"])
+        held = ExitStack()
+        held.enter_context(only_writer(folder / ".lock", f"models_dir {folder}", "models_dir"))
+        atexit.register(held.close)
     if timeout_minutes is not None:
         distributed.start(distributed.local_device(), timeout_minutes)
     keep_freed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -157,10 +170,11 @@ def version(folder: Path) -> str:
 
 
 class OneLineErrors:
-    """A ``sys.excepthook`` that prints an :class:`InputError`, or a full disk, as one line; any other error in full.
+    """A ``sys.excepthook`` that prints an :class:`InputError`, a full disk or a signal as one line, else all there is.
 
-    Under torchrun, a process that fails ends at once, so that the others do not wait for it. Ranks above 0 wait a
-    moment before they print, so that rank 0 alone reports what goes wrong in all of them.
+    The exit code is 1, and after a signal ``TRY_AGAIN``. Under torchrun, a process that fails ends at once, so that the
+    others do not wait for it. Ranks above 0 wait a moment before they print, so that rank 0 alone reports what goes
+    wrong in all of them.
     """
 
     PATTERN = re.compile(rf"^(?:.*\.)?{InputError.__name__}: (.+)$", re.MULTILINE)
@@ -170,19 +184,42 @@ class OneLineErrors:
         sys.excepthook = self
 
     def __call__(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if int(os.environ.get("RANK", 0)) > 0:
-            time.sleep(self.SECONDS_BEHIND_RANK_ZERO)
-        message = self.message(error)
+        code, number = 1, int(os.environ.get("RANK", 0))
+        message = self.interruption(error)
+        if message is not None:
+            code = TRY_AGAIN
+        else:
+            hanging = distributed.hanging(error)
+            if number > 0:
+                time.sleep(self.SECONDS_BEHIND_RANK_ZERO)
+            message = hanging or self.message(error)
+            message = message and f"error: {message}"
         if message is None:
             sys.__excepthook__(kind, error, trace)
-        else:
+        elif code == 1 or number == 0:
             for bar in list(getattr(tqdm, "_instances", ())):
                 bar.close()  # else the message would stand at the end of a bar's line
-            print(f"error: {message}", file=sys.stderr)
+            print(message, file=sys.stderr)
         if world_size() > 1:
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(1)  # the interpreter's own end would first wait for the process group
+            os._exit(code)  # the interpreter's own end would first wait for the process group
+        if code != 1:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise where its workers end
+            for worker in multiprocessing.active_children():
+                worker.kill()  # torch would wait seconds for each
+            raise SystemExit(code)
+
+    def interruption(self, error: BaseException) -> str | None:
+        """The line on a signal that has ended the run, or None where none has."""
+        if isinstance(error, Interrupted):
+            return str(error)
+        handler = EndOnSignal.current()
+        if handler is None or handler.received is None or self.message(error) is not None:
+            return None
+        # what else breaks after a signal, such as the connection to a process that it has ended, breaks by it
+        name, cause = signal.Signals(handler.received).name, f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{name}: ended in the midst of a step ({cause}); the same command goes on from the last checkpoint"
 
     def message(self, error: BaseException) -> str | None:
         """The line that says what to do, or None where there is none."""

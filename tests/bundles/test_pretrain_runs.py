@@ -1,7 +1,6 @@
 """Pre-training that is killed, that runs in several processes, or out of disk, through the real command line.
 
-Importing what a bundle needs takes many times longer than a tiny training, so one process imports it and is forked for
-each command; torchrun starts processes of its own.
+torchrun starts processes of its own; the others are forked, see :mod:`tests.bundles.jobs`.
 """
 
 from __future__ import annotations
@@ -22,6 +21,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from custom_components.data import phantom
+from tests.bundles.jobs import Job, arguments, serving, until
+from tests.watch import runs, within
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"
 CONFIGS = ["configs/train.json", "configs/demo.json"]
@@ -40,74 +41,12 @@ TINY = {
     "shift_prob": 1.0,
     "text_cache_size": 0,  # else features are rounded as the batch was that they were first read in
 }
-SERVER = """
-import json, os, runpy, sys
-import ignite.engine, monai.bundle, torch.utils.tensorboard, transformers.models.bert.modeling_bert
-import custom_components.run.resume, custom_components.evaluation.pretrain, custom_components.data.lists
-for line in sys.stdin:
-    job = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.chdir(job["folder"])
-        for number, name in ((1, "stdout"), (2, "stderr")):
-            os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.path.append(job["stdout"].rpartition("/")[0])
-        sys.argv = ["monai.bundle", "run", *job["arguments"]]
-        runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
-        sys.exit()
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-def arguments(configs: list[str], keys: dict[str, object]) -> list[str]:
-    given = [part for key, value in keys.items() for part in (f"--{key}", str(value))]
-    return ["--config_file", str(configs), *given]
-
-
-class Job:
-    """A command that runs."""
-
-    def __init__(self, server: subprocess.Popen, folder: Path, given: list[str], output: Path) -> None:
-        self.server, self.files = server, {name: output / f"{name}.txt" for name in ("stdout", "stderr")}
-        request = {"folder": str(folder), "arguments": given} | {k: str(v) for k, v in self.files.items()}
-        server.stdin.write(json.dumps(request) + "\n")
-        server.stdin.flush()
-        self.pid = int(server.stdout.readline())
-        self.returncode: int | None = None
-
-    def kill_when(self, condition: Callable[[], bool]) -> None:
-        """``kill -9`` as soon as the condition holds; the process must still be there."""
-        until(condition, lambda: Path(f"/proc/{self.pid}/stat").read_text().split()[2] != "Z")
-        os.kill(self.pid, signal.SIGKILL)
-        assert self.wait() == -signal.SIGKILL
-
-    def wait(self) -> int:
-        self.returncode = int(self.server.stdout.readline())
-        return self.returncode
-
-    @property
-    def stdout(self) -> str:
-        return self.files["stdout"].read_text()
-
-    @property
-    def stderr(self) -> str:
-        return self.files["stderr"].read_text()
-
-
-def until(condition: Callable[[], bool], alive: Callable[[], bool], seconds: float = 300.0) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert alive() and time.monotonic() < end
-        time.sleep(0.0005)
 
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen]:
-    command = [sys.executable, "-c", SERVER]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+    with serving() as process:
         yield process
-        process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +67,19 @@ def start(server: subprocess.Popen, folder: Path, tmp_path: Path) -> Callable[..
         return Job(server, folder, arguments(configs, paths | TINY | keys), tmp_path)
 
     return call
+
+
+HOLDS = """
+import sys
+from pathlib import Path
+from custom_components.errors import InputError
+try:
+    from custom_components.files import only_writer
+    with only_writer(Path(sys.argv[1], ".lock"), "models_dir", "models_dir"):
+        print("not refused")
+except InputError as error:
+    print(error)
+"""
 
 
 def weights(models_dir: Path) -> dict[str, torch.Tensor]:
@@ -196,6 +148,29 @@ def test_a_run_killed_three_times_ends_with_the_weights_of_an_unbroken_one(
     for name in ("encoder.pt", "model.pt"):
         assert (models / name).exists()
     assert not [name for name in weights(models) if name.startswith("text_encoder")], "it has a folder of its own"
+
+
+def test_a_signal_to_all_processes_ends_a_run_after_its_step_and_a_second_run_is_refused_meanwhile(
+    unbroken: Path, start: Callable[..., Job], tmp_path: Path
+) -> None:
+    keys = {"num_workers": 2, "cache_rate": 0.0, "checkpoint_minutes": 60, "evaluate_after_training": False}
+    job = start(**keys)
+    until(lambda: "epoch 1/2" in job.stderr, lambda: runs(job.pid))
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDS, str(tmp_path / "m")], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert f"process {job.pid} on {socket.gethostname()}" in other.communicate(timeout=60)[0]
+    children = job.hit(signal.SIGTERM, group=True)
+    assert job.wait() == 75
+    told = [line for line in job.stderr.splitlines() if line.startswith("SIGTERM: ")]
+    assert len(told) == 1 and "checkpoint.pt holds the training up to iteration" in told[0]
+    assert "Traceback" not in job.stderr and "Traceback" not in job.stdout
+    assert [path.name for path in (tmp_path / "m").iterdir()] == ["checkpoint.pt"]
+    assert children and within(10, lambda: not any(map(runs, children)))
+    job = start(**keys)
+    assert job.wait() == 0, job.stderr
+    assert "going on in epoch 1 of 2" in job.stdout
+    torch.testing.assert_close(weights(tmp_path / "m"), weights(unbroken / "m"), atol=0, rtol=0)
 
 
 def test_a_finished_run_refuses_another_recipe_until_told(unbroken: Path, start: Callable[..., Job]) -> None:
@@ -325,6 +300,35 @@ def test_two_processes_train_as_one_does_also_after_one_was_killed(
     together, alone = dict(curve(tmp_path / "e")), dict(curve(tmp_path / "1e"))
     assert together.keys() == alone.keys() == set(range(1, 11))
     assert together == pytest.approx(alone, rel=1e-4)
+    before = torch.load(tmp_path / "1" / "checkpoint.pt", weights_only=True)["network"]
+    torch.testing.assert_close(weights(tmp_path / "m"), before, atol=2e-6, rtol=1e-4)
+
+
+def test_a_signal_to_torchrun_ends_all_after_one_step_and_an_odd_number_of_volumes_trains_as_in_one_process(
+    server: subprocess.Popen, folder: Path, torchrun: Callable, tmp_path: Path
+) -> None:
+    """Nine volumes on two processes: the last batch has one, which both take."""
+    (tmp_path / "fixed_masks.py").write_text(FIXED)
+    (tmp_path / "fixed.json").write_text(json.dumps(OVERLAY))
+    (tmp_path / "left_out.csv").write_text("name\ntrain_3_a_1\n")
+    configs = [*CONFIGS, str(tmp_path / "fixed.json")]
+    keys = {"evaluate_after_training": False, "exclude": tmp_path / "left_out.csv", "checkpoint_minutes": 60}
+    launcher = torchrun(["--nproc_per_node=2"], configs, "asked.txt", batch_size=1, **keys)
+    log = tmp_path / "asked.txt"
+    until(lambda: "epoch 1/2" in log.read_text(), lambda: launcher.poll() is None)
+    ranks = ranks_of(launcher)
+    launcher.terminate()
+    assert launcher.wait(60) != 0
+    told = [line for line in log.read_text().splitlines() if "checkpoint.pt holds the training up to" in line]
+    assert len(told) == 1 and "SIGTERM: " in told[0], log.read_text()
+    assert (tmp_path / "m" / "checkpoint.pt").exists() and not any(map(runs, ranks))
+
+    launcher = torchrun(["--nproc_per_node=2"], configs, "again.txt", batch_size=1, **keys)
+    assert launcher.wait(300) == 0, (tmp_path / "again.txt").read_text()
+    paths = {"dataset_dir": folder / "data" / "phantom", "models_dir": tmp_path / "1", "output_dir": tmp_path / "1e"}
+    job = Job(server, folder, arguments(configs, paths | TINY | keys), tmp_path)
+    assert job.wait() == 0, job.stderr
+    assert dict(curve(tmp_path / "e")) == pytest.approx(dict(curve(tmp_path / "1e")), rel=1e-4)
     before = torch.load(tmp_path / "1" / "checkpoint.pt", weights_only=True)["network"]
     torch.testing.assert_close(weights(tmp_path / "m"), before, atol=2e-6, rtol=1e-4)
 

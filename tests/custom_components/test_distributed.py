@@ -6,6 +6,7 @@ The processes are forked from one that has imported what they need; this file is
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -245,6 +246,44 @@ def test_without_torchrun_the_overlay_says_how_to_start_it(monkeypatch, call):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(InputError, match="is not set: start this config with torchrun"):
         call()
+
+
+HANGS = """
+import os, sys, time
+import torch
+import torch.distributed as dist
+from custom_components.distributed import any_rank, hanging, start
+children = []
+for rank in range(3):
+    if (pid := os.fork()) == 0:
+        os.environ |= {"RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": sys.argv[1], "WORLD_SIZE": "3"}
+        start(torch.device("cpu"), timeout_minutes=0.05)
+        assert any_rank(rank == 2)
+        if rank == 1:
+            print("hangs:", os.getpid(), flush=True)
+            time.sleep(600)
+        try:
+            any_rank(False)
+        except RuntimeError as error:
+            os.write(1, f"{rank}: {hanging(error)}\\n".encode())
+        os._exit(0)
+    children.append(pid)
+os.waitpid(children[2], 0)
+os.waitpid(children[0], 0)
+os.kill(children[1], 9)
+"""
+
+
+def test_a_process_that_hangs_is_named() -> None:
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        port = str(found.getsockname()[1])
+    done = subprocess.run([sys.executable, "-c", HANGS, port], capture_output=True, text=True, timeout=120)
+    pid = done.stdout.partition("hangs: ")[2].split()[0]
+    told = [line for line in done.stdout.splitlines() if line.startswith(("0: ", "2: "))]
+    assert len(told) == 2, done.stdout + done.stderr
+    for line in told:
+        assert f"no word from rank 1 (process {pid} on {socket.gethostname()}) within timeout_minutes" in line
 
 
 def test_work_that_is_not_divided_is_left_to_rank_zero(monkeypatch):

@@ -1,13 +1,29 @@
-"""Files that are whole under their name, what killed processes leave, and stamps of a change."""
+"""Files that are whole under their name, one writer at a time, what killed processes leave, and stamps of a change."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from custom_components.files import file_stamp, remove_temporaries, remove_temporary, replacing
+from custom_components.errors import InputError
+from custom_components.files import (
+    file_stamp,
+    only_writer,
+    picture,
+    remove_temporaries,
+    remove_temporary,
+    replacing,
+)
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -57,3 +73,83 @@ def test_stamps_are_those_that_prepared_data_sets_hold(tmp_path: Path) -> None:
         os.utime(tmp_path / name, ns=(0, 1_700_000_000_000_000_000 + number))
     found = [file_stamp(tmp_path / name) for name in ("a.mhd", "b.nii.gz", "slices")]
     assert found == ["2:3:1700000000000000001", "1:3:1700000000000000002", "2:9:1700000000000000004"]
+
+
+WRITER = """
+import sys, time
+from pathlib import Path
+from custom_components.files import only_writer
+folder = Path(sys.argv[1])
+with only_writer(folder / ".lock", f"models_dir {folder}", "models_dir", wait=sys.argv[2] == "wait"):
+    (folder / sys.argv[2]).touch()
+    time.sleep(float(sys.argv[3]))
+"""
+
+
+def writer(folder: Path, name: str, seconds: float) -> subprocess.Popen:
+    command = [sys.executable, "-c", WRITER, folder, name, str(seconds)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_second_writer_is_refused_or_waits_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    first = writer(tmp_path, "first", 60)
+    try:
+        until((tmp_path / "first").exists)
+        with pytest.raises(InputError) as told, only_writer(tmp_path / ".lock", f"models_dir {tmp_path}", "models_dir"):
+            pytest.fail("it is taken")
+        assert f"process {first.pid} on {socket.gethostname()}" in str(told.value) and "\n" not in str(told.value)
+        assert f"models_dir {tmp_path}" in str(told.value)
+        second = writer(tmp_path, "wait", 0)
+        assert f"process {first.pid} on" in second.stderr.readline()
+        assert not (tmp_path / "wait").exists()
+    finally:
+        first.kill()
+    assert second.wait(20) == 0 and (tmp_path / "wait").exists()
+    with only_writer(tmp_path / ".lock", "", ""), only_writer(tmp_path / ".lock", "", ""):
+        assert (tmp_path / ".lock").exists(), "a process that has it may take it again"
+    assert not (tmp_path / ".lock").exists()
+
+
+def test_a_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
+    reader, writer_end = os.pipe()
+    if (parent := os.fork()) == 0:
+        lock = only_writer(tmp_path / ".lock", "", "")
+        lock.__enter__()
+        if os.fork() == 0:
+            os.close(writer_end)
+            os.read(reader, 1)  # until the test ends
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(parent, 0)
+    os.close(reader)
+    with only_writer(tmp_path / ".lock", "", ""):
+        pass
+    os.close(writer_end)
+
+
+def test_a_disk_without_locks_is_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with only_writer(tmp_path / ".lock", "", ""):
+        pass
+    assert "no locks" in caplog.text and "second run" in caplog.text
+
+
+def test_a_picture_that_cannot_be_drawn_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with picture(tmp_path / "a.png") as file:
+        file.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir()) and "a.png: not drawn (OSError" in caplog.text
+    with pytest.raises(KeyboardInterrupt), picture(tmp_path / "a.png"):
+        raise KeyboardInterrupt
+
+
+def until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +20,7 @@ from custom_components.data.lists import mask_file_name
 from custom_components.data.phantom import FINDINGS, LESIONS, ORGANS, Patient, cohort, patient, segmentation_datalist
 from custom_components.errors import InputError
 from tests.conftest import classes_of, hashes, table
+from tests.watch import runs, within
 
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)
 
@@ -209,6 +216,64 @@ def test_a_failed_build_leaves_the_old_cohort(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ZeroDivisionError):
         cohort(folder, num_train=2, num_valid=0, num_workers=1)
     assert hashes(folder) == before and [p.name for p in tmp_path.iterdir()] == ["cohort"]
+
+
+def test_a_kill_as_an_old_cohort_is_replaced_refuses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "cohort"
+    cohort(folder, num_train=1, num_valid=0, num_workers=1)
+
+    def dies(path: str | Path) -> None:
+        Path(path, "phantom.json").unlink(missing_ok=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if (pid := os.fork()) == 0:
+        monkeypatch.setattr(shutil, "rmtree", dies)
+        cohort(folder, num_train=2, num_valid=0, num_workers=1)
+    os.waitpid(pid, 0)
+    assert cohort(folder, num_train=1, num_valid=1, num_workers=1) == str(folder)
+    assert [p.name for p in tmp_path.iterdir()] == ["cohort"]
+
+
+MAKES = """
+import sys
+from custom_components.data.phantom import cohort
+if __name__ == "__main__":
+    cohort(sys.argv[1], int(sys.argv[2]), 0, num_workers=2)
+"""
+
+
+@pytest.fixture
+def making(tmp_path: Path) -> Callable[[int], subprocess.Popen]:
+    """Starts a process that makes a cohort of so many patients with two workers."""
+    (tmp_path / "makes.py").write_text(MAKES)
+
+    def start(number: int) -> subprocess.Popen:
+        process = subprocess.Popen([sys.executable, tmp_path / "makes.py", tmp_path / "there" / "cohort", str(number)])
+        assert within(60, lambda: any(tmp_path.glob("there/.cohort.partial-*/cohort/dataset/*/*/*/*.nii.gz")))
+        return process
+
+    return start
+
+
+def test_a_killed_build_leaves_no_workers_and_its_folder_goes_with_the_next(making: Callable, tmp_path: Path) -> None:
+    process = making(4000)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    process.kill()
+    process.wait()
+    assert len(children) > 1 and within(10, lambda: not any(map(runs, map(int, children))))
+    assert any(tmp_path.glob("there/.cohort.partial-*"))
+    cohort(tmp_path / "there" / "cohort", num_train=1, num_valid=0, num_workers=1)
+    assert [p.name for p in (tmp_path / "there").iterdir()] == ["cohort"]
+
+
+def test_a_run_waits_for_another_that_makes_the_same_cohort(
+    making: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    process = making(24)
+    monkeypatch.setattr(phantom, "_write_patient", lambda *_: pytest.fail("built again"))
+    cohort(tmp_path / "there" / "cohort", num_train=24, num_valid=0, num_workers=1)
+    assert process.wait(10) == 0
+    assert f"is being written by process {process.pid} on" in caplog.text
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path: Path) -> None:

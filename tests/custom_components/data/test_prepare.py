@@ -20,6 +20,7 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import map_coordinates
 
@@ -29,6 +30,7 @@ from custom_components.data.prepare import CannotWrite, Recipe, prepare, prepare
 from custom_components.data.sources import BTCV, CCCCII, LUNA16, CTRate, RadChestCT, Scan, Source
 from custom_components.data.volume import Raw, Unfit, read_nifti
 from custom_components.errors import InputError
+from tests.watch import runs, within
 
 SHAPE, SPACING = (80, 72, 40), (4.0, 4.5, 8.0)
 PIXDIM = (5.0, 5.0, 10.0)
@@ -419,20 +421,6 @@ if __name__ == "__main__":
 """
 
 
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def within(seconds: float, condition: Callable[[], object]) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and not condition():
-        time.sleep(0.05)
-    return bool(condition())
-
-
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="asks /proc which processes run")
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_workers_do_not_outlive_a_run_that_was_killed_and_a_restart_tidies_up(
@@ -462,6 +450,37 @@ def test_workers_do_not_outlive_a_run_that_was_killed_and_a_restart_tidies_up(
     foreign.write_bytes(b"half")
     prepare(BTCV(raw), out, **RECIPE, num_workers=1)
     assert not left.exists() and foreign.exists() and len(list((out / "imagesTr").glob("[ab].nii"))) == 2
+
+
+def test_a_second_run_on_a_shard_is_refused_and_other_shards_are_not(truth: Truth, tmp_path: Path) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    for name in "ab":
+        save(raw / "imagesTr" / f"{name}.nii.gz", truth.volume, truth.affine)
+    (tmp_path / "killed.py").write_text(KILLED.replace("num_workers=2", "num_workers=2, shard='1/2'"))
+    run = subprocess.Popen([sys.executable, tmp_path / "killed.py", raw, out], stderr=subprocess.DEVNULL)
+    try:
+        assert within(60, lambda: list(raw.glob("pid_*")))
+        for shard in ("1/2", None):  # the same, and one that shares its volumes
+            with pytest.raises(InputError, match=f"is being written by process {run.pid} on .* prepared_dir") as told:
+                prepare(BTCV(raw), out, **RECIPE, num_workers=1, shard=shard)
+            assert "\n" not in str(told.value)
+        prepare(BTCV(raw), out, **RECIPE, num_workers=1, shard="2/2")
+        assert [path.name for path in out.rglob("*.nii")] == ["b.nii"]
+    finally:
+        run.kill()
+        run.wait()
+    prepare(BTCV(raw), out, **RECIPE, num_workers=1)
+    assert not list(out.rglob(".*"))
+
+
+def test_a_contact_sheet_that_cannot_be_drawn_costs_a_warning(
+    truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path / "raw" / "imagesTr" / "a.nii.gz", truth.volume, truth.affine)
+    monkeypatch.setattr(Figure, "savefig", lambda *_, **__: 1 / 0)
+    prepare(BTCV(tmp_path / "raw"), tmp_path / "out", **RECIPE, num_workers=1)
+    assert "contact_sheet.png: not drawn (ZeroDivisionError" in caplog.text
+    assert len(pd.read_csv(tmp_path / "out" / "manifest.csv")) == 1
 
 
 @contextmanager

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
+from monai.data import MetaTensor
+from torch import Tensor, nn
 
 from custom_components.evaluation.metrics import mean_interval, mean_of_defined
 from custom_components.evaluation.report import write_report
-from custom_components.evaluation.segment import PresentDice, compare_dice, scan_scores
+from custom_components.evaluation.segment import PresentDice, SegmentationEvaluation, compare_dice, scan_scores
 
 
 def boxes(*corners: tuple[int, int, int, int]) -> Tensor:
@@ -86,3 +90,24 @@ def test_a_comparison_pairs_groups_and_classes(tmp_path: Path) -> None:
     assert found["tuning"] == {"1": tuning[1.0]}
     table = (tmp_path / "out" / "metrics.csv").read_text()
     assert "1,first - other,a,+0.250," in table and "1,other,lesions mean,0.450," in table
+
+
+def test_numbers_are_written_before_pictures_which_cost_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = []
+
+    def fails(*_: object, **__: object) -> None:
+        seen.append(json.loads((tmp_path / "metrics.json").read_text())["dice"]["mean"])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", fails)
+    label = torch.zeros(1, 8, 8, 8)
+    label[:, 2:6, 2:6, 2:6] = 1
+    logits = torch.cat([1 - label, label])[None]
+    items = [{"name": "a", "image": MetaTensor(torch.zeros(1, 8, 8, 8)), "label": MetaTensor(label)}]
+    evaluation = SegmentationEvaluation(nn.Linear(1, 1), lambda *_: logits, items, ["organ"], tmp_path)
+    assert evaluation()["dice"]["mean"] == 1.0 and seen == [1.0, 1.0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json"]
+    for picture in ("box_plots.png", "contours.png"):
+        assert f"{picture}: not drawn (OSError: [Errno 28] No space left on device)" in caplog.text

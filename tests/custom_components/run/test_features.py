@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,6 +225,37 @@ def test_a_kill_loses_the_volume_in_work_alone(cache: Callable, items: list[dict
     again = cache()
     again.encode(items)
     assert again.encoded == 1
+
+
+def test_a_run_waits_for_another_that_encodes_and_encodes_what_is_then_missing(
+    cache: Callable, items: list[dict], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = cache().encode(items).features
+    shutil.rmtree(tmp_path / "cache")
+    reader, writer = os.pipe()
+    if (pid := os.fork()) == 0:
+        os.close(reader)
+        first = cache()
+        real = first.network.features
+
+        def slow(volume: torch.Tensor) -> torch.Tensor:
+            os.write(writer, b"begun")
+            time.sleep(0.5)
+            return real(volume)
+
+        first.network.features = slow
+        first.encode(items[:2])
+        os._exit(0)
+    os.read(reader, 5)
+    second = cache()
+    left = second.folders()[0] / ".123.tmp.scan9-0.npy"  # of a run that was killed
+    left.parent.mkdir(exist_ok=True)
+    left.touch()
+    features = second.encode(items).features
+    assert os.waitpid(pid, 0)[1] == 0
+    assert f"is being written by process {pid} on" in caplog.text and not left.exists()
+    assert second.encoded == 1 and torch.equal(features, expected)
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
 def test_bad_keys_are_told(cache: Callable, items: list[dict]) -> None:

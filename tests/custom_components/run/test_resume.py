@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import random
 import shutil
+import signal
 import zipfile
 
 import numpy as np
@@ -19,7 +21,8 @@ from monai.transforms import Compose, RandScaleIntensityd
 from torch import nn
 
 from custom_components.errors import InputError
-from custom_components.run.handlers import OptimizerSteps
+from custom_components.processes import SIGNALS, EndOnSignal, Interrupted
+from custom_components.run.handlers import LastStep, OptimizerSteps
 from custom_components.run.resume import Checkpointer, KeepBest, LossCheck
 from custom_components.run.seeded import EpochSampler, SeededDataLoader
 from custom_components.run.weights import described, description_of, load_weights
@@ -35,6 +38,27 @@ class Network(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.trained(self.frozen(x))
+
+
+class Validated:
+    """Stands for a validation: what it finds must be found once an epoch, and kept by checkpoints."""
+
+    def __init__(self, signal_in=None):
+        self.epochs, self.signal_in = [], signal_in
+
+    def attach(self, trainer):
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.validate)
+
+    def validate(self, engine):
+        self.epochs.append(engine.state.epoch)
+        if engine.state.epoch == self.signal_in:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def state_dict(self):
+        return {"epochs": list(self.epochs)}
+
+    def load_state_dict(self, state):
+        self.epochs = list(state["epochs"])
 
 
 def make_trainer(
@@ -57,9 +81,11 @@ def make_trainer(
     transform = Compose([RandScaleIntensityd("x", factors=0.5, prob=1.0)])
     loader = SeededDataLoader(Dataset(data, transform), batch_size, seed=5, num_workers=keys.pop("num_workers", 0))
     check = LossCheck(loader, interval=keys.pop("check_interval", 1000))
+    others = {"validated": keys.pop("validated")} if "validated" in keys else {}
+    handlers = [OptimizerSteps(scheduler), *others.values(), LastStep(keys.pop("max_steps", 1000))]
     checkpointer = Checkpointer(
         str(folder / "checkpoint.pt"),
-        {"network": network, "optimizer": optimizer, "lr_scheduler": scheduler},
+        {"network": network, "optimizer": optimizer, "lr_scheduler": scheduler, **others},
         {"encoder.pt": network.trained[0]},
         **({"minutes": 0, "loss_check": check} | keys),
     )
@@ -72,7 +98,7 @@ def make_trainer(
         optimizer=optimizer,
         loss_function=nn.MSELoss(),
         accumulation_steps=accumulation,
-        train_handlers=[OptimizerSteps(scheduler), checkpointer],
+        train_handlers=[*handlers, checkpointer],
         decollate=False,
     )
     return trainer
@@ -141,6 +167,70 @@ def test_a_finished_training_that_is_run_again_trains_no_further(tmp_path):
     trainer.add_event_handler(Events.ITERATION_STARTED, pytest.fail)
     trainer.run()
     assert_same(tmp_path / "checkpoint.pt", expected)
+
+
+@pytest.fixture
+def signals():
+    """Signals end a training as in a run of a bundle; afterwards everything is as before."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    logging.disable(logging.NOTSET)
+
+
+def interrupted(trainer, event, number=signal.SIGTERM):
+    """Runs a training that gets a signal; the line that tells of it."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    EndOnSignal.install()
+    trainer.add_event_handler(event, lambda: os.kill(os.getpid(), number))
+    with pytest.raises(Interrupted) as told:
+        trainer.run()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # as in the process that goes on
+    logging.disable(logging.NOTSET)
+    return str(told.value)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize(("iteration", "after"), [(1, 3), (3, 3), (4, 5), (5, 5), (7, 8), (10, 10)])
+def test_a_signal_ends_a_training_after_the_running_step_and_nothing_is_lost(
+    tmp_path, signals, number, iteration, after
+):
+    make_trainer(tmp_path / "straight").run()
+    trainer = make_trainer(tmp_path / "again", minutes=None, interval=9)
+    told = interrupted(trainer, Events.ITERATION_STARTED(once=iteration), number)
+    assert told.startswith(f"{number.name}: ") and f"checkpoint.pt holds the training up to iteration {after}" in told
+    assert saved(tmp_path / "again/checkpoint.pt")["trainer"]["iteration"] == after
+    trainer = make_trainer(tmp_path / "again", minutes=None, interval=9)
+    seen = []
+    trainer.add_event_handler(Events.ITERATION_STARTED, lambda engine: seen.append(engine.state.iteration))
+    trainer.run()
+    assert seen == list(range(after + 1, 11))
+    assert_same(tmp_path / "again/checkpoint.pt", saved(tmp_path / "straight/checkpoint.pt"))
+
+
+@pytest.mark.parametrize("when", ["last step", "validation"])
+@pytest.mark.parametrize("max_steps", [10, 8])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_validation_that_a_signal_interrupts_is_done_anew(tmp_path, signals, when, max_steps, epoch):
+    """Also that of an epoch which ends with the last step, in its midst."""
+    keys = {"minutes": None, "accumulation": 1, "max_steps": max_steps}
+    make_trainer(tmp_path / "straight", validated=Validated(), **keys).run()
+    expected = saved(tmp_path / "straight/checkpoint.pt")
+    assert expected["validated"] == {"epochs": [1, 2]}
+    validated = Validated(signal_in=epoch if when == "validation" else None)
+    last = {1: 5, 2: max_steps}[epoch]
+    event = Events.ITERATION_STARTED(once=last) if when == "last step" else Events.ITERATION_STARTED(once=1000)
+    interrupted(make_trainer(tmp_path / "again", validated=validated, **keys), event)
+    assert saved(tmp_path / "again/checkpoint.pt")["validated"] == {"epochs": [1, 2][: epoch - 1]}
+    make_trainer(tmp_path / "again", validated=Validated(), **keys).run()
+    assert_same(tmp_path / "again/checkpoint.pt", expected)
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, signals):
+    told = interrupted(make_trainer(tmp_path), Events.STARTED)
+    assert told == "SIGTERM: ended; what is done is kept, and the same command goes on"
+    assert not (tmp_path / "checkpoint.pt").exists()
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import re
+import time
 
 import numpy as np
 import pytest
@@ -12,7 +14,9 @@ from hypothesis import strategies as st
 from monai.data import CacheDataset, Dataset, list_data_collate
 from monai.transforms import Compose, Lambdad, RandScaleIntensityd
 
-from custom_components.run.seeded import EpochSampler, SeededDataLoader, mixed_seed
+from custom_components.errors import InputError
+from custom_components.run.seeded import EpochSampler, SeededDataLoader, WatchedDataLoader, mixed_seed
+from tests.watch import runs, within
 
 
 def order(items: int, processes: int, process: int, seed: int, epoch: int) -> list[int]:
@@ -121,3 +125,59 @@ def test_files_of_an_iteration_are_those_of_its_batch():
         for i, batch in enumerate(made):
             names = [path.rpartition("/")[2] for path in batch["image"]]
             assert made.files(4 * (epoch - 1) + i + 1) == names
+
+
+class Hanging(torch.utils.data.Dataset):
+    """Volumes of which one is never read."""
+
+    transform = None
+
+    def __init__(self) -> None:
+        self.data = [{"image": f"/data/scan{i}.nii.gz"} for i in range(6)]
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> dict:
+        if index == 4:
+            time.sleep(600)
+        return {"x": index}
+
+
+def test_a_worker_that_hangs_is_named_with_its_files_and_ended() -> None:
+    loader = WatchedDataLoader(Hanging(), num_workers=1, timeout_minutes=0.02, batch_size=2)
+    batches = iter(loader)
+    assert [next(batches)["x"].tolist() for _ in range(2)] == [[0, 1], [2, 3]]
+    with pytest.raises(InputError, match=r"process \d+, a worker, has not read scan4.nii.gz, scan5.nii.gz") as told:
+        next(batches)
+    assert "timeout_minutes" in str(told.value) and "\n" not in str(told.value)
+    assert within(5, lambda: not runs(int(re.search(r"process (\d+)", str(told.value))[1])))
+
+
+def test_a_training_names_the_hanging_file_of_its_shuffled_order() -> None:
+    loader = SeededDataLoader(Hanging(), 2, seed=1, num_workers=1, timeout_minutes=0.02)
+    loader.sampler.set_epoch(1)
+    with pytest.raises(InputError, match="has not read .*scan4.nii.gz"):
+        list(loader)
+
+
+@pytest.mark.parametrize(
+    ("items", "batch_size", "processes"), [(31, 1, 2), (31, 2, 2), (9, 4, 2), (5, 1, 3), (1, 1, 2)]
+)
+def test_processes_share_an_epoch_without_repeats_but_for_one_that_would_have_nothing(
+    items: int, batch_size: int, processes: int
+) -> None:
+    shares = []
+    for rank in range(processes):
+        sampler = EpochSampler(range(items), processes, rank, 1, batch_size)
+        sampler.set_epoch(1)
+        shares.append([index for _, index in sampler])
+    assert len({-(-len(share) // batch_size) for share in shares}) == 1, "as many batches in each"
+    one = EpochSampler(range(items), 1, 0, 1)
+    one.set_epoch(1)
+    order = [index for _, index in one]
+    together = batch_size * processes
+    for start in range(0, items, together):
+        step = slice(start // processes, start // processes + batch_size)
+        assert {index for share in shares for index in share[step]} == set(order[start : start + together])
+    assert sum(map(len, shares)) - items < processes
