@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # as torch.cpu.get_capabilities names them, the faster first
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h (glibc)
 
 
@@ -113,6 +114,15 @@ class CPUInstanceNorm(torch.autograd.Function):
         return torch.addcmul(offset, x, of_x).addcmul_(grad, of_grad), None
 
 
+def bfloat16_units() -> str | None:
+    """What this CPU multiplies bfloat16 matrices by, faster than float32 ones; None where it has nothing.
+
+    torch computes in bfloat16 on every CPU: without these it converts to float32 and back.
+    """
+    has = torch.cpu.get_capabilities()
+    return next((name for name in BFLOAT16_UNITS if has.get(name)), None)
+
+
 def convolves_in_float32(device: torch.device) -> bool:
-    """Whether 3D convolutions are to leave autocast: without matrix units (AMX), bfloat16 takes a CPU twice as long."""
-    return device.type == "cpu" and torch.is_autocast_enabled("cpu") and not torch.cpu._is_amx_tile_supported()
+    """Whether 3D convolutions are to leave autocast: a CPU that only imitates bfloat16 takes twice as long in it."""
+    return device.type == "cpu" and torch.is_autocast_enabled("cpu") and bfloat16_units() is None
