@@ -2,7 +2,9 @@
 
 import ctypes
 import itertools
+import os
 import sys
+import threading
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # as torch.cpu.get_capabilities names them, the faster first
+IDLE = "idle OpenMP team"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h (glibc)
 
 
@@ -28,6 +31,38 @@ def keep_freed(device: torch.device) -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 * 2**20}
     return mallopt is not None and all([mallopt(name, value) for name, value in settings.items()])
+
+
+def wait_asleep(device: torch.device) -> bool:
+    """Let OpenMP's threads sleep while they wait for each other, where they would spin.
+
+    A thread that spins keeps the core from the one that it waits for, once other processes want the cores too. libgomp
+    spins 300,000 times, but 100 times where there are more of its threads than cores (GCC's manual, GOMP_SPINCOUNT).
+    It reads its environment as torch is loaded, before any config; so here threads are added, which do nothing, until
+    they are more.
+
+    Returns:
+        Whether anything was changed: only on Linux, only if the network's ``device`` is a CPU, and not where the
+        environment says how to wait.
+    """
+    threads = torch.get_num_threads()
+    asked = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if device.type != "cpu" or not sys.platform.startswith("linux") or threads == 1 or asked:
+        return False
+    if any(thread.name == IDLE for thread in threading.enumerate()):
+        return False
+    for _ in range(1 + max(0, len(os.sched_getaffinity(0)) - threads) // (threads - 1)):
+        ready = threading.Event()
+        threading.Thread(target=_idle, args=(ready,), name=IDLE, daemon=True).start()
+        ready.wait()
+    return True
+
+
+def _idle(ready: threading.Event) -> None:
+    """Every thread that computes gets a team of its own, which lives as long as it does."""
+    torch.ones(torch.get_num_threads() << 16).exp_()  # large enough for each of the team to have a share
+    ready.set()
+    threading.Event().wait()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """How every run begins: errors in one line, the bundle's own components, processes, memory, seed."""
 
 import errno
+import gc
 import importlib
 import itertools
 import json
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 import custom_components
 from custom_components import distributed
-from custom_components.cpu import keep_freed
+from custom_components.cpu import keep_freed, wait_asleep
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder
@@ -39,8 +40,9 @@ def start(
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
     Errors that a person can mend end in one line from here on (:class:`OneLineErrors`), the components are the bundle's
-    own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), and freed memory stays
-    with the process where there is no GPU.
+    own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), what is imported is not
+    searched for garbage (:func:`keep_imported`), and where there is no GPU, freed memory stays with the process and
+    threads wait asleep (:mod:`custom_components.cpu`).
 
     Args:
         seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
@@ -63,9 +65,28 @@ def start(
         distributed.leave_to_rank_zero()
     if timeout_minutes is not None:
         distributed.start(distributed.local_device(), timeout_minutes)
-    keep_freed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed(device)
+    wait_asleep(device)
+    keep_imported()
     if seed is not None:
         set_determinism(seed)
+
+
+def keep_imported() -> bool:
+    """Take what is imported out of Python's search for garbage, where ``python -m monai.bundle`` runs.
+
+    MONAI's imports make about a million objects, which live as long as the process: to search them at its end alone
+    takes seconds. Elsewhere nothing is changed, since what lives there already may have to be freed.
+
+    Returns:
+        Whether anything was changed.
+    """
+    command = getattr(sys.modules["__main__"].__spec__, "name", "")
+    if command != "monai.bundle.__main__" or gc.get_freeze_count():  # a comparison starts run after run
+        return False
+    gc.freeze()
+    return True
 
 
 def check_components(bundle_root: str | Path) -> None:

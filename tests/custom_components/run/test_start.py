@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import shutil
 import subprocess
 import sys
@@ -17,7 +19,7 @@ from monai.transforms import Lambdad
 import custom_components
 from custom_components.errors import InputError
 from custom_components.run.export import export
-from custom_components.run.start import OneLineErrors, check_components, start
+from custom_components.run.start import OneLineErrors, check_components, keep_imported, start
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[3]
@@ -220,3 +222,14 @@ def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
             file.write("events")
 
     assert told(write, monkeypatch, capsys).startswith("error: the disk is full ([Errno 28] No space left on device)")
+
+
+def test_imports_are_not_searched_for_garbage_where_the_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took the interpreter seconds to end; a program's own objects are none of this."""
+    assert not keep_imported() and not gc.get_freeze_count()
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("monai.bundle.__main__"))
+    try:
+        assert keep_imported() and gc.get_freeze_count() > 100_000
+        assert not keep_imported(), "what a comparison's run has left behind must be freed"
+    finally:
+        gc.unfreeze()
