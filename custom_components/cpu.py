@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,6 +34,26 @@ def keep_freed(device: torch.device) -> bool:
     return mallopt is not None and all([mallopt(name, value) for name, value in settings.items()])
 
 
+def threads_within_quota(file: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Compute in no more threads than the container's share of the CPUs (``docker run --cpus``) has cores.
+
+    torch counts the machine's cores: with more threads than the share has, all are stopped for most of each period.
+    ``OMP_NUM_THREADS`` has the last word.
+
+    Args:
+        file: where Linux keeps the share: microseconds of CPU time in each period, and the period; or ``max`` for all.
+
+    Returns:
+        The number of threads.
+    """
+    threads = torch.get_num_threads()
+    quota, period = Path(file).read_text().split() if os.path.isfile(file) else ("max", "")
+    if quota != "max" and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(threads, max(1, round(int(quota) / int(period))))
+        torch.set_num_threads(threads)
+    return threads
+
+
 def wait_asleep(device: torch.device) -> bool:
     """Let OpenMP's threads sleep while they wait for each other, where they would spin.
 
@@ -51,16 +72,18 @@ def wait_asleep(device: torch.device) -> bool:
         return False
     if any(thread.name == IDLE for thread in threading.enumerate()):
         return False
-    for _ in range(1 + max(0, len(os.sched_getaffinity(0)) - threads) // (threads - 1)):
-        ready = threading.Event()
-        threading.Thread(target=_idle, args=(ready,), name=IDLE, daemon=True).start()
-        ready.wait()
+    team = 2 + max(0, len(os.sched_getaffinity(0)) - threads)  # its first thread is not counted
+    ready = threading.Event()
+    torch.set_num_threads(team)  # which a new thread takes over when it first computes
+    threading.Thread(target=_idle, args=(team, ready), name=IDLE, daemon=True).start()
+    ready.wait()
+    torch.set_num_threads(threads)
     return True
 
 
-def _idle(ready: threading.Event) -> None:
+def _idle(team: int, ready: threading.Event) -> None:
     """Every thread that computes gets a team of its own, which lives as long as it does."""
-    torch.ones(torch.get_num_threads() << 16).exp_()  # large enough for each of the team to have a share
+    torch.ones(team << 16).exp_()  # large enough for each of the team to have a share
     ready.set()
     threading.Event().wait()
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import custom_components
 from custom_components import distributed
-from custom_components.cpu import keep_freed, wait_asleep
+from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder
@@ -41,8 +41,8 @@ def start(
 
     Errors that a person can mend end in one line from here on (:class:`OneLineErrors`), the components are the bundle's
     own (:func:`check_components`), all keys are known and in their range (:func:`check_keys`), what is imported is not
-    searched for garbage (:func:`keep_imported`), and where there is no GPU, freed memory stays with the process and
-    threads wait asleep (:mod:`custom_components.cpu`).
+    searched for garbage (:func:`keep_imported`), there are no more threads than a container's share of the CPUs, and
+    where there is no GPU, freed memory stays with the process and threads wait asleep (:mod:`custom_components.cpu`).
 
     Args:
         seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
@@ -67,6 +67,7 @@ def start(
         distributed.start(distributed.local_device(), timeout_minutes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed(device)
+    threads_within_quota()
     wait_asleep(device)
     keep_imported()
     if seed is not None:

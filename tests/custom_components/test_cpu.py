@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from custom_components.cpu import keep_freed, wait_asleep
+from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep
 
 FAULTS = """
 import resource, sys, torch
@@ -51,6 +52,7 @@ from custom_components.cpu import wait_asleep
 device = torch.device("cpu")
 if sys.argv[1] == "asleep":
     assert wait_asleep(device) and not wait_asleep(device), "once is enough"
+    assert torch.get_num_threads() == 2
 torch.ones(1 << 20).exp_()
 spent = -time.process_time()
 for _ in range(100):
@@ -76,6 +78,26 @@ def test_threads_wait_asleep() -> None:
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     assert not wait_asleep(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("share", "threads"),
+    [("max 100000", 8), ("200000 100000", 2), ("350000 100000", 4), ("20000 100000", 1), ("3200000 100000", 8)],
+)
+def test_no_more_threads_than_a_container_has_cores(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, share: str, threads: int
+) -> None:
+    (tmp_path / "cpu.max").write_text(share + "\n")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(8)
+        monkeypatch.setenv("OMP_NUM_THREADS", "8")
+        assert threads_within_quota(str(tmp_path / "cpu.max")) == torch.get_num_threads() == 8
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert threads_within_quota(str(tmp_path / "absent")) == torch.get_num_threads() == 8
+        assert threads_within_quota(str(tmp_path / "cpu.max")) == torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_other_devices_are_left_alone() -> None:
