@@ -28,6 +28,7 @@ data/ how scans and reports come in, and how results go out:
 run/ what a training or an inference needs beyond MONAI's engines:
     start.py        the first call of every config
     keys.py         keys against the bundle's schema, and the key reference
+    precision.py    bfloat16 or float32
     inferers.py     autocast, windows, scans that cannot be read
     handlers.py     progress, optimiser steps, clipping
     resume.py       checkpoints, best weights, losses that are not finite

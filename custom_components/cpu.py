@@ -2,13 +2,18 @@
 
 import ctypes
 import itertools
+import os
 import sys
+import threading
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # as torch.cpu.get_capabilities names them, the faster first
+IDLE = "idle OpenMP team"
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h (glibc)
 
 
@@ -28,6 +33,60 @@ def keep_freed(device: torch.device) -> bool:
     settings = {M_MMAP_MAX: 0, M_TRIM_THRESHOLD: -1, M_TOP_PAD: 64 * 2**20}
     taken = [] if mallopt is None else [mallopt(name, value) for name, value in settings.items()]  # all are tried
     return bool(taken) and all(taken)
+
+
+def threads_within_quota(file: str = "/sys/fs/cgroup/cpu.max") -> int:
+    """Compute in no more threads than the container's share of the CPUs (``docker run --cpus``) has cores.
+
+    torch counts the machine's cores: with more threads than the share has, all are stopped for most of each period.
+    ``OMP_NUM_THREADS`` has the last word.
+
+    Args:
+        file: where Linux keeps the share: microseconds of CPU time in each period, and the period; or ``max`` for all.
+
+    Returns:
+        The number of threads.
+    """
+    threads = torch.get_num_threads()
+    quota, period = Path(file).read_text().split() if os.path.isfile(file) else ("max", "")
+    if quota != "max" and "OMP_NUM_THREADS" not in os.environ:
+        threads = min(threads, max(1, round(int(quota) / int(period))))
+        torch.set_num_threads(threads)
+    return threads
+
+
+def wait_asleep(device: torch.device) -> bool:
+    """Let OpenMP's threads sleep while they wait for each other, where they would spin.
+
+    A thread that spins keeps the core from the one that it waits for, once other processes want the cores too. libgomp
+    spins 300,000 times, but 100 times where there are more of its threads than cores (GCC's manual, GOMP_SPINCOUNT).
+    It reads its environment as torch is loaded, before any config; so here threads are added, which do nothing, until
+    they are more.
+
+    Returns:
+        Whether anything was changed: only on Linux, only if the network's ``device`` is a CPU, and not where the
+        environment says how to wait.
+    """
+    threads = torch.get_num_threads()
+    asked = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    if device.type != "cpu" or not sys.platform.startswith("linux") or threads == 1 or asked:
+        return False
+    if any(thread.name == IDLE for thread in threading.enumerate()):
+        return False
+    team = 2 + max(0, len(os.sched_getaffinity(0)) - threads)  # its first thread is not counted
+    ready = threading.Event()
+    torch.set_num_threads(team)  # which a new thread takes over when it first computes
+    threading.Thread(target=_idle, args=(team, ready), name=IDLE, daemon=True).start()
+    ready.wait()
+    torch.set_num_threads(threads)
+    return True
+
+
+def _idle(team: int, ready: threading.Event) -> None:
+    """Every thread that computes gets a team of its own, which lives as long as it does."""
+    torch.ones(team << 16).exp_()  # large enough for each of the team to have a share
+    ready.set()
+    threading.Event().wait()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -114,6 +173,15 @@ class CPUInstanceNorm(torch.autograd.Function):
         return torch.addcmul(offset, x, of_x).addcmul_(grad, of_grad), None
 
 
+def bfloat16_units() -> str | None:
+    """What this CPU multiplies bfloat16 matrices by, faster than float32 ones; None where it has nothing.
+
+    torch computes in bfloat16 on every CPU: without these it converts to float32 and back.
+    """
+    has = torch.cpu.get_capabilities()
+    return next((name for name in BFLOAT16_UNITS if has.get(name)), None)
+
+
 def convolves_in_float32(device: torch.device) -> bool:
-    """Whether 3D convolutions are to leave autocast: without matrix units (AMX), bfloat16 takes a CPU twice as long."""
-    return device.type == "cpu" and torch.is_autocast_enabled("cpu") and not torch.cpu._is_amx_tile_supported()
+    """Whether 3D convolutions are to leave autocast: a CPU that only imitates bfloat16 takes twice as long in it."""
+    return device.type == "cpu" and torch.is_autocast_enabled("cpu") and bfloat16_units() is None

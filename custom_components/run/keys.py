@@ -156,7 +156,7 @@ def is_text(spec: Mapping[str, Any]) -> bool:
 def wanted(spec: Mapping[str, Any]) -> str:
     """What a key may be, in words."""
     if "enum" in spec:
-        return " or ".join("null" if value is None else f"{value}" for value in spec["enum"])
+        return " or ".join(value if isinstance(value, str) else json.dumps(value) for value in spec["enum"])
     return " or ".join(_wanted(kind, spec) for kind in types(spec))
 
 

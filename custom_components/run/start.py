@@ -2,6 +2,7 @@
 
 import atexit
 import errno
+import gc
 import importlib
 import itertools
 import json
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import custom_components
 from custom_components import distributed
-from custom_components.cpu import keep_freed
+from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder, only_writer
@@ -53,8 +54,9 @@ def start(
     Errors that a person can mend, and signals, end in one line from here on (:class:`OneLineErrors`,
     :class:`custom_components.processes.EndOnSignal`), the components are the bundle's own (:func:`check_components`),
     all keys are known and in their range (:func:`check_keys`), no other run writes to ``models_dir`` until this process
-    ends, MONAI's ``--tracking`` works (:func:`track_batches`), and freed memory stays with the process where there is
-    no GPU.
+    ends, MONAI's ``--tracking`` works (:func:`track_batches`), what is imported is not searched for garbage
+    (:func:`keep_imported`), there are no more threads than a container's share of the CPUs, and where there is no GPU,
+    freed memory stays with the process and threads wait asleep (:mod:`custom_components.cpu`).
 
     Args:
         seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
@@ -87,7 +89,11 @@ def start(
         atexit.register(held.close)
     if timeout_minutes is not None:
         distributed.start(distributed.local_device(), timeout_minutes)
-    keep_freed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed(device)
+    threads_within_quota()
+    wait_asleep(device)
+    keep_imported()
     if seed is not None:
         set_determinism(seed)
 
@@ -133,6 +139,22 @@ def track_batches() -> None:
         handler["output_transform"] = "$lambda output: output['loss']"
     if tracking:
         run.parser.parse(reset=True)
+
+
+def keep_imported() -> bool:
+    """Take what is imported out of Python's search for garbage, where ``python -m monai.bundle`` runs.
+
+    MONAI's imports make about a million objects, which live as long as the process: to search them at its end alone
+    takes seconds. Elsewhere nothing is changed, since what lives there already may have to be freed.
+
+    Returns:
+        Whether anything was changed.
+    """
+    command = getattr(sys.modules["__main__"].__spec__, "name", "")
+    if command != "monai.bundle.__main__" or gc.get_freeze_count():  # a comparison starts run after run
+        return False
+    gc.freeze()
+    return True
 
 
 def check_components(bundle_root: str | Path) -> None:

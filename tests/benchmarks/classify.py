@@ -13,6 +13,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from tests.benchmarks.measure import (
     DTYPES,
     alone,
     device,
+    device_gib,
     environment,
     matmul_rate,
     median_seconds,
@@ -40,26 +42,29 @@ from tests.benchmarks.measure import (
 )
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "classify" / "configs"
+SIZE = (224, 224, 112)
 PUBLISHED_SECONDS = 4.21  # the authors' probe forward, fp32, two cores with AMX (see README)
 # CT-RATE, 1 %: lists of the authors
 TRAIN_VOLUMES, VALID_VOLUMES, NUM_CLASSES = 464, 3009, 18
 
 
-def encode(contender: str, precision: str) -> dict[str, float]:
-    """Seconds to encode one volume of published size."""
+def encode(
+    contender: str, precision: str, batch_size: int = 1, sizes: Mapping[str, Any] | None = None
+) -> dict[str, float]:
+    """Seconds to encode volumes of published size, or ours of an encoder of these sizes."""
     torch.manual_seed(0)
     if contender == "simcrop":
         keep_freed(device())
-        network = LinearProbe(SimCroPEncoder(), NUM_CLASSES)
+        network = LinearProbe(SimCroPEncoder(**sizes or {}), NUM_CLASSES)
         forward = network.features
     else:
-        network = ViT(1, (224, 224, 112), (16, 16, 8), pos_embed_type="sincos", classification=False)
+        network = ViT(1, SIZE, (16, 16, 8), pos_embed_type="sincos", classification=False)
         forward = lambda volume: network(volume)[0].mean(1)  # noqa: E731
     network.eval().to(device())
-    volume = torch.rand(1, 1, 224, 224, 112, device=device()) * 2 - 1
+    volume = torch.rand(batch_size, 1, *(sizes or {}).get("img_size", SIZE), device=device()) * 2 - 1
     autocast = torch.autocast(device().type, DTYPES[precision], enabled=precision != "fp32")
     with torch.inference_mode(), autocast:
-        return {"seconds": median_seconds(lambda: forward(volume), repeats=5)}
+        return {"seconds": median_seconds(lambda: forward(volume), repeats=5), "device_gib": device_gib()}
 
 
 def read(kind: str) -> dict[str, float]:

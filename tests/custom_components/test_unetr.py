@@ -124,10 +124,12 @@ def test_torchscript_gives_the_same() -> None:
     torch.testing.assert_close(torch.jit.script(network)(volume), network(volume), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("amx, dtype", [(False, torch.float32), (True, torch.bfloat16)])
-def test_autocast_changes_little(monkeypatch: pytest.MonkeyPatch, amx: bool, dtype: torch.dtype) -> None:
-    """Convolutions stay in fp32 on a CPU that is slow at bfloat16."""
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+@pytest.mark.parametrize(
+    "has, dtype", [("amx_bf16", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx512_f", torch.float32)]
+)
+def test_autocast_changes_little(monkeypatch: pytest.MonkeyPatch, has: str, dtype: torch.dtype) -> None:
+    """Convolutions stay in fp32 on a CPU that is slow at bfloat16, and on no other."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {has: True})
     network = make().eval()
     volume = torch.randn(1, 1, 32, 48, 16)
     with torch.autocast("cpu", torch.bfloat16):

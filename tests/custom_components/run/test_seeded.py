@@ -66,11 +66,13 @@ class Masks:
 READ: list[float] = []
 
 
-def loader(num_workers: int = 0, cached: bool = False, seed: int = 3) -> SeededDataLoader:
+def loader(num_workers: int = 0, cached: bool | str = False, seed: int = 3) -> SeededDataLoader:
     data = [{"image": f"/data/scan{i}.nii.gz", "x": torch.full((2,), float(i))} for i in range(7)]
     read = Lambdad("x", lambda x: READ.append(x[0].item()) or x)
     transform = Compose([read, RandScaleIntensityd("x", factors=0.1, prob=0.9)])
-    dataset = CacheDataset(data, transform, progress=False) if cached else Dataset(data, transform)
+    dataset = Dataset(data, transform)
+    if cached:
+        dataset = CacheDataset(data, transform, progress=False, runtime_cache=cached == "as it goes")
     return SeededDataLoader(dataset, 2, seed, num_workers, Masks())
 
 
@@ -91,7 +93,7 @@ def test_all_that_is_random_is_the_same_again_whatever_ran_before():
     assert len(set(expected)) == len(expected) == 8
     torch.manual_seed(99)
     assert epochs(loader(), 2) == expected[4:]
-    assert epochs(loader(cached=True), 1, 2) == expected
+    assert epochs(loader(cached=True), 1, 2) == epochs(loader(cached="as it goes"), 1, 2) == expected
     assert epochs(loader(num_workers=2), 2, 1) == expected[4:] + expected[:4]
     assert not set(epochs(loader(seed=4), 1, 2)) & set(expected)
 

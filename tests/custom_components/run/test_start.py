@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib.util
 import logging
 import shutil
 import subprocess
@@ -19,7 +21,7 @@ from tqdm import tqdm
 import custom_components
 from custom_components.errors import InputError
 from custom_components.run.export import export
-from custom_components.run.start import OneLineErrors, check_components, one_console, start
+from custom_components.run.start import OneLineErrors, check_components, keep_imported, one_console, start
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[3]
@@ -237,3 +239,14 @@ def test_log_lines_go_above_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     shown = capsys.readouterr().out
     before, after = shown.split("WARNING a line\n")
     assert before.endswith(" \r") and "50%" in after
+
+
+def test_imports_are_not_searched_for_garbage_where_the_command_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took the interpreter seconds to end; a program's own objects are none of this."""
+    assert not keep_imported() and not gc.get_freeze_count()
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", importlib.util.find_spec("monai.bundle.__main__"))
+    try:
+        assert keep_imported() and gc.get_freeze_count() > 100_000
+        assert not keep_imported(), "what a comparison's run has left behind must be freed"
+    finally:
+        gc.unfreeze()
