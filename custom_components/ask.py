@@ -22,17 +22,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from custom_components.data.save import peaks, volumes
+from custom_components.errors import InputError
+from custom_components.run.inferers import reason_of
+from custom_components.run.start import check_components
 from monai.bundle import create_workflow
 from monai.data import Dataset, MetaTensor, decollate_batch, list_data_collate
 from monai.inferers import Inferer
 from monai.networks import eval_mode
 from torch import Tensor
 from tqdm import tqdm
-
-from custom_components.data.save import peaks, volumes
-from custom_components.errors import InputError
-from custom_components.run.inferers import reason_of
-from custom_components.run.start import check_components
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from custom_components.errors import InputError
 from torch import Tensor
 from torch.nn import functional as F
-
-from custom_components.errors import InputError
 
 logger = logging.getLogger(__name__)
 

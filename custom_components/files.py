@@ -12,9 +12,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from custom_components.errors import InputError
+from filelock import FileLock, Timeout
 
 logger = logging.getLogger(__name__)
 

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from custom_components.distributed import gather_rows, mean_over_ranks, rank
 from custom_components.errors import InputError
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 MASKED = -1e9  # not -inf: logsumexp over a fully masked row would send NaN back
 

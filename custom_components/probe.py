@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from custom_components.errors import InputError
+from custom_components.vit import SimCroPEncoder, upsample_patches
 from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from custom_components.errors import InputError
-from custom_components.vit import SimCroPEncoder, upsample_patches
 
 
 class LinearProbe(nn.Module):

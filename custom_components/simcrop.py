@@ -7,12 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from monai.data import MetaTensor
-from monai.inferers import Inferer
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
-
 from custom_components.distributed import gather_rows
 from custom_components.errors import InputError
 from custom_components.losses import SentenceVolumeScore
@@ -26,6 +20,11 @@ from custom_components.vit import (
     sincos3d_positions,
     upsample_patches,
 )
+from monai.data import MetaTensor
+from monai.inferers import Inferer
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 
 class ProjectionHead(nn.Sequential):

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import pysbd
 import torch
 import transformers
+from custom_components.errors import InputError
+from custom_components.files import no_key_twice, read_text
 from huggingface_hub import HfApi
 from monai.config import KeysCollection
 from monai.data import list_data_collate
@@ -23,9 +25,6 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import logging as transformers_logging
-
-from custom_components.errors import InputError
-from custom_components.files import no_key_twice, read_text
 
 # what is left of HTML where reports were copied out of a web page
 LINE_BREAK, ENTITY = re.compile(r"(?i)</?(?:br|p|div|li)\s*/?>"), re.compile(r"&#?\w{1,10};")
@@ -148,9 +147,7 @@ def _prompts_of(source: str, name: str, said: Any) -> Prompts:
 
 
 def queries(
-    sentences: str | Sequence[str] | Mapping[str, Any],
-    report: str | None = None,
-    report_file: str | Path | None = None,
+    sentences: str | Sequence[str] | Mapping[str, Any], report: str | None = None, report_file: str | Path | None = None
 ) -> dict[str, Prompts]:
     """What to look for, as :func:`read_prompts` has it: the sentences of a report if one is given, else ``sentences``.
 

@@ -9,15 +9,14 @@ beyond the region.
 import math
 
 import torch
+from custom_components.cpu import convolves_in_float32, instance_norm
+from custom_components.errors import InputError
+from custom_components.vit import SimCroPEncoder
 from monai.networks.blocks import UnetrBasicBlock, UnetResBlock, UnetrPrUpBlock, UnetrUpBlock
 from monai.networks.blocks.dynunet_block import UnetOutBlock
 from monai.networks.layers import Norm
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from custom_components.cpu import convolves_in_float32, instance_norm
-from custom_components.errors import InputError
-from custom_components.vit import SimCroPEncoder
 
 
 class InstanceNorm(nn.Module):

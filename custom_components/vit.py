@@ -7,13 +7,12 @@ Parameter names and tensor layouts are those of timm's ``VisionTransformer``, wh
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
 from custom_components.cpu import attention
 from custom_components.distributed import gather_rows
 from custom_components.errors import InputError
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 def patch_grid(img_size: Sequence[int], patch_size: Sequence[int]) -> tuple[int, int, int]:
@@ -123,11 +122,7 @@ class ScaleSpace(nn.Module):
     """
 
     def __init__(
-        self,
-        sigmas: Sequence[float],
-        pixdim: Sequence[float],
-        grid: tuple[int, int, int],
-        patch_size: Sequence[int],
+        self, sigmas: Sequence[float], pixdim: Sequence[float], grid: tuple[int, int, int], patch_size: Sequence[int]
     ) -> None:
         super().__init__()
         if list(sigmas) != sorted(sigmas) or min(sigmas) <= 0:

@@ -11,19 +11,18 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import itk
-import pytest
-import torch
-from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
-
 import custom_components
 import custom_components.data
 import custom_components.evaluation
 import custom_components.run
+import itk
+import pytest
+import torch
 from custom_components.simcrop import Aligner, InstanceProjection, ReportDecoder, SimCroP, VolumeDecoder
 from custom_components.text import TextEncoder, load_tokenizer
 from custom_components.vit import SimCroPEncoder
+from torch import Tensor
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 VOCAB_SIZE, PAD, MASK = 40, 0, 1
 BUNDLES = Path(__file__).parents[1] / "bundles"

@@ -31,8 +31,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from scipy import ndimage
-
 from custom_components.data.phantom import (
     ORGANS,
     PREVALENCE,
@@ -52,6 +50,7 @@ from custom_components.data.phantom import (
 )
 from custom_components.data.volume import linear_weights, read_volume
 from custom_components.errors import InputError
+from scipy import ndimage
 
 # raise the version with every change of the bytes written, so that old cohorts are rebuilt
 GENERATOR = {"generator": "custom_components.anatomy", "version": 1}
@@ -283,12 +282,7 @@ class Inserter(Painter):
     lobe = "zone"  # a third of a real lung is no lobe
 
     def __init__(
-        self,
-        scan: Scan,
-        body: np.random.Generator,
-        rng: np.random.Generator,
-        grid: Grid,
-        present: Mapping[str, int],
+        self, scan: Scan, body: np.random.Generator, rng: np.random.Generator, grid: Grid, present: Mapping[str, int]
     ) -> None:
         self.scan, self.body = scan, body
         super().__init__(rng, grid, present)

@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from custom_components.data.decompress import decompressed
+from custom_components.data.volume import MAX_VOXELS, METAL, Raw, Unfit, is_hu, open_file, reading
 from pydicom import Dataset, dcmread
 from pydicom.dataelem import RawDataElement
 from pydicom.errors import InvalidDicomError
 from pydicom.multival import MultiValue
 from pydicom.pixels import pixel_array
 from pydicom.uid import CTImageStorage, EnhancedCTImageStorage, LegacyConvertedEnhancedCTImageStorage
-
-from custom_components.data.decompress import decompressed
-from custom_components.data.volume import MAX_VOXELS, METAL, Raw, Unfit, is_hu, open_file, reading
 
 logger = logging.getLogger(__name__)
 

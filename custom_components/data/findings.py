@@ -19,7 +19,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-
 from custom_components.data.lists import (
     _SPLIT_OF,
     _excluded,

@@ -23,7 +23,6 @@ from string import Formatter
 
 import numpy as np
 import pandas as pd
-
 from custom_components.errors import InputError
 from custom_components.files import VOXEL_SUFFIXES, no_key_twice, read_text
 

@@ -10,7 +10,6 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-
 from custom_components.data.volume import (
     Raw,
     Unfit,

@@ -11,9 +11,6 @@ from typing import BinaryIO
 
 import nrrd
 import numpy as np
-from isal import igzip
-from nrrd.reader import _determine_datatype  # its table of type names has no public name
-
 from custom_components.data.volume import (
     Raw,
     beside,
@@ -27,6 +24,8 @@ from custom_components.data.volume import (
     three_axes,
     with_guess,
 )
+from isal import igzip
+from nrrd.reader import _determine_datatype  # its table of type names has no public name
 
 TO_RAS = {
     "right-anterior-superior": (1, 1, 1),

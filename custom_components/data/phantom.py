@@ -55,12 +55,11 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from tqdm import tqdm
-
 from custom_components.data.lists import mask_file_name
 from custom_components.errors import InputError
 from custom_components.files import only_writer, remove_temporary, replacing
 from custom_components.processes import follow_parent
+from tqdm import tqdm
 
 # raise the version with every change of the bytes written, so that old cohorts are rebuilt
 GENERATOR = {"generator": "custom_components.phantom", "version": 2}
@@ -829,12 +828,7 @@ def _write_nifti(path: Path, array: Array, affine: Array) -> None:
 
 
 def _write_patient(
-    root: Path,
-    draw: Draw,
-    shape: Sequence[int],
-    spacing: Sequence[float],
-    seed: int,
-    item: tuple[str, int],
+    root: Path, draw: Draw, shape: Sequence[int], spacing: Sequence[float], seed: int, item: tuple[str, int]
 ) -> dict[str, list[list[str]]]:
     """Write the volume and masks of one patient; return its rows, table -> rows."""
     split, i = item

@@ -26,17 +26,16 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pandas as pd
-from isal import igzip
-from nibabel.affines import apply_affine
-from pebble import ProcessExpired, ProcessPool
-from threadpoolctl import threadpool_limits
-from tqdm import tqdm
-
 from custom_components.data.sources import Scan, Source
 from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, first_line, linear_weights, reading
 from custom_components.errors import InputError
 from custom_components.files import file_stamp, only_writer, picture, remove_temporaries, remove_temporary, replacing
 from custom_components.processes import follow_parent
+from isal import igzip
+from nibabel.affines import apply_affine
+from pebble import ProcessExpired, ProcessPool
+from threadpoolctl import threadpool_limits
+from tqdm import tqdm
 
 FORMAT_VERSION = 1  # raise it with every change of the voxels written, so that a restart prepares volumes anew
 
@@ -504,7 +503,6 @@ def _wait_for_others(shard: str | None) -> None:
     """Under torchrun, which would end the other processes when one that has failures exits."""
     if shard is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         import torch.distributed
-
         from custom_components.distributed import start
 
         start(torch.device("cpu"), timeout_minutes=60 * 24 * 30)

@@ -10,11 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.config import KeysCollection
-from monai.data import MetaTensor
-from monai.transforms import MapLabelValue, MapTransform
-from torch import Tensor
-
 from custom_components.data.lists import stem
 from custom_components.data.volume import (
     Raw,
@@ -27,6 +22,10 @@ from custom_components.data.volume import (
     with_guess,
 )
 from custom_components.errors import InputError
+from monai.config import KeysCollection
+from monai.data import MetaTensor
+from monai.transforms import MapLabelValue, MapTransform
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 

@@ -13,16 +13,15 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import torch
+from custom_components.data.lists import NIFTI_SUFFIXES
+from custom_components.data.volume import linear_weights
+from custom_components.files import replacing
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.data.utils import compute_shape_offset
 from monai.transforms import Invertd, MapTransform, SpatialResample
 from torch import Tensor
 from torch.nn import functional as F
-
-from custom_components.data.lists import NIFTI_SUFFIXES
-from custom_components.data.volume import linear_weights
-from custom_components.files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from nibabel.orientations import axcodes2ornt
-from PIL import Image
-from tqdm import tqdm
-
 from custom_components.data.lists import read_table
 from custom_components.data.volume import Raw, Unfit, first_line, is_hu, open_file, read_nifti, read_volume
 from custom_components.errors import InputError
+from nibabel.orientations import axcodes2ornt
+from PIL import Image
+from tqdm import tqdm
 
 SLICE_SUFFIXES = (".png", ".jpg", ".jpeg")
 

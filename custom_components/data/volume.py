@@ -16,10 +16,9 @@ from typing import Any, BinaryIO
 
 import nibabel as nib
 import numpy as np
-from isal import igzip
-
 from custom_components.data.lists import CT_SUFFIXES
 from custom_components.errors import InputError
+from isal import igzip
 
 # beyond what any scanner makes: they find zero, metres and micrometres, and memory that nobody has
 MIN_SLICES = 3

@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from custom_components.data.save import SLAB, slabs_in_scan
 from custom_components.errors import InputError
 from custom_components.simcrop import VolumeEmbedder
 from custom_components.vit import SimCroPEncoder
+from torch import Tensor
+from torch.nn import functional as F
 
 MAX_COSINES = 2**25  # held at a time
 

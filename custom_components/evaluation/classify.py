@@ -9,9 +9,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from custom_components.errors import InputError
 from custom_components.evaluation import figures
 from custom_components.evaluation.metrics import (
@@ -27,6 +24,8 @@ from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureDataset
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.weights import load_weights
+from torch import Tensor
+from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
 

@@ -11,10 +11,9 @@ from pathlib import Path
 from traceback import walk_stack
 from typing import Any
 
-from monai.bundle import ConfigParser, ConfigWorkflow
-
 from custom_components.errors import InputError
 from custom_components.files import replacing
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 logger = logging.getLogger(__name__)
 

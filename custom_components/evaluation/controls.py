@@ -6,14 +6,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from custom_components.vit import PatchStatistics, SimCroPEncoder, init_weights
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-
-from custom_components.vit import PatchStatistics, SimCroPEncoder, init_weights
 
 
 def untrained(embedder: Any) -> Any:

@@ -16,6 +16,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pandas as pd
+from custom_components.data.save import argmax_labels
+from custom_components.files import not_worth_a_run, picture, remove_temporary
 from ignite.engine import Engine, Events
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -30,9 +32,6 @@ from sklearn.metrics import ConfusionMatrixDisplay, PrecisionRecallDisplay, RocC
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-
-from custom_components.data.save import argmax_labels
-from custom_components.files import not_worth_a_run, picture, remove_temporary
 
 CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
 LUNG, SOFT_TISSUE, BOTH = (-1350, 150), (-160, 240), (-1150, 350)  # HU
@@ -188,11 +187,7 @@ class Heat:
 
 
 def sentence_panel(
-    ct: MetaTensor,
-    maps: MetaTensor,
-    titles: Sequence[str],
-    quantity: str = "cosine",
-    threshold: float | None = None,
+    ct: MetaTensor, maps: MetaTensor, titles: Sequence[str], quantity: str = "cosine", threshold: float | None = None
 ) -> Figure:
     """A row a map: the slice of its peak, in two windows, and what the maps say there, in the colours of one scale.
 

@@ -12,13 +12,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from monai.data import MetaTensor, decollate_batch
-from monai.networks import eval_mode
-from torch import Tensor
-from torch.nn import functional as F
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
 from custom_components.data.findings import check_shape, read_masks
 from custom_components.data.save import save_finding_masks
 from custom_components.errors import InputError
@@ -41,6 +34,12 @@ from custom_components.run.description import sha256
 from custom_components.run.inferers import ReadableLoader
 from custom_components.simcrop import VolumeEmbedder
 from custom_components.text import TextEncoder, encode_sentences
+from monai.data import MetaTensor, decollate_batch
+from monai.networks import eval_mode
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from custom_components.errors import InputError
 from sklearn.metrics import average_precision_score, confusion_matrix, precision_recall_curve, roc_auc_score
 from torch import Tensor
-
-from custom_components.errors import InputError
 
 CHUNK = 50  # resamples per pass over all volumes and classes: bounds memory
 

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-
 from custom_components.evaluation.metrics import entry, resample
 from custom_components.vit import patchify
+from torch import Tensor
 
 
 class Similarities(NamedTuple):

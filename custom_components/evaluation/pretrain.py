@@ -9,17 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from monai.data import Dataset
-from monai.networks import eval_mode
-from monai.transforms import LoadImage, ResampleToMatch
-from sklearn.metrics import roc_auc_score
-from torch import Tensor
-from torch.nn import functional as F
-from torch.utils.data import Subset
-from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
-
 from custom_components.data.lists import mask_file_name
 from custom_components.evaluation import figures
 from custom_components.evaluation.cells import aligned_patches
@@ -39,6 +28,16 @@ from custom_components.run.seeded import WatchedDataLoader
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences, read_prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
+from matplotlib.figure import Figure
+from monai.data import Dataset
+from monai.networks import eval_mode
+from monai.transforms import LoadImage, ResampleToMatch
+from sklearn.metrics import roc_auc_score
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import Subset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

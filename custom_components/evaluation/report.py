@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-
 from custom_components.files import remove_temporary, replacing
 
 LABEL = " (label)"  # ends the name of a column of labels in predictions.csv

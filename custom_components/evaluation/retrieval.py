@@ -6,13 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from custom_components.errors import InputError
 from custom_components.evaluation.metrics import entry
 from custom_components.losses import SentenceVolumeScore
 from custom_components.text import sentence_hash
+from torch import Tensor
+from torch.nn import functional as F
 
 POOL_SIZE = 100  # volumes to choose from
 MAX_POOLS = 10  # a thousand reports tell enough, and every sentence is scored in every volume

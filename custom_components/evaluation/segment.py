@@ -8,6 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from custom_components.data.save import argmax_labels, labels_in_scan
+from custom_components.errors import InputError
+from custom_components.evaluation import figures
+from custom_components.evaluation.figures import spacing_of
+from custom_components.evaluation.metrics import difference_interval, mean_interval, mean_of_defined
+from custom_components.evaluation.report import read_metrics, write_report
 from monai.data import Dataset
 from monai.inferers import Inferer
 from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
@@ -15,13 +21,6 @@ from monai.networks import eval_mode
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from custom_components.data.save import argmax_labels, labels_in_scan
-from custom_components.errors import InputError
-from custom_components.evaluation import figures
-from custom_components.evaluation.figures import spacing_of
-from custom_components.evaluation.metrics import difference_interval, mean_interval, mean_of_defined
-from custom_components.evaluation.report import read_metrics, write_report
 
 METRICS = {"dice": "Dice", "hd95": "HD95 (mm)", "surface_dice": "surface Dice at {:g} mm"}
 

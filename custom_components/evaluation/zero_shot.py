@@ -9,11 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from monai.data import Dataset
-from monai.networks import eval_mode
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
-
 from custom_components.errors import InputError
 from custom_components.evaluation import figures
 from custom_components.evaluation.controls import (
@@ -49,6 +44,10 @@ from custom_components.losses import SentenceVolumeScore
 from custom_components.run.inferers import ReadableLoader
 from custom_components.simcrop import ENSEMBLES, VolumeEmbedder, ZeroShot
 from custom_components.text import Prompts, encode_sentences, split_sentences
+from monai.data import Dataset
+from monai.networks import eval_mode
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 

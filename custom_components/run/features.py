@@ -19,18 +19,17 @@ from typing import Any, ClassVar
 import monai.data
 import numpy as np
 import torch
-from monai.data import ImageReader
-from monai.networks import eval_mode
-from monai.transforms import Compose, Transform
-from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
-
 from custom_components.distributed import any_rank, from_rank_zero, rank, world_size
 from custom_components.errors import InputError
 from custom_components.files import file_stamp, only_writer, replacing
 from custom_components.probe import LinearProbe
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.seeded import SeededDataLoader, WatchedDataLoader, mixed_seed
+from monai.data import ImageReader
+from monai.networks import eval_mode
+from monai.transforms import Compose, Transform
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 CACHE_VERSION = 1  # raise it when the same keys would give other features
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from custom_components.errors import InputError
 from ignite.engine import Engine, Events
 from monai.data import DataLoader
 from monai.engines import IterationEvents, SupervisedTrainer
@@ -20,8 +21,6 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm import tqdm
-
-from custom_components.errors import InputError
 
 logger = logging.getLogger(__name__)
 

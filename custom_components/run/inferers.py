@@ -14,14 +14,13 @@ from operator import itemgetter
 from typing import Any
 
 import torch
+from custom_components.errors import InputError
+from custom_components.run.seeded import WatchedDataLoader
 from monai.data import Dataset, MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 from tqdm import tqdm
-
-from custom_components.errors import InputError
-from custom_components.run.seeded import WatchedDataLoader
 
 
 class AutocastInferer(SimpleInferer):

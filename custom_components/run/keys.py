@@ -28,15 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from custom_components.errors import InputError
+from custom_components.files import replacing
+from custom_components.run.description import plain
 from fire.parser import DefaultParseValue
 from jsonschema import Draft202012Validator, TypeChecker, ValidationError, validators
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver
 from monai.bundle.scripts import create_workflow
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS, EXPR_KEY, ID_REF_KEY, ID_SEP_KEY, MACRO_KEY, MERGE_KEY
-
-from custom_components.errors import InputError
-from custom_components.files import replacing
-from custom_components.run.description import plain
 
 SCHEMA = "keys.json"
 OWN = "my_"  # a person's own keys begin so

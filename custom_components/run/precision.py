@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-
 from custom_components.cpu import BFLOAT16_UNITS, bfloat16_units
 from custom_components.distributed import from_rank_zero
 from custom_components.errors import InputError

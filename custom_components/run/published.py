@@ -9,13 +9,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor, nn
-
 from custom_components.errors import InputError
 from custom_components.files import replacing
 from custom_components.run.description import describe, sha256
 from custom_components.run.weights import load_file, misfits, positions_formula, save_weights, state_dict_of
 from custom_components.vit import SimCroPEncoder, patch_grid
+from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 

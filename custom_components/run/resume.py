@@ -10,13 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from ignite.engine import Engine, Events
-from monai.engines import IterationEvents, SupervisedTrainer
-from monai.utils.enums import CommonKeys
-from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-
 from custom_components.distributed import any_rank, from_all_ranks, from_rank_zero, rank, world_size
 from custom_components.errors import InputError
 from custom_components.files import remove_temporary
@@ -32,6 +25,12 @@ from custom_components.run.weights import (
     save_atomically,
     save_weights,
 )
+from ignite.engine import Engine, Events
+from monai.engines import IterationEvents, SupervisedTrainer
+from monai.utils.enums import CommonKeys
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 logger = logging.getLogger(__name__)
 

@@ -11,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from custom_components.distributed import rank, world_size
+from custom_components.errors import InputError
+from custom_components.processes import follow_parent
 from monai.data import DataLoader, Dataset, list_data_collate
 from monai.data.utils import worker_init_fn
 from monai.transforms import Randomizable
 from torch.utils.data import DistributedSampler
 from torch.utils.data._utils import signal_handling
-
-from custom_components.distributed import rank, world_size
-from custom_components.errors import InputError
-from custom_components.processes import follow_parent
 
 
 def mixed_seed(*numbers: int) -> int:

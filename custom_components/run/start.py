@@ -20,13 +20,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from monai.bundle import ConfigParser
-from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
-from monai.utils import set_determinism
-from tqdm import tqdm
-
 import custom_components
+import torch
 from custom_components import distributed
 from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep
 from custom_components.distributed import world_size
@@ -34,6 +29,10 @@ from custom_components.errors import InputError
 from custom_components.files import check_folder, only_writer
 from custom_components.processes import TRY_AGAIN, EndOnSignal, Interrupted
 from custom_components.run.keys import check_keys, running
+from monai.bundle import ConfigParser
+from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
+from monai.utils import set_determinism
+from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 

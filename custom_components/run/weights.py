@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from custom_components.errors import InputError
 from custom_components.files import replacing
 from custom_components.run.description import check_settings, sha256
 from custom_components.vit import POSITIONS, patch_grid
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
 

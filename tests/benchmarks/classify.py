@@ -20,15 +20,15 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
-from monai.networks.nets import ViT
-from monai.transforms import Compose
-
 from custom_components.cpu import keep_freed
 from custom_components.evaluation.metrics import mean_auroc
 from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureDataset, FeatureLoader
 from custom_components.vit import SimCroPEncoder
+from monai.bundle import ConfigParser
+from monai.networks.nets import ViT
+from monai.transforms import Compose
+
 from tests.benchmarks.measure import (
     DTYPES,
     alone,

@@ -26,13 +26,12 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from custom_components.evaluation.report import read_metrics
+from custom_components.files import replacing
 from matplotlib.figure import Figure
 from monai.bundle import ConfigParser
 from scipy import stats
 from tqdm import tqdm
-
-from custom_components.evaluation.report import read_metrics
-from custom_components.files import replacing
 
 REPOSITORY = Path(__file__).parents[2]
 BUNDLES = REPOSITORY / "bundles"

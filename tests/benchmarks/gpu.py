@@ -24,21 +24,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-
 from custom_components.cpu import keep_freed
 from custom_components.distributed import from_all_ranks
 from custom_components.run.precision import fast_bfloat16
+from torch.nn.parallel import DistributedDataParallel
+
 from tests.benchmarks import classify, segment
 from tests.benchmarks.measure import alone, device, environment, matmul_rate, median_seconds, print_table, write_json
-from tests.benchmarks.pretrain import (
-    loading,
-    make_batch,
-    parse,
-    simcrop_steps,
-    write_text_encoder,
-    write_volume,
-)
+from tests.benchmarks.pretrain import loading, make_batch, parse, simcrop_steps, write_text_encoder, write_volume
 
 ENCODER = {
     "img_size": [32, 32, 16], "patch_size": [8, 8, 4], "hidden_size": 24, "mlp_dim": 32, "num_layers": 4,

@@ -20,12 +20,12 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from tqdm import tqdm
-
 from custom_components.data.phantom import patient
 from custom_components.data.prepare import Recipe, prepare_scan, resample
 from custom_components.data.sources import CTRate, Scan
 from custom_components.data.volume import read_nifti
+from tqdm import tqdm
+
 from tests.benchmarks.measure import alone, environment, print_table, write_json
 
 VOLUMES, CORES = 50_000, 32

@@ -18,6 +18,9 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from custom_components.cpu import keep_freed
+from custom_components.text import ReportCollate, TokenizeReportd
+from custom_components.vit import gather_tokens, patchify
 from monai.bundle import ConfigParser
 from monai.data import DataLoader, Dataset
 from monai.inferers import Inferer
@@ -28,9 +31,6 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 from transformers import AutoTokenizer, BertConfig, BertModel
 
-from custom_components.cpu import keep_freed
-from custom_components.text import ReportCollate, TokenizeReportd
-from custom_components.vit import gather_tokens, patchify
 from tests.benchmarks.measure import (
     alone,
     device,

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-
 from custom_components.evaluation.metrics import resample
 from custom_components.evaluation.retrieval import (
     ReportScores,
@@ -25,6 +24,7 @@ from custom_components.evaluation.retrieval import (
     label_queries,
 )
 from custom_components.losses import SentenceVolumeScore
+
 from tests.benchmarks.measure import GIB, alone, environment, print_table, wait, write_json
 
 

@@ -22,17 +22,17 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
-from monai.inferers import sliding_window_inference
-from monai.networks.nets import UNETR
-from torch import nn
-
 from custom_components import unetr
 from custom_components.cpu import keep_freed
 from custom_components.run.handlers import decay_groups
 from custom_components.run.inferers import WindowInferer
 from custom_components.unetr import InstanceNorm, SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
+from monai.bundle import ConfigParser
+from monai.inferers import sliding_window_inference
+from monai.networks.nets import UNETR
+from torch import nn
+
 from tests.benchmarks.measure import (
     alone,
     device,

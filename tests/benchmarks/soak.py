@@ -22,9 +22,9 @@ from typing import Any
 
 import pandas as pd
 import torch
-
 from custom_components.data import phantom
 from custom_components.processes import TRY_AGAIN
+
 from tests.bundles.jobs import BUNDLES, Job, arguments, serving
 from tests.watch import runs, within
 

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from scipy import stats
-
 from custom_components.data import phantom
 from custom_components.run.weights import save_weights
+from scipy import stats
+
 from tests.benchmarks import evidence
 from tests.benchmarks.evidence import (
     BEGIN,

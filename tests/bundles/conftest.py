@@ -14,13 +14,13 @@ from typing import Any
 import monai.bundle
 import pytest
 import torch
+from custom_components.run.description import describe
+from custom_components.run.weights import save_weights
+from custom_components.vit import SimCroPEncoder
 from mlflow import MlflowClient
 from monai.bundle import ConfigWorkflow
 from monai.utils import path_to_sqlite_uri
 
-from custom_components.run.description import describe
-from custom_components.run.weights import save_weights
-from custom_components.vit import SimCroPEncoder
 from tests.conftest import BUNDLES
 
 SLICERIO = Path(importlib.util.find_spec("slicerio").submodule_search_locations[0]) / "data"

@@ -13,14 +13,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigParser
-from monai.data import MetaTensor
-from nbclient import NotebookClient
-
 from custom_components.ask import ScansFailed, SentenceModel, load
 from custom_components.errors import InputError
 from custom_components.run.description import describe
 from custom_components.run.weights import save_weights, text_fingerprint
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from nbclient import NotebookClient
+
 from tests.bundles.conftest import CT
 from tests.conftest import BUNDLES, untrained
 

@@ -17,6 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from custom_components.probe import LinearProbe
+from custom_components.vit import SimCroPEncoder
 from ignite.engine import Events
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 from monai.fl.client import MonaiAlgo
@@ -24,8 +26,6 @@ from monai.fl.utils.constants import ExtraItems
 from monai.fl.utils.exchange_object import ExchangeObject
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom_components.probe import LinearProbe
-from custom_components.vit import SimCroPEncoder
 from tests.bundles.conftest import CT, demo_encoder, documented_overlays, fails_with, run, write_encoder
 from tests.conftest import classes_of, write_dicom
 

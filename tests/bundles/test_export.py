@@ -14,8 +14,8 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-
 from custom_components.run.export import export
+
 from tests.bundles.conftest import CT, told
 from tests.bundles.test_classify import COHORT as CLASSIFY_COHORT
 from tests.bundles.test_classify import TINY as CLASSIFY_TINY

@@ -12,13 +12,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
-
 from custom_components.data.phantom import cohort
 from custom_components.run.description import describe
 from custom_components.run.weights import save_weights
 from custom_components.simcrop import Aligner, VolumeEmbedder
 from custom_components.vit import SimCroPEncoder, patchify
+from nibabel.orientations import axcodes2ornt, inv_ornt_aff, ornt_transform
+
 from tests.conftest import BUNDLES, untrained
 
 GROUNDING = ["inference.json", "grounding.json"]

@@ -12,11 +12,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from monai.bundle import download, load, push_to_hf_hub
-
 from custom_components.run.export import export
 from custom_components.unetr import SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
+from monai.bundle import download, load, push_to_hf_hub
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "segment"
 REPO = "someone/simcrop-segment"

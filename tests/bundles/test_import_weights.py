@@ -12,9 +12,9 @@ import monai.bundle
 import pandas as pd
 import pytest
 import torch
-
 from custom_components.data import phantom
 from custom_components.vit import SimCroPEncoder, simcrop_positions
+
 from tests.bundles.conftest import run, told
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
@@ -84,13 +84,7 @@ def test_one_config_serves_all_bundles() -> None:
 def test_classify_probes_an_imported_encoder(
     encoder: Path, dataset_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {
-        "max_steps": 2,
-        "warmup_steps": 1,
-        "num_views": 1,
-        "num_resamples": 5,
-        "compare_after_training": False,
-    }
+    keys = {"max_steps": 2, "warmup_steps": 1, "num_views": 1, "num_resamples": 5, "compare_after_training": False}
     train("classify", "run", tmp_path, monkeypatch, pretrained=encoder, dataset_dir=dataset_dir, **keys)
     model = torch.load(tmp_path / "classify" / "models" / "model.pt", weights_only=True)
     stored = torch.load(encoder, weights_only=True)

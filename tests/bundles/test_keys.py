@@ -13,10 +13,10 @@ from typing import Any
 import monai.bundle
 import pytest
 import torch
-from monai.bundle import ConfigParser, ConfigWorkflow
-
 from custom_components.errors import InputError
 from custom_components.run.keys import RESERVED, KeyValidator, Schema, reference, running, top
+from monai.bundle import ConfigParser, ConfigWorkflow
+
 from tests.bundles.conftest import told
 
 REPOSITORY = Path(__file__).parents[2]

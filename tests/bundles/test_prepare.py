@@ -14,13 +14,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigParser
-from PIL import Image
-
 from custom_components.data.phantom import ORGANS, Patient, cohort, patient
 from custom_components.data.prepare import Recipe, prepare
 from custom_components.data.read import LoadCTd
 from custom_components.data.sources import Source
+from monai.bundle import ConfigParser
+from PIL import Image
+
 from tests.conftest import classes_of
 from tests.custom_components.data.test_prepare import save, save_mhd
 
@@ -53,8 +53,7 @@ def test_ct_rate_as_published_becomes_what_training_reads(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "bundle, overlay",
-    [(path.parts[-3], path.name) for path in sorted(BUNDLES.glob("*/configs/prepare*.json"))],
+    "bundle, overlay", [(path.parts[-3], path.name) for path in sorted(BUNDLES.glob("*/configs/prepare*.json"))]
 )
 def test_each_config_resolves_to_its_data_set(bundle: str, overlay: str, tmp_path: Path) -> None:
     folder = BUNDLES / bundle / "configs"

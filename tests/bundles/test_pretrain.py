@@ -16,20 +16,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from custom_components.vit import SimCroPEncoder
 from monai.bundle import verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom_components.vit import SimCroPEncoder
-from tests.bundles.conftest import (
-    CT,
-    LEFT_LUNG,
-    LUNGS,
-    RIGHT_LUNG,
-    demo_encoder,
-    documented_overlays,
-    fails_with,
-    run,
-)
+from tests.bundles.conftest import CT, LEFT_LUNG, LUNGS, RIGHT_LUNG, demo_encoder, documented_overlays, fails_with, run
 from tests.conftest import classes_of
 
 BUNDLE = Path(__file__).parents[2] / "bundles" / "pretrain"

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from custom_components.data import phantom
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from custom_components.data import phantom
 from tests.bundles.jobs import Job, arguments, serving, until
 from tests.watch import runs, within
 

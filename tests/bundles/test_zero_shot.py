@@ -9,13 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai.bundle import ConfigParser
-
 from custom_components.data.phantom import FINDINGS, cohort
 from custom_components.run.description import describe
 from custom_components.run.weights import save_weights
 from custom_components.simcrop import ENSEMBLES, ZeroShot
 from custom_components.text import encode_sentences, read_prompts
+from monai.bundle import ConfigParser
+
 from tests.bundles.conftest import demo_encoder, documented_overlays, fails_with, run
 from tests.conftest import BUNDLES, classes_of, table
 

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from custom_components.run.export import LARGE, components, export
 from monai.bundle import ConfigParser
 
-from custom_components.run.export import LARGE, components, export
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[2]

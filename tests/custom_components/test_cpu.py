@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep
 
 FAULTS = """

@@ -17,14 +17,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from ignite.engine import Events
-from monai.data import Dataset
-from monai.engines import SupervisedTrainer
-from monai.transforms import Compose, RandScaleIntensityd
-from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
-
 from custom_components.data import phantom
 from custom_components.distributed import (
     accumulation_steps,
@@ -39,6 +31,13 @@ from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroP
 from custom_components.run.handlers import OptimizerSteps
 from custom_components.run.seeded import SeededDataLoader
 from custom_components.simcrop import InstanceProjection
+from ignite.engine import Events
+from monai.data import Dataset
+from monai.engines import SupervisedTrainer
+from monai.transforms import Compose, RandScaleIntensityd
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
 
 # sentences in the reports of four volumes; each process has two of them
 REPORTS = [(3, 2, 1, 4), (1, 1, 2, 3), (0, 0, 2, 1), (2, 0, 0, 0), (0, 0, 0, 0)]

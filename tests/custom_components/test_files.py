@@ -14,16 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from custom_components.errors import InputError
-from custom_components.files import (
-    file_stamp,
-    only_writer,
-    picture,
-    remove_temporaries,
-    remove_temporary,
-    replacing,
-)
+from custom_components.files import file_stamp, only_writer, picture, remove_temporaries, remove_temporary, replacing
 
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -7,12 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from custom_components.errors import InputError
+from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from custom_components.errors import InputError
-from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 
 TOP_K, TEMPERATURE, BETA = 3, 0.07, 10.0
 NEGATIVES = ["report", "volume", "both"]

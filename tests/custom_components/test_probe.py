@@ -6,11 +6,10 @@ import io
 
 import pytest
 import torch
-from torch.nn import functional as F
-
 from custom_components.errors import InputError
 from custom_components.probe import ClassificationLoss, LinearProbe, layer_decay_groups, schedule_of
 from custom_components.vit import SimCroPEncoder
+from torch.nn import functional as F
 
 
 def make_probe(num_classes: int = 3, frozen: bool = True) -> LinearProbe:

@@ -7,12 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from monai.bundle import ConfigParser
-from torch import Tensor, distributed, nn
-from torch.multiprocessing import start_processes
-from torch.nn import functional as F
-from transformers import BertConfig, BertModel
-
 from custom_components.errors import InputError
 from custom_components.losses import (
     MaskedReportLoss,
@@ -35,6 +29,11 @@ from custom_components.simcrop import (
 )
 from custom_components.text import TextEncoder, load_text_encoder, queries, read_prompts
 from custom_components.vit import SimCroPEncoder, gather_tokens, patchify, unpatchify, upsample_patches
+from monai.bundle import ConfigParser
+from torch import Tensor, distributed, nn
+from torch.multiprocessing import start_processes
+from torch.nn import functional as F
+from transformers import BertConfig, BertModel
 
 ROOT = Path(__file__).parents[2]
 BRANCHES = {"volume": "volume_decoder", "alignment": "aligner", "report": "report_decoder"}

@@ -13,12 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from safetensors.torch import save_file
-from tokenizers import ByteLevelBPETokenizer
-from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
-
 from custom_components.errors import InputError
 from custom_components.simcrop import Aligner
 from custom_components.text import (
@@ -35,6 +29,12 @@ from custom_components.text import (
     titles,
     tokenize_sentences,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import ByteLevelBPETokenizer
+from transformers import BertConfig, BertForMaskedLM, BertModel, RobertaConfig, RobertaModel
+
 from tests.conftest import BUNDLES, classes_of
 
 FINDINGS = "There is a 2.3 x 1.8 cm nodule in the right lung. Heart size is normal. No pleural effusion"

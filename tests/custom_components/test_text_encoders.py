@@ -20,11 +20,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from tokenizers import ByteLevelBPETokenizer
-from torch import Tensor
-from transformers import BertConfig, BertForPreTraining, BertTokenizerFast, RobertaConfig, RobertaForMaskedLM
-
 from custom_components.errors import InputError
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 from custom_components.simcrop import Aligner, ReportDecoder, SimCroP, VolumeDecoder
@@ -37,6 +32,10 @@ from custom_components.text import (
     tokenize_sentences,
 )
 from custom_components.vit import SimCroPEncoder
+from safetensors.torch import save_file
+from tokenizers import ByteLevelBPETokenizer
+from torch import Tensor
+from transformers import BertConfig, BertForPreTraining, BertTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 FINDINGS = "There is a 2.3 x 1.8 cm nodule in the right lung. Heart size is normal. No Pleural effusion"
 IMPRESSION = "Pulmonary nodule; follow-up is advised."

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-from torch.nn import functional as F
-
 from custom_components.errors import InputError
 from custom_components.run.weights import load_for_region
 from custom_components.unetr import InstanceNorm, SimCroPUNETR
 from custom_components.vit import SimCroPEncoder, simcrop_positions, sincos3d_positions
+from torch import nn
+from torch.nn import functional as F
 
 SIZES = {"hidden_size": 24, "mlp_dim": 32, "num_layers": 4, "num_heads": 2}
 

@@ -8,11 +8,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from custom_components.cpu import attention
 from custom_components.errors import InputError
 from custom_components.simcrop import Aligner, VolumeEmbedder
@@ -31,6 +26,10 @@ from custom_components.vit import (
     sincos3d_positions,
     unpatchify,
 )
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 IMG_SIZE, PATCH_SIZE, GRID = (8, 12, 8), (4, 4, 2), (2, 3, 4)
 

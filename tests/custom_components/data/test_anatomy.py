@@ -10,13 +10,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from monai.bundle import ConfigParser
-from scipy import ndimage
-
 from custom_components.data import anatomy, phantom
 from custom_components.data.anatomy import cohort, load_scan, patient
 from custom_components.data.phantom import FINDINGS, ORGANS, Patient
 from custom_components.errors import InputError
+from monai.bundle import ConfigParser
+from scipy import ndimage
+
 from tests.conftest import BUNDLES, hashes, table
 
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)

@@ -16,9 +16,9 @@ import nibabel as nib
 import nrrd
 import numpy as np
 import pytest
-
 from custom_components.data.read import LoadCTd
 from custom_components.errors import InputError
+
 from tests.conftest import write_dicom
 
 READERS = {

@@ -9,15 +9,15 @@ from pathlib import Path
 import itk
 import numpy as np
 import pytest
+from custom_components.data import decompress
+from custom_components.data.dicom import read_dicom
+from custom_components.data.read import LoadCTd
+from custom_components.data.volume import Raw, Unfit
 from monai.transforms import Orientationd, Spacingd
 from pydicom import Dataset, Sequence, dcmread
 from pydicom.uid import EnhancedCTImageStorage, JPEG2000Lossless, MRImageStorage, RLELossless, RTStructureSetStorage
 from scipy.ndimage import map_coordinates
 
-from custom_components.data import decompress
-from custom_components.data.dicom import read_dicom
-from custom_components.data.read import LoadCTd
-from custom_components.data.volume import Raw, Unfit
 from tests.conftest import write_dicom
 
 SHAPE, SPACING = (20, 16, 12), (2.0, 2.5, 3.0)

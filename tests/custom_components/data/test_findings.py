@@ -8,7 +8,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-
 from custom_components.data.findings import (
     listed,
     of_reports,

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from monai.bundle import ConfigParser
-
 from custom_components.data import lists
 from custom_components.data.lists import msd, scans
 from custom_components.data.volume import read_volume
 from custom_components.errors import InputError
+from monai.bundle import ConfigParser
+
 from tests.conftest import BUNDLES, classes_of
 
 CT_RATE_CLASSES = classes_of("ct_rate")

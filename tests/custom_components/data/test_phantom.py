@@ -14,11 +14,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-
 from custom_components.data import phantom
 from custom_components.data.lists import mask_file_name
 from custom_components.data.phantom import FINDINGS, LESIONS, ORGANS, Patient, cohort, patient, segmentation_datalist
 from custom_components.errors import InputError
+
 from tests.conftest import classes_of, hashes, table
 from tests.watch import runs, within
 

@@ -20,16 +20,16 @@ import nibabel as nib
 import numpy as np
 import pandas as pd
 import pytest
-from matplotlib.figure import Figure
-from PIL import Image
-from scipy.ndimage import map_coordinates
-
 from custom_components.data.lists import prepared
 from custom_components.data.phantom import ORGANS, patient
 from custom_components.data.prepare import CannotWrite, Recipe, prepare, prepare_scan, read_manifest
 from custom_components.data.sources import BTCV, CCCCII, LUNA16, CTRate, RadChestCT, Scan, Source
 from custom_components.data.volume import Raw, Unfit, read_nifti
 from custom_components.errors import InputError
+from matplotlib.figure import Figure
+from PIL import Image
+from scipy.ndimage import map_coordinates
+
 from tests.watch import runs, within
 
 SHAPE, SPACING = (80, 72, 40), (4.0, 4.5, 8.0)

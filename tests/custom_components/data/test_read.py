@@ -15,6 +15,8 @@ import nrrd
 import numpy as np
 import pytest
 import torch
+from custom_components.data.read import LoadCTd, LoadLabeld
+from custom_components.errors import InputError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
@@ -29,8 +31,6 @@ from monai.transforms import (
     SpatialPadd,
 )
 
-from custom_components.data.read import LoadCTd, LoadLabeld
-from custom_components.errors import InputError
 from tests.conftest import write_dicom
 
 SLICERIO = importlib.util.find_spec("slicerio")

@@ -11,20 +11,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from monai.data import MetaTensor
-from monai.transforms import (
-    CenterSpatialCropd,
-    Compose,
-    Orientation,
-    Orientationd,
-    Spacing,
-    Spacingd,
-    SpatialPadd,
-)
-from scipy.ndimage import map_coordinates
-
 from custom_components.data.read import LoadCTd
 from custom_components.data.save import (
     AppendProbabilitiesd,
@@ -36,6 +22,11 @@ from custom_components.data.save import (
     labels_in_scan,
     peaks,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.data import MetaTensor
+from monai.transforms import CenterSpatialCropd, Compose, Orientation, Orientationd, Spacing, Spacingd, SpatialPadd
+from scipy.ndimage import map_coordinates
 
 
 def oblique(shape: tuple[int, int, int]) -> np.ndarray:

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from custom_components.data.volume import Raw, Unfit, is_hu, linear_weights, read_volume
 from hypothesis import given
 from hypothesis import strategies as st
-
-from custom_components.data.volume import Raw, Unfit, is_hu, linear_weights, read_volume
 
 
 @given(st.integers(1, 40), st.lists(st.floats(-50, 90), min_size=1, max_size=40))

@@ -5,12 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
-
 from custom_components.errors import InputError
 from custom_components.evaluation.cells import Boxes, Cells, aligned_patches, boxes_in_scan
 from custom_components.simcrop import Aligner, VolumeEmbedder
 from custom_components.vit import SimCroPEncoder, upsample_patches
+from torch.nn import functional as F
 
 PATCH, GRID = (4, 4, 2), (3, 2, 4)
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import monai.bundle
 import pytest
 import torch
-
 from custom_components.errors import InputError
 from custom_components.evaluation.compare import Comparison, running_config
 from custom_components.evaluation.report import read_metrics

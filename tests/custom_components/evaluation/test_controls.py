@@ -7,9 +7,6 @@ import copy
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from custom_components.evaluation.controls import (
     HistogramProbe,
     StatisticsProbe,
@@ -21,6 +18,8 @@ from custom_components.evaluation.controls import (
 from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureDataset, OnlineFeatures
 from custom_components.vit import SimCroPEncoder
+from torch import Tensor
+from torch.utils.data import Dataset
 
 
 @pytest.fixture

@@ -7,10 +7,9 @@ from itertools import permutations, product
 import numpy as np
 import pytest
 import torch
+from custom_components.evaluation.figures import COMPARED, canonical, height_of, sentence_panel
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
-
-from custom_components.evaluation.figures import COMPARED, canonical, height_of, sentence_panel
 
 SHAPE = (9, 8, 7)
 AFFINE = np.array([[4.0, 0, 0, -20], [0, 5.0, 0, -30], [0, 0, 6.0, -100], [0, 0, 0, 1]])

@@ -6,7 +6,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
 from custom_components.evaluation.grounding import GroundingEvaluation, peaks_of
 
 

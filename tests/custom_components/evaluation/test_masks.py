@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
 from custom_components.evaluation.masks import (
     THRESHOLDS,
     best_boxes,

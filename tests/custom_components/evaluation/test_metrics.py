@@ -8,8 +8,6 @@ import time
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score, f1_score, recall_score, roc_auc_score
-
 from custom_components.errors import InputError
 from custom_components.evaluation.metrics import (
     accuracy,
@@ -28,6 +26,7 @@ from custom_components.evaluation.metrics import (
     weighted_average_precision,
     weighted_rates,
 )
+from sklearn.metrics import average_precision_score, f1_score, recall_score, roc_auc_score
 
 
 @pytest.fixture

@@ -5,14 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from custom_components.evaluation.places import (
-    OPPOSITES,
-    Similarities,
-    grounding,
-    patches_of_mask,
-    specificity,
-)
+from custom_components.evaluation.places import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
 
 SIDE, LEVEL = OPPOSITES["side"], OPPOSITES["level"]
 

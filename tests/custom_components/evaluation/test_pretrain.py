@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from monai.data import MetaTensor
-
 from custom_components.evaluation.cells import aligned_patches
 from custom_components.evaluation.controls import hu_histogram, untrained
 from custom_components.evaluation.pretrain import predict_blanked
 from custom_components.simcrop import Aligner, SimCroP, VolumeDecoder, VolumeEmbedder
 from custom_components.vit import SimCroPEncoder, unpatchify
+from monai.data import MetaTensor
 
 
 def test_hu_histogram_counts_shares():

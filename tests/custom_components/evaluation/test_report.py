@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-
 from custom_components.evaluation.report import read_metrics, write_report
 
 

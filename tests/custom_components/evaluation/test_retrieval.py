@@ -5,8 +5,6 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import average_precision_score
-
 from custom_components.errors import InputError
 from custom_components.evaluation.metrics import resample
 from custom_components.evaluation.retrieval import (
@@ -24,6 +22,7 @@ from custom_components.evaluation.retrieval import (
     weighted_median,
 )
 from custom_components.losses import SentenceVolumeScore
+from sklearn.metrics import average_precision_score
 
 
 def test_ranks_are_those_expected_of_every_order_of_ties():

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from matplotlib.figure import Figure
-from monai.data import MetaTensor
-from torch import Tensor, nn
-
 from custom_components.evaluation.metrics import mean_interval, mean_of_defined
 from custom_components.evaluation.report import write_report
 from custom_components.evaluation.segment import PresentDice, SegmentationEvaluation, compare_dice, scan_scores
+from matplotlib.figure import Figure
+from monai.data import MetaTensor
+from torch import Tensor, nn
 
 
 def boxes(*corners: tuple[int, int, int, int]) -> Tensor:

@@ -11,9 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from monai.bundle import ckpt_export
-from torch import nn
-
 from custom_components.errors import InputError
 from custom_components.run.description import (
     check_settings,
@@ -33,6 +30,9 @@ from custom_components.run.weights import (
 )
 from custom_components.text import load_text_encoder, load_tokenizer
 from custom_components.vit import SimCroPEncoder
+from monai.bundle import ckpt_export
+from torch import nn
+
 from tests.conftest import BUNDLES
 
 SETTINGS = {"pixdim": (4.0, 4.0, 8.0), "hu_range": [-1000, 1000], "classes": ["left lung", "right lung"]}

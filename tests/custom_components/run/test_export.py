@@ -13,18 +13,18 @@ import sys
 import zipfile
 from pathlib import Path
 
+import custom_components.run.export
 import jsonschema
 import pytest
 import torch
 import yaml
+from custom_components.run.description import describe
+from custom_components.run.export import ExportError, components, content_hash, export, write_zip
+from custom_components.run.weights import save_weights
 from monai.bundle import ConfigParser, ckpt_export, download_large_files, verify_net_in_out
 from monai.bundle.scripts import _add_model_card_metadata
 from torch import nn
 
-import custom_components.run.export
-from custom_components.run.description import describe
-from custom_components.run.export import ExportError, components, content_hash, export, write_zip
-from custom_components.run.weights import save_weights
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[3]

@@ -14,13 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from monai import transforms as mt
-
 from custom_components.data.read import LoadCTd
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureCache, FeatureLoader, RateExport, describe
 from custom_components.vit import SimCroPEncoder
+from monai import transforms as mt
 
 
 def network(seed: int = 0, num_heads: int = 3, frozen: bool = True) -> LinearProbe:

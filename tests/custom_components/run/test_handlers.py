@@ -6,14 +6,14 @@ import math
 
 import pytest
 import torch
+from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
+from custom_components.run.handlers import HeldOutLoss, LossParts, TrainingProgress, decay_groups
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ignite.engine import Engine
 from monai.engines import SupervisedTrainer
 from torch import nn
 
-from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
-from custom_components.run.handlers import HeldOutLoss, LossParts, TrainingProgress, decay_groups
 from tests.custom_components.run.test_resume import make_trainer
 
 

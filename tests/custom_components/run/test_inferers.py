@@ -9,14 +9,13 @@ import time
 
 import pytest
 import torch
+from custom_components.errors import InputError
+from custom_components.run.inferers import AutocastInferer, ReadableLoader, WindowInferer
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from monai.inferers import sliding_window_inference
 from monai.transforms import Compose, Lambda, Lambdad
 from torch import Tensor, nn
-
-from custom_components.errors import InputError
-from custom_components.run.inferers import AutocastInferer, ReadableLoader, WindowInferer
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])

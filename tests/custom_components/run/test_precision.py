@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from custom_components.errors import InputError
 from custom_components.run.precision import bfloat16
 from custom_components.run.weights import save_atomically

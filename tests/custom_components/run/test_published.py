@@ -11,15 +11,15 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
 from custom_components.run.published import import_unetr, import_weights
 from custom_components.run.weights import description_of, load_for_region, load_pretrained
 from custom_components.unetr import SimCroPUNETR
 from custom_components.vit import SimCroPEncoder
+from torch import Tensor
+from torch.nn import functional as F
+
 from tests.conftest import BUNDLES
 
 HIDDEN, HEADS, MLP, DEPTH = 48, 3, 80, 12

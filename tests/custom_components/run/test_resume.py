@@ -13,19 +13,18 @@ import zipfile
 import numpy as np
 import pytest
 import torch
-from ignite.engine import Engine, Events
-from monai.data import DataLoader, Dataset
-from monai.engines import SupervisedEvaluator, SupervisedTrainer
-from monai.optimizers import WarmupCosineSchedule
-from monai.transforms import Compose, RandScaleIntensityd
-from torch import nn
-
 from custom_components.errors import InputError
 from custom_components.processes import SIGNALS, EndOnSignal, Interrupted
 from custom_components.run.handlers import LastStep, OptimizerSteps
 from custom_components.run.resume import Checkpointer, KeepBest, LossCheck
 from custom_components.run.seeded import EpochSampler, SeededDataLoader
 from custom_components.run.weights import described, description_of, load_weights
+from ignite.engine import Engine, Events
+from monai.data import DataLoader, Dataset
+from monai.engines import SupervisedEvaluator, SupervisedTrainer
+from monai.optimizers import WarmupCosineSchedule
+from monai.transforms import Compose, RandScaleIntensityd
+from torch import nn
 
 
 class Network(nn.Module):

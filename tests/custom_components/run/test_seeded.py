@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from custom_components.errors import InputError
+from custom_components.run.seeded import EpochSampler, SeededDataLoader, WatchedDataLoader, mixed_seed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import CacheDataset, Dataset, list_data_collate
 from monai.transforms import Compose, Lambdad, RandScaleIntensityd
 
-from custom_components.errors import InputError
-from custom_components.run.seeded import EpochSampler, SeededDataLoader, WatchedDataLoader, mixed_seed
 from tests.watch import runs, within
 
 

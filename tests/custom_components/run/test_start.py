@@ -11,17 +11,17 @@ import sys
 import traceback
 from pathlib import Path
 
+import custom_components
 import numpy as np
 import pytest
 import torch
+from custom_components.errors import InputError
+from custom_components.run.export import export
+from custom_components.run.start import OneLineErrors, check_components, keep_imported, one_console, start
 from monai.data import DataLoader, Dataset
 from monai.transforms import Lambdad
 from tqdm import tqdm
 
-import custom_components
-from custom_components.errors import InputError
-from custom_components.run.export import export
-from custom_components.run.start import OneLineErrors, check_components, keep_imported, one_console, start
 from tests.conftest import untrained
 
 REPOSITORY = Path(__file__).parents[3]

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
-
 from custom_components.errors import InputError
 from custom_components.run.weights import load_file, load_mae, load_weights, save_atomically, state_dict_of
 from custom_components.vit import SimCroPEncoder
+from torch import nn
 
 
 def encoder(**changes) -> SimCroPEncoder:
