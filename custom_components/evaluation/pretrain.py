@@ -41,6 +41,8 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+NEXT = "next: ask sentences of a scan with configs/inference.json, or probe the encoder in ../classify (docs/README.md)"
+
 
 @dataclass
 class PretrainEvaluation:
@@ -100,7 +102,7 @@ class PretrainEvaluation:
             metrics, places = self._metrics()
             metrics = {"seed": self.seed, "volumes": len(self.dataset), **metrics}
             rows = table_rows(metrics)
-            write_report(self.output_dir, metrics, [("metric", "of", "value", "beside"), *rows], rows)
+            write_report(self.output_dir, metrics, [("metric", "of", "value", "beside"), *rows], rows, [NEXT])
             self._figures(places, Path(self.output_dir))
         return metrics
 
