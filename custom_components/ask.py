@@ -130,8 +130,11 @@ class ScansFailed(InputError):
     """Some scans of a list could not be read or processed; ``answers`` holds those of the others, None for these."""
 
     def __init__(self, message: str, answers: list[Any]) -> None:
-        super().__init__(message)
+        super().__init__(message, answers)
         self.answers = answers
+
+    def __str__(self) -> str:
+        return self.args[0]
 
 
 class Model:

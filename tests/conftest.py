@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gc
 import hashlib
 import json
+import logging
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ import custom_components.run
 import itk
 import pytest
 import torch
+from custom_components.processes import SIGNALS
+from custom_components.run.start import HELD
 from custom_components.simcrop import Aligner, InstanceProjection, ReportDecoder, SimCroP, VolumeDecoder
 from custom_components.text import TextEncoder, load_tokenizer
 from custom_components.vit import SimCroPEncoder
@@ -33,6 +38,18 @@ def own_components(monkeypatch: pytest.MonkeyPatch) -> None:
     """Exported bundles that a test runs in this process join their components to ours: for that test alone."""
     for package in (custom_components, custom_components.data, custom_components.evaluation, custom_components.run):
         monkeypatch.setattr(package, "__path__", list(package.__path__))
+
+
+@pytest.fixture(autouse=True)
+def ends_as_processes_do() -> Iterator[None]:
+    """After a test that has run a config in this process: no locks, pytest's own signals, log and garbage as before."""
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    HELD.close()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    logging.disable(logging.NOTSET)
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

@@ -123,9 +123,8 @@ def _affine(header: dict, directions: np.ndarray | None, axes: list[int]) -> tup
     space = SPACES.get(space.upper(), space.lower())
     if space not in TO_RAS and not lacks:
         lacks = f"the space {space!r}" if space else "no space"
-    return np.diag([*TO_RAS.get(space, TO_RAS["left-posterior-superior"]), 1.0]) @ in_mm(
-        affine, *units or ["mm"]
-    ), lacks
+    to_ras = np.diag([*TO_RAS.get(space, TO_RAS["left-posterior-superior"]), 1.0])
+    return to_ras @ in_mm(affine, *units or ["mm"]), lacks
 
 
 def _voxels(path: Path, header: dict, dtype: np.dtype, count: int, start: int) -> np.ndarray:

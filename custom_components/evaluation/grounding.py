@@ -356,13 +356,8 @@ class GroundingEvaluation(_Sentences):
         edges = [0.0, *self.size_edges, np.inf]
         sizes = {}
         for low, high in zip(edges, edges[1:], strict=False):
-            name = (
-                f"under {high:g} mm"
-                if low == 0
-                else f"{low:g} mm and more"
-                if high == np.inf
-                else f"{low:g} to {high:g} mm"
-            )
+            name = f"{low:g} mm and more" if high == np.inf else f"{low:g} to {high:g} mm"
+            name = name if low else f"under {high:g} mm"
             sizes[name] = table[(table["diameter_mm"] >= low) & (table["diameter_mm"] < high)]
         seen = table.loc[table["seen"].eq(True), "patient"].nunique() if self.seen is not None else None
         return {

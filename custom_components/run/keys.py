@@ -254,9 +254,7 @@ def check_keys(bundle_root: str | Path, section: str, trained_with: Mapping[str,
         InputError: a key, or an argument of a component, is unknown; a value has another type or range than it may
             have; MONAI has dropped a key; a path or text would be run.
     """
-    run = running()
-    roots = [Path(bundle_root, "configs")] + ([run.root] if run and run.root else [])
-    folder = next((root for root in roots if (root / SCHEMA).is_file()), None)
+    run, folder = running(), configs_folder(bundle_root)
     if run is None or folder is None:
         return {}
     check = _Check(run, folder, section)
@@ -264,6 +262,13 @@ def check_keys(bundle_root: str | Path, section: str, trained_with: Mapping[str,
     if problems := check.problems():
         raise InputError("; ".join(dict.fromkeys(problems)))
     return check.known_values
+
+
+def configs_folder(bundle_root: str | Path) -> Path | None:
+    """Where the bundle's configs lie: in ``bundle_root``, or else where the running config's first file does."""
+    run = running()
+    roots = [Path(bundle_root, "configs")] + ([run.root] if run and run.root else [])
+    return next((root for root in roots if (root / SCHEMA).is_file()), None)
 
 
 class Schema:

@@ -28,7 +28,7 @@ from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder, only_writer
 from custom_components.processes import TRY_AGAIN, EndOnSignal, Interrupted
-from custom_components.run.keys import check_keys, running
+from custom_components.run.keys import check_keys, configs_folder, running
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 from monai.utils import set_determinism
@@ -36,6 +36,8 @@ from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
 
+HELD = ExitStack()  # locks, until this process ends
+atexit.register(HELD.close)
 STAMP = "stamp.json"  # what custom_components.run.export leaves beside the modules
 
 
@@ -83,9 +85,7 @@ def start(
         distributed.leave_to_rank_zero()
     if "models_dir" in writes and values.get("models_dir") is not None and int(os.environ.get("RANK", 0)) == 0:
         folder = Path(values["models_dir"])
-        held = ExitStack()
-        held.enter_context(only_writer(folder / ".lock", f"models_dir {folder}", "models_dir"))
-        atexit.register(held.close)
+        HELD.enter_context(only_writer(folder / ".lock", f"models_dir {folder}", "models_dir"))
     if timeout_minutes is not None:
         distributed.start(distributed.local_device(), timeout_minutes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,7 +119,7 @@ def tell(bundle_root: str | Path, section: str, values: Mapping[str, Any], write
     """Log the first line of a run: which bundle and config, what it reads, and where its results go."""
     if not values or int(os.environ.get("RANK", 0)) > 0:
         return
-    metadata = ConfigParser.load_config_file(Path(bundle_root, "configs", "metadata.json"))
+    metadata = ConfigParser.load_config_file(configs_folder(bundle_root) / "metadata.json")
     data = values.get("dataset_dir")
     data = data.get("dataset_dir", data["_target_"]) if isinstance(data, Mapping) else data
     folders = dict.fromkeys(str(values[key]) for key in writes if values.get(key) is not None)

@@ -149,13 +149,16 @@ def described(
 def trained_with(checkpoint: str | Path) -> dict[str, Any]:
     """All that a checkpoint of a training was made with, by the names of its config's keys, for its evaluation.
 
-    Beside what the weights must be used with (:func:`described`), the recipe: masks, losses, sizes of the decoders.
+    Beside what the weights must be used with (:func:`described`), the recipe: masks, losses, sizes of the decoders. Not
+    the precision, which :func:`custom_components.run.precision.bfloat16` takes from there itself. A file that is not
+    there tells nothing; who loads the weights says so.
 
     Raises:
-        InputError: no such file, or an unreadable one.
+        InputError: an unreadable file.
     """
-    told = description_of(checkpoint) or {}
-    return {**told.get("recipe", {}), **told.get("settings", {})}
+    told = (description_of(checkpoint) if Path(checkpoint).is_file() else None) or {}
+    recipe = {key: value for key, value in told.get("recipe", {}).items() if key != "amp"}
+    return {**recipe, **told.get("settings", {})}
 
 
 def frozen_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

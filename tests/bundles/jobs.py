@@ -1,7 +1,7 @@
 """Commands of bundles that start at once, and what may befall them.
 
 Importing what a bundle needs takes many times longer than a tiny run, so one process imports it and is forked for each
-command. It reads a command a line, and prints a process's number, and its exit code when that has ended.
+command. It reads a command a line, and prints a process's number, and both it and its exit code when that has ended.
 """
 
 import json
@@ -35,7 +35,7 @@ for line in sys.stdin:
         runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
         sys.exit()
     print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    print(pid, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
 
@@ -57,10 +57,14 @@ class Job:
 
     def __init__(self, server: subprocess.Popen, folder: Path, given: list[str], output: Path) -> None:
         self.server, self.files = server, {name: output / f"{name}.txt" for name in ("stdout", "stderr")}
+        for file in self.files.values():
+            file.write_text("")  # what it says is read while it starts
         request = {"folder": str(folder), "arguments": given} | {k: str(v) for k, v in self.files.items()}
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        self.pid = int(server.stdout.readline())
+        while " " in (line := server.stdout.readline().strip()):
+            pass  # the end of a job that a failed test has left
+        self.pid = int(line)
         self.returncode: int | None = None
 
     def kill_when(self, condition: Callable[[], bool]) -> None:
@@ -80,7 +84,7 @@ class Job:
         return [int(child) for child in children]
 
     def wait(self) -> int:
-        self.returncode = int(self.server.stdout.readline())
+        self.returncode = int(self.server.stdout.readline().split()[1])
         return self.returncode
 
     @property

@@ -17,6 +17,8 @@ import pytest
 from custom_components.errors import InputError
 from custom_components.files import file_stamp, only_writer, picture, remove_temporaries, remove_temporary, replacing
 
+from tests.watch import forked
+
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "new" / "scan.nii.gz"
@@ -104,15 +106,18 @@ def test_a_second_writer_is_refused_or_waits_and_a_killed_one_holds_nothing(tmp_
 
 def test_a_worker_that_outlives_its_parent_holds_no_lock(tmp_path: Path) -> None:
     reader, writer_end = os.pipe()
-    if (parent := os.fork()) == 0:
+
+    def outlives() -> None:
+        os.close(writer_end)
+        os.read(reader, 1)  # until the test ends
+
+    def parent() -> None:
         lock = only_writer(tmp_path / ".lock", "", "")
         lock.__enter__()
-        if os.fork() == 0:
-            os.close(writer_end)
-            os.read(reader, 1)  # until the test ends
-            os._exit(0)
+        forked(outlives)
         os.kill(os.getpid(), signal.SIGKILL)
-    os.waitpid(parent, 0)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(parent), 0)[1]) == -signal.SIGKILL
     os.close(reader)
     with only_writer(tmp_path / ".lock", "", ""):
         pass

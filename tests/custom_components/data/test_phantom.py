@@ -20,7 +20,7 @@ from custom_components.data.phantom import FINDINGS, LESIONS, ORGANS, Patient, c
 from custom_components.errors import InputError
 
 from tests.conftest import classes_of, hashes, table
-from tests.watch import runs, within
+from tests.watch import forked, runs, within
 
 ALL_PRESENT = dict.fromkeys(FINDINGS, 1.0)
 
@@ -222,14 +222,15 @@ def test_a_kill_as_an_old_cohort_is_replaced_refuses_nothing(tmp_path: Path, mon
     folder = tmp_path / "cohort"
     cohort(folder, num_train=1, num_valid=0, num_workers=1)
 
-    def dies(path: str | Path) -> None:
+    def dies(path: str | Path, **_: object) -> None:
         Path(path, "phantom.json").unlink(missing_ok=True)
         os.kill(os.getpid(), signal.SIGKILL)
 
-    if (pid := os.fork()) == 0:
+    def killed() -> None:
         monkeypatch.setattr(shutil, "rmtree", dies)
         cohort(folder, num_train=2, num_valid=0, num_workers=1)
-    os.waitpid(pid, 0)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(forked(killed), 0)[1]) == -signal.SIGKILL
     assert cohort(folder, num_train=1, num_valid=1, num_workers=1) == str(folder)
     assert [p.name for p in tmp_path.iterdir()] == ["cohort"]
 

@@ -21,6 +21,8 @@ from custom_components.run.features import FeatureCache, FeatureLoader, RateExpo
 from custom_components.vit import SimCroPEncoder
 from monai import transforms as mt
 
+from tests.watch import forked
+
 
 def network(seed: int = 0, num_heads: int = 3, frozen: bool = True) -> LinearProbe:
     torch.manual_seed(seed)
@@ -232,7 +234,8 @@ def test_a_run_waits_for_another_that_encodes_and_encodes_what_is_then_missing(
     expected = cache().encode(items).features
     shutil.rmtree(tmp_path / "cache")
     reader, writer = os.pipe()
-    if (pid := os.fork()) == 0:
+
+    def encodes() -> None:
         os.close(reader)
         first = cache()
         real = first.network.features
@@ -244,7 +247,9 @@ def test_a_run_waits_for_another_that_encodes_and_encodes_what_is_then_missing(
 
         first.network.features = slow
         first.encode(items[:2])
-        os._exit(0)
+
+    pid = forked(encodes)
+    os.close(writer)  # or a process that dies early would be waited for
     os.read(reader, 5)
     second = cache()
     left = second.folders()[0] / ".123.tmp.scan9-0.npy"  # of a run that was killed
