@@ -150,13 +150,12 @@ def trained_with(checkpoint: str | Path) -> dict[str, Any]:
     """All that a checkpoint of a training was made with, by the names of its config's keys, for its evaluation.
 
     Beside what the weights must be used with (:func:`described`), the recipe: masks, losses, sizes of the decoders. Not
-    the precision, which :func:`custom_components.run.precision.bfloat16` takes from there itself. A file that is not
-    there tells nothing; who loads the weights says so.
+    the precision, which :func:`custom_components.run.precision.bfloat16` takes from there itself.
 
     Raises:
-        InputError: an unreadable file.
+        InputError: no such file, or an unreadable one.
     """
-    told = (description_of(checkpoint) if Path(checkpoint).is_file() else None) or {}
+    told = description_of(checkpoint) or {}
     recipe = {key: value for key, value in told.get("recipe", {}).items() if key != "amp"}
     return {**recipe, **told.get("settings", {})}
 
