@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import NoReturn
@@ -81,6 +83,18 @@ class EndOnSignal:
         # another process of the run may have got the signal
         name = "stopped" if self.received is None else signal.Signals(self.received).name
         raise Interrupted(f"{name}: {told}")
+
+
+@contextmanager
+def signals_wait() -> Iterator[None]:
+    """No signal of :data:`SIGNALS` comes through in the block, nor in processes that it starts: what they begin with
+    would else be open to one. Here they come after it, there :func:`follow_parent` takes them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if hasattr(signal, "pthread_sigmask") else None
+    try:
+        yield
+    finally:
+        if before is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def follow_parent(worker: int = 0) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from custom_components.distributed import rank, world_size
 from custom_components.errors import InputError
-from custom_components.processes import follow_parent
+from custom_components.processes import follow_parent, signals_wait
 from monai.data import DataLoader, Dataset, list_data_collate
 from monai.data.utils import worker_init_fn
 from monai.transforms import Randomizable
@@ -48,7 +48,8 @@ class WatchedDataLoader(DataLoader):
         super().__init__(dataset, num_workers, timeout=timeout, worker_init_fn=_begin_worker, **kwargs)
 
     def __iter__(self) -> Iterator[Any]:
-        batches = super().__iter__()
+        with signals_wait():
+            batches = super().__iter__()
         number = 0
         while True:
             try:

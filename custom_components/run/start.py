@@ -239,6 +239,8 @@ class OneLineErrors:
         if handler is None or handler.received is None or self.message(error) is not None:
             return None
         # what else breaks after a signal, such as the connection to a process that it has ended, breaks by it
+        while error.__cause__ is not None:  # MONAI wraps it
+            error = error.__cause__
         name, cause = signal.Signals(handler.received).name, f"{type(error).__name__}: {error}".splitlines()[0]
         return f"{name}: ended in the midst of a step ({cause}); the same command goes on from the last checkpoint"
 
