@@ -15,7 +15,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ from custom_components.run.inferers import reason_of
 from custom_components.run.start import check_components
 from monai.bundle import create_workflow
 from monai.data import Dataset, MetaTensor, decollate_batch, list_data_collate
-from monai.inferers import Inferer
 from monai.networks import eval_mode
 from torch import Tensor
 from tqdm import tqdm
@@ -48,7 +46,7 @@ def load(
         path: of a folder ``models`` with ``model.pt`` and its ``model.json``, of such a ``.pt``, or of a bundle, in the
             repository or exported.
         bundle_root: the bundle, for weights that lie outside of one.
-        batch_size: scans of a list that the network takes at once.
+        batch_size: scans of a list that the network takes at once, where they have one size.
         keys: of the bundle's ``inference.json``, such as ``device="cpu"``; the rest is as the weights say.
 
     Raises:
@@ -167,7 +165,7 @@ class Model:
         scans: Scan | Sequence[Scan],
         affine: Any,
         answer: Callable[[dict[str, Any]], Any],
-        inferer: Inferer | None = None,
+        inferer: Callable[[Tensor, torch.nn.Module], Any] | None = None,
         in_scan: bool = False,
     ) -> Any:
         """The answer of each scan, of what the inferer makes of it; as a list, where scans are one."""
@@ -204,7 +202,9 @@ class Model:
             raise ScansFailed(told, answers)
         return answers if many else answers[0]
 
-    def _infer(self, items: list[dict[str, Any]], inferer: Inferer) -> list[dict[str, Any]]:
+    def _infer(self, items: list[dict[str, Any]], inferer: Callable) -> list[dict[str, Any]]:
+        if len({item["image"].shape for item in items}) > 1:
+            return [output for item in items for output in self._infer([item], inferer)]
         images = list_data_collate([{"image": item["image"]} for item in items])["image"]
         output = inferer(images.to(self.device), self.network)
         return decollate_batch(output if isinstance(output, Mapping) else {"pred": output})
@@ -271,8 +271,11 @@ class SentenceModel(Model):
 
     def embed(self, scans: Scan | Sequence[Scan], affine: Any = None) -> np.ndarray:
         """The embedding ``[C]`` of a scan, ``[N, C]`` of a list, float32: the mean patch token, as a probe reads it."""
-        inferer = replace(self.inferer, maps=False)
-        found = self._ask(scans, affine, lambda item: item["embedding"].float().cpu().numpy(), inferer)
+
+        def embedding(images: Tensor, network: torch.nn.Module) -> dict[str, Tensor]:
+            return {"embedding": network.patches_and_embedding(images.as_tensor())[1]}
+
+        found = self._ask(scans, affine, lambda item: item["embedding"].float().cpu().numpy(), embedding)
         return np.stack(found) if isinstance(found, list) else found
 
     def similarity(

@@ -62,7 +62,7 @@ class EndOnSignal:
         if self.received is None:
             self.received, self.since = number, time.monotonic()
             if not self.deferred:
-                self.end("ended; what is done is kept, and the same command goes on")
+                self.end("ended; what is written stays until the same command writes anew, or goes on with it")
         elif not self._echo():
             signal.signal(number, signal.SIG_DFL)
             os.kill(self.pid, number)

@@ -94,6 +94,7 @@ def volumes(
     exclude: str | os.PathLike | None = None,
     seed: int = 42,
     required: bool = True,
+    limit: int | None = None,
 ) -> list[dict]:
     """Volumes of a split with their labels, their reports or both, in the order of the table that names them.
 
@@ -136,7 +137,10 @@ def volumes(
         data_fraction: share of the training patients to keep, in (0, 1].
         exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest, or
             patients, of whom all volumes are left out. Each must be one of this data set, of whatever split.
-        required: whether a split that nobody names is an error; False makes it an empty list.
+        required: whether a split that nobody names, or of which no volume is on disk, is an error; False makes it an
+            empty list, and tells of the latter.
+        limit: of the volumes, roughly: as many patients as hold that many, drawn by `seed`, and only these are asked
+            for on disk.
 
     Raises:
         InputError: a file, a folder, a column or a volume is missing, a name occurs twice or has two reports, a label
@@ -218,6 +222,12 @@ def volumes(
         # It was drawn before any patient was left out: an exclusion does not reshuffle it.
         chosen = _chosen({row["patient"] for row in rows}, order, data_fraction)
         rows = [row for row in rows if row["patient"] in chosen]
+    if limit is not None:
+        counts = Counter(row["patient"] for row in rows)
+        drawn = _shuffled(list(counts), seed)
+        enough = np.searchsorted(np.cumsum([counts[patient] for patient in drawn]), limit) + 1
+        chosen = set(drawn[:enough])
+        rows = [row for row in rows if row["patient"] in chosen]
     if what == "labels":
         _tell_absent(rows, split, classes, exclusive)
 
@@ -226,6 +236,9 @@ def volumes(
         tried, row["image"] = _find(images, dataset_dir, row["words"])
         if row["image"] is None:
             missing.append(tried)
+    if not required and len(missing) == len(rows):
+        _warn_once(f"no volume of split {split} is on disk ({_some(missing)}): going on without that split")
+        return []
     if missing:
         raise InputError(
             f"{len(missing)} of {len(rows)} volumes of split {split} are not on disk ({_some(missing)}): put them "

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 import torch
 from custom_components.data.save import SLAB, slabs_in_scan
 from custom_components.errors import InputError
+from custom_components.evaluation.retrieval import MAX_COSINES
 from custom_components.simcrop import VolumeEmbedder
 from custom_components.vit import SimCroPEncoder
 from torch import Tensor
 from torch.nn import functional as F
-
-MAX_COSINES = 2**25  # held at a time
 
 
 def aligned_patches(embedder: VolumeEmbedder, volume: Tensor) -> Tensor:

@@ -8,25 +8,21 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from traceback import walk_stack
 from typing import Any
 
 from custom_components.errors import InputError
 from custom_components.files import replacing
+from custom_components.run.keys import running
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 logger = logging.getLogger(__name__)
 
 
 def running_config() -> dict[str, Any]:
-    """A copy of the config that runs now: all its files, and all overrides, with references as they are written.
-
-    MONAI hands a component only what its own item says, so the parser is the one that called, some frames above.
-    """
-    for frame, _ in walk_stack(None):
-        if isinstance(frame.f_locals.get("self"), ConfigParser):
-            return copy.deepcopy(frame.f_locals["self"].config)
-    raise RuntimeError("no config is running: a comparison is a part of one")
+    """A copy of the config that runs now: all its files, and all overrides, with references as they are written."""
+    if (run := running()) is None:
+        raise RuntimeError("no config is running: a comparison is a part of one")
+    return copy.deepcopy(run.parser.config)
 
 
 @dataclass

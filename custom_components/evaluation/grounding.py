@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -103,8 +102,7 @@ class _Sentences:
         return self.cells.features(embedder, image.as_tensor().to(self.device))
 
     def pass_over(self, name: str, error: InputError) -> None:
-        self.loader.failures.append((name, str(error)))
-        tqdm.write(f"skipped: {error}", file=sys.stderr)
+        self.loader.pass_over(name, str(error))
 
 
 @dataclass

@@ -111,6 +111,7 @@ class ZeroShotEvaluation:
         pool: see :func:`custom_components.evaluation.retrieval.make_pool`.
         name_pattern: of names; its group ``scan`` tells which volumes are of one scan.
         recall_at, precision_at: k of retrieval with reports, and among volumes.
+        timeout_minutes: see :class:`custom_components.run.seeded.WatchedDataLoader`.
 
     Raises:
         InputError: ``ensemble`` is unknown, or to be selected on nothing; a patient stands on both sides.
@@ -130,6 +131,7 @@ class ZeroShotEvaluation:
     recall_at: Sequence[int] = (5, 10, 50, 100)
     precision_at: Sequence[int] = (1, 5, 10, 50)
     num_workers: int = 0
+    timeout_minutes: float | None = None
     num_resamples: int = 1000
     seed: int = 42
 
@@ -167,6 +169,8 @@ class ZeroShotEvaluation:
                 raise InputError(f"none of {len(self.dataset)} volumes could be read: {test.failures[0][1]}")
             if self.classes and len(self.selection):
                 chosen = self._encode(self.selection, "volumes to select on", held_out=False)
+            elif self.classes:
+                logger.info("no volumes to select on: no thresholds, and no regressions beside the scores")
         failures = test.failures + chosen.failures
         metrics = {
             "seed": self.seed,
@@ -251,7 +255,7 @@ class ZeroShotEvaluation:
         found = _Encoded()
         device = next(self.network.parameters()).device
         items = {item["name"]: item for item in dataset.data}
-        loader = ReadableLoader(dataset, self.num_workers, description)
+        loader = ReadableLoader(dataset, self.num_workers, description, self.timeout_minutes)
         statistics = None
         for batch in loader:
             image = batch["image"]

@@ -106,6 +106,9 @@ class HeldOutLoss:
     interval: int = 1
 
     def attach(self, engine: SupervisedTrainer) -> None:
+        if not len(self.dataloader):
+            logger.info("no volumes are held out, so val_interval looks at none: validation_share holds some out")
+            return
         engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.epoch_completed)
 
     @torch.no_grad()

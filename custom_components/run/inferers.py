@@ -113,7 +113,7 @@ class ReadableLoader:
                 self._pass_over(name, *failure)
 
     def _attempts(self) -> Iterator[tuple[Any, str, tuple[str, str] | None]]:
-        """What :func:`attempt` says of each item, in their order, though a worker be killed."""
+        """What :func:`attempt` says of each item, in their order, though a worker be killed, or hang."""
 
         def attempts(indices: Sequence[int], num_workers: int) -> Iterator:
             places = Dataset([{"image": _name(self.dataset, i), "index": i} for i in indices], self._attempt)
@@ -126,6 +126,10 @@ class ReadableLoader:
                     del left[0]
                     with _untroubled():
                         yield answer
+            except InputError as error:  # of a worker that hangs, at the next in turn
+                answer = None, _name(self.dataset, left[0]), (str(error), "")
+                del left[0]
+                yield answer
             except RuntimeError as error:  # torch's, of a worker that is no more
                 if "DataLoader worker" not in str(error):
                     raise
@@ -148,12 +152,16 @@ class ReadableLoader:
             return engine._iteration(engine, batch)
         except Exception as error:
             failure = reason_of(batch["name"][0], error)
-        self._what = "read or processed"
         engine.state.output = None  # as large as the scan
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self._pass_over(batch["name"][0], *failure)
+        self.pass_over(batch["name"][0], *failure)
         return None
+
+    def pass_over(self, name: str, reason: str, trace: str = "") -> None:
+        """Note that a scan that was read could not be processed, and say so."""
+        self._what = "read or processed"
+        self._pass_over(name, reason, trace)
 
     def _pass_over(self, name: str, reason: str, trace: str) -> None:
         self.failures.append((name, reason))

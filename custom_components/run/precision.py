@@ -1,5 +1,6 @@
 """The precision of a run: what is asked for, what the machine is fast at, and what a checkpoint was trained in."""
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,12 @@ def bfloat16(
 
     Args:
         amp: true or false, or ``auto``: bfloat16 where the device has instructions for it, since it is faster there.
-        checkpoint, resume: ``path`` and ``resume`` of :class:`custom_components.run.resume.Checkpointer`: with
-            ``auto`` a training goes on in the precision in which it began, on any machine.
+        checkpoint, resume: ``path`` and ``resume`` of :class:`custom_components.run.resume.Checkpointer`: where ``amp``
+            is ``auto``, a training goes on in the precision in which it began, on any machine. Of an evaluation, the
+            weights, which say it in the JSON beside them, and ``auto``.
+
+    Returns:
+        Whether autocast is on.
 
     Raises:
         InputError: bfloat16 on a GPU without it, which torch would refuse or imitate slowly.
@@ -58,7 +63,7 @@ def fast_bfloat16(device: torch.device) -> tuple[bool, str]:
 
 
 def recorded(checkpoint: str | Path | None, resume: str | Path | None) -> tuple[bool, str] | None:
-    """Whether what a training resumes from was trained in bfloat16, and its file; None where nothing tells.
+    """Whether what a run starts from was trained in bfloat16, and its file; None where nothing tells.
 
     A file that cannot be read tells nothing: the Checkpointer says so when it resumes.
     """
@@ -67,8 +72,12 @@ def recorded(checkpoint: str | Path | None, resume: str | Path | None) -> tuple[
     path = Path(checkpoint)
     files = [path, path.with_name(f"{path.stem}_previous{path.suffix}")] if resume == "auto" else [Path(resume)]
     for file in filter(Path.is_file, files):
+        beside = file.with_suffix(".json")
         try:  # of the file's tensors nothing is read
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            if beside.is_file():
+                content = json.loads(beside.read_text())
+            else:
+                content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except Exception:  # zip, pickle and end-of-file errors of many types
             continue
         recipe = content.get("recipe") if isinstance(content, Mapping) else None

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from custom_components.processes import follow_parent, signals_wait
 from monai.data import DataLoader, Dataset, list_data_collate
 from monai.data.utils import worker_init_fn
 from monai.transforms import Randomizable
-from torch.utils.data import DistributedSampler
+from torch.utils.data import DistributedSampler, Subset
 from torch.utils.data._utils import signal_handling
 
 
@@ -30,7 +31,7 @@ class WatchedDataLoader(DataLoader):
     """MONAI's DataLoader, whose workers end with their parent, and whose hangs are told.
 
     Args:
-        dataset: whose ``data`` names each item's file under ``image``.
+        dataset: whose ``data`` names each item's file under ``image``; its sampler gives its order again.
         timeout_minutes: within which a worker must give a batch; None waits for ever.
         kwargs: more of torch's DataLoader's arguments.
 
@@ -72,8 +73,7 @@ class WatchedDataLoader(DataLoader):
 
     def names(self, number: int) -> list[str]:
         """Of the files in a batch of the running iteration, which counts from 0."""
-        first = number * self.batch_size
-        return [_name(self.dataset, index) for index in range(first, min(first + self.batch_size, len(self.dataset)))]
+        return [_name(self.dataset, index) for index in next(islice(self.batch_sampler, number, None))]
 
 
 def _begin_worker(worker: int) -> None:
@@ -82,6 +82,8 @@ def _begin_worker(worker: int) -> None:
 
 
 def _name(dataset: Dataset, index: int) -> str:
+    while isinstance(dataset, Subset):
+        dataset, index = dataset.dataset, dataset.indices[index]
     item = dataset.data[index] if hasattr(dataset, "data") else {}
     return Path(str(item["image"])).name if "image" in item else f"item {index}"
 

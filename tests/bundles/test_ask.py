@@ -168,6 +168,9 @@ def test_lists_give_what_their_scans_do_in_any_batches(bundles: Path, model: Sen
     assert [each.maps.shape[1:] for each in found] == [array.shape, (128, 128, 34)]
     table = load(bundles / "classify", batch_size=2).probabilities([str(nifti), CT])
     assert list(table.index) == [str(nifti), str(CT)] and list(table) == SETTINGS["classify"]["classes"]
+    cut = array[10:]
+    labels = load(bundles / "segment", batch_size=2).segment([array, cut], affine)
+    assert [each.labels.shape for each in labels] == [array.shape, cut.shape], "a network of any size takes them"
 
 
 def test_a_bad_scan_costs_itself_alone(model: SentenceModel, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ WRONG = [
     ("pretrain", DEMO, {"dataset_dir#num_trian": 4}, ["dataset_dir#num_trian", "did you mean num_train?"]),
     ("pretrain", DEMO, {"train#trainer#max_epoch": 4}, ["train#trainer#max_epoch", "did you mean max_epochs?"]),
     ("pretrain", DEMO, {"train#max_epochs": 4}, ["train#max_epochs"]),
-    ("pretrain", ["inference"], {"timeout_minutes": 4}, ["timeout_minutes", "inference.json"]),
+    ("pretrain", ["inference"], {"max_epochs": 4}, ["max_epochs", "inference.json"]),
     ("pretrain", ["inference"], {"+sentences": ["a"]}, ["+sentences", "replaces sentences"]),
     ("classify", DEMO, {"schedules": {"1.0": {"max_step": 4}}}, ["schedules#1.0", "did you mean max_steps?"]),
     ("classify", ["train", "cc_ccii"], {"learningrate": 0.1}, ["did you mean learning_rate?"]),

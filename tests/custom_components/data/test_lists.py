@@ -11,8 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -30,13 +32,14 @@ REPORT_COLUMNS = ["VolumeName", "ClinicalInformation_EN", "Technique_EN", "Findi
 FINDINGS = 'Nodule of 2.3 x 1.8 cm, "spiculated", right upper lobe.\nŒsophagus ≥ 1.5 mm, “normal”; naïve T₁.'
 
 
-def volumes(bundle: str, overlays: tuple[str, ...], split: str = "train", **keys: object) -> list[dict]:
-    """What a bundle's training reads, by its configs and these keys."""
+def volumes(bundle: str, overlays: tuple[str, ...], split: str | None = "train", **keys: object) -> Any:
+    """What a bundle's training reads, by its configs and these keys; without a split, what reads any."""
     parser = ConfigParser()
     parser.read_config([str(BUNDLES / bundle / "configs" / f"{name}.json") for name in ("train", *overlays)])
     for key, value in keys.items():
         parser[key] = str(value) if isinstance(value, Path) else value
-    return parser.get_parsed_content("datalist")(split=split)
+    read = parser.get_parsed_content("datalist")
+    return read if split is None else read(split=split)
 
 
 def ct_rate(dataset_dir: Path, split: str = "train", **keys: object) -> list[dict]:
@@ -151,6 +154,33 @@ def test_fractions_are_nested_by_patient(tmp_path):
     exclude.write_text(f"{left_out}_a_1\n{left_out}_a_2\n")
     remaining = {item["name"] for item in ct_rate(tmp_path, data_fraction=0.1, exclude=exclude)}
     assert len(remaining) == 20 and len(remaining - chosen[3]) == 2 and len(remaining & chosen[3]) == 18
+
+
+def test_a_few_patients_are_drawn_before_the_disk_is_asked(tmp_path):
+    names = [f"train_{patient}_a_{volume}" for patient in range(1, 21) for volume in (1, 2)]
+    write_ct_rate(tmp_path, names)
+    few = partial(volumes("pretrain", (), None, dataset_dir=tmp_path), split="train", limit=5)
+    chosen = {item["name"] for item in few()}
+    assert len(chosen) == 6, "all volumes of the patients that it takes"
+    assert chosen == {item["name"] for item in few()} != {item["name"] for item in few(seed=1)}
+    for image in tmp_path.rglob("*.nii.gz"):
+        if image.name.removesuffix(".nii.gz") not in chosen:
+            image.unlink()
+    assert {item["name"] for item in few()} == chosen
+    with pytest.raises(InputError, match="of 40 volumes of split train are not on disk"):
+        ct_rate(tmp_path)
+
+
+def test_a_split_that_need_not_be_there_is_empty_and_told_of(tmp_path, caplog):
+    read = volumes("pretrain", (), None, dataset_dir=write_ct_rate(tmp_path, NAMES))
+    assert read(split="test", required=False) == [] and not caplog.text, "nobody names one"
+    for image in [*tmp_path.rglob("train_1_a_*.nii.gz"), *tmp_path.rglob("train_2*.nii.gz")]:
+        image.unlink()
+    with pytest.raises(InputError, match="3 of 4 volumes of split train are not on disk"):
+        read(split="train", required=False)
+    next(tmp_path.rglob("*.nii.gz")).unlink()
+    assert read(split="train", required=False) == []
+    assert "no volume of split train is on disk" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,22 @@ def test_a_worker_that_is_killed_costs_its_scan_alone(num_workers, capsys):
         loader.report()
 
 
+def hanging(value: int) -> torch.Tensor:
+    if value == 3:
+        time.sleep(600)
+    return read(value)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_worker_that_hangs_costs_its_scan_alone(num_workers, capsys):
+    items = [{"name": f"scan{value}", "image": value} for value in (1, 3, 2, 4)]
+    loader = ReadableLoader(Dataset(items, Compose([Lambdad("image", hanging)])), num_workers, timeout_minutes=0.03)
+    assert [name for batch in loader for name in batch["name"]] == ["scan1", "scan2", "scan4"]
+    assert "a worker, has not read scan3 within timeout_minutes" in capsys.readouterr().err
+    with pytest.raises(InputError, match=r"1 of 4 scans could not be read \(scan3\)"):
+        loader.report()
+
+
 class Hungry(nn.Module):
     """Asks for more memory than there is with the scan whose voxels are 3, fails with that whose voxels are 6."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 
@@ -9,7 +10,9 @@ import pytest
 import torch
 from custom_components.errors import InputError
 from custom_components.run.precision import bfloat16
-from custom_components.run.weights import save_atomically
+from custom_components.run.weights import save_atomically, save_weights
+
+from tests.conftest import BUNDLES
 
 CPUS = [  # kind, what torch.cpu.get_capabilities says of it, whether it has bfloat16
     ("Sapphire Rapids", {"avx2": True, "avx512_f": True, "avx512_bf16": True, "amx_bf16": True}, True),
@@ -100,6 +103,15 @@ def test_a_resumed_training_on_a_gpu_without_its_precision_is_refused(monkeypatc
     with pytest.raises(InputError, match=r"was trained in bfloat16, and a GPU has no bfloat16: give --amp false"):
         bfloat16("auto", "cuda:0", path, "auto")
     assert bfloat16(False, "cuda:0", path, str(path)) is False
+
+
+def test_an_evaluation_keeps_the_precision_that_the_weights_tell(monkeypatch, tmp_path: Path) -> None:
+    save_weights({"weight": torch.ones(1)}, tmp_path / "model.pt", {"settings": {}, "recipe": {"amp": False}})
+    cpu(monkeypatch, fast=True)
+    assert not bfloat16("auto", "cpu", tmp_path / "model.pt", "auto")
+    for bundle in ("pretrain", "classify", "segment"):
+        evaluate = json.loads((BUNDLES / bundle / "configs" / "evaluate.json").read_text())
+        assert (evaluate["bfloat16#checkpoint"], evaluate["bfloat16#resume"]) == ("@checkpoint", "auto")
 
 
 def test_a_checkpoint_that_tells_nothing_leaves_the_choice(monkeypatch, tmp_path: Path) -> None:

@@ -228,7 +228,7 @@ def test_a_validation_that_a_signal_interrupts_is_done_anew(tmp_path, signals, w
 
 def test_a_signal_before_the_first_step_ends_at_once(tmp_path, signals):
     told = interrupted(make_trainer(tmp_path), Events.STARTED)
-    assert told == "SIGTERM: ended; what is done is kept, and the same command goes on"
+    assert told == "SIGTERM: ended; what is written stays until the same command writes anew, or goes on with it"
     assert not (tmp_path / "checkpoint.pt").exists()
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.data import CacheDataset, Dataset, list_data_collate
 from monai.transforms import Compose, Lambdad, RandScaleIntensityd
+from torch.utils.data import DistributedSampler, Subset
 
 from tests.watch import runs, within
 
@@ -154,6 +155,14 @@ def test_a_worker_that_hangs_is_named_with_its_files_and_ended() -> None:
         next(batches)
     assert "timeout_minutes" in str(told.value) and "\n" not in str(told.value)
     assert within(5, lambda: not runs(int(re.search(r"process (\d+)", str(told.value))[1])))
+
+
+def test_the_hanging_file_of_a_process_that_reads_a_share_is_named() -> None:
+    everything = Hanging()
+    share = Subset(everything, [5, 1, 4, 0])
+    loader = WatchedDataLoader(share, 1, 0.02, sampler=DistributedSampler(share, 2, 0, shuffle=False))
+    with pytest.raises(InputError, match="has not read scan4.nii.gz within"):
+        list(loader)
 
 
 def test_a_training_names_the_hanging_file_of_its_shuffled_order() -> None:
