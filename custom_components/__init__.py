@@ -16,6 +16,7 @@ ask.py          trained weights of any bundle, asked from Python
 data/ how scans and reports come in, and how results go out:
     read.py         a CT or a label map from disk, with every check
     lists.py        reports, labels, MSD-style lists, folders of scans -> MONAI datalists
+    tables.py       the CSV and JSON files that these are in
     findings.py     scans whose sentences have masks: ReXGroundingCT, tables, phantoms
     save.py         maps, labels and probabilities to disk
     volume.py       NIfTI, and what a plausible CT is: without torch

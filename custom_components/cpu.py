@@ -5,6 +5,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 import torch
@@ -13,7 +14,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # as torch.cpu.get_capabilities names them, the faster first
-IDLE = "idle OpenMP team"
+WATCH, IDLE = "watch over the cores", "idle OpenMP team"
+BUSY, FREE = 30.0, 10.0  # percent of the time: a run alone, whose threads spin, makes about 1
+SECONDS_BETWEEN_LOOKS = 3.0
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h (glibc)
 
 
@@ -55,38 +58,58 @@ def threads_within_quota(file: str = "/sys/fs/cgroup/cpu.max") -> int:
     return threads
 
 
-def wait_asleep(device: torch.device) -> bool:
-    """Let OpenMP's threads sleep while they wait for each other, where they would spin.
+def wait_asleep_when_busy(device: torch.device, pressure: str = "/proc/pressure/cpu") -> bool:
+    """Let OpenMP's threads sleep while they wait for each other, as long as other processes want the cores.
 
-    A thread that spins keeps the core from the one that it waits for, once other processes want the cores too. libgomp
-    spins 300,000 times, but 100 times where there are more of its threads than cores (GCC's manual, GOMP_SPINCOUNT).
-    It reads its environment as torch is loaded, before any config; so here threads are added, which do nothing, until
-    they are more.
+    A thread that spins is faster where it has a core of its own, and else keeps the core from the one that it waits
+    for. libgomp spins 300,000 times, but 100 times where there are more of its threads than cores (GCC's manual,
+    GOMP_SPINCOUNT). It reads its environment as torch is loaded, before any config; so here threads are added, which do
+    nothing, until they are more, and taken away again.
+
+    Args:
+        pressure: where Linux says in what share of the time something had to wait for a core.
 
     Returns:
-        Whether anything was changed: only on Linux, only if the network's ``device`` is a CPU, and not where the
-        environment says how to wait.
+        Whether this process watches for it now: only on Linux, only if the network's ``device`` is a CPU, and not where
+        the environment says how to wait.
     """
     threads = torch.get_num_threads()
     asked = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    if device.type != "cpu" or not sys.platform.startswith("linux") or threads == 1 or asked:
+    openmp = _openmp() if os.path.isfile(pressure) else None
+    if device.type != "cpu" or threads == 1 or asked or openmp is None:
         return False
-    if any(thread.name == IDLE for thread in threading.enumerate()):
+    if any(thread.name == WATCH for thread in threading.enumerate()):
         return False
     team = 2 + max(0, len(os.sched_getaffinity(0)) - threads)  # its first thread is not counted
-    ready = threading.Event()
-    torch.set_num_threads(team)  # which a new thread takes over when it first computes
-    threading.Thread(target=_idle, args=(team, ready), name=IDLE, daemon=True).start()
-    ready.wait()
-    torch.set_num_threads(threads)
+    threading.Thread(target=_watch, args=(pressure, openmp, team), name=WATCH, daemon=True).start()
     return True
 
 
-def _idle(team: int, ready: threading.Event) -> None:
+def _openmp() -> ctypes.CDLL | None:
+    """The libgomp that torch computes with."""
+    with open("/proc/self/maps") as maps:
+        return next((ctypes.CDLL(line.split()[-1]) for line in maps if "/libgomp" in line), None)
+
+
+def _watch(pressure: str, openmp: ctypes.CDLL, team: int) -> None:
+    idle: threading.Event | None = None
+    while True:
+        waited = float(Path(pressure).read_text().partition("avg10=")[2].split()[0])  # percent, of all or some cores
+        if waited > BUSY and idle is None:
+            idle = threading.Event()
+            threading.Thread(target=_idle, args=(openmp, team, idle), name=IDLE, daemon=True).start()
+        elif waited < FREE and idle is not None:
+            idle.set()
+            idle = None
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+def _idle(openmp: ctypes.CDLL, team: int, end: threading.Event) -> None:
     """Every thread that computes gets a team of its own, which lives as long as it does."""
+    torch.get_num_threads()  # sets this thread's number, as in every thread that is new to torch
+    openmp.omp_set_num_threads(team)  # of this thread alone
     torch.ones(team << 16).exp_()  # large enough for each of the team to have a share
-    ready.set()
-    threading.Event().wait()
+    end.wait()
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -19,20 +19,17 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from custom_components.data.lists import (
-    _SPLIT_OF,
-    _excluded,
-    _find,
-    _header,
-    _json_lists,
-    _name_parser,
-    _named,
-    _present,
-    _shuffled,
-    _some,
-    _unique_names,
-    mask_file_name,
+from custom_components.data.lists import find_file, mask_file_name, shuffled, unique_names
+from custom_components.data.tables import (
+    SPLIT_OF,
+    header_of,
+    headers_of,
+    json_lists,
+    name_parser,
+    named_rows,
+    read_exclusion,
     read_table,
+    some,
 )
 from custom_components.data.volume import Unfit, check_geometry, read_volume, reading
 from custom_components.errors import InputError
@@ -83,8 +80,8 @@ def listed(dataset_dir: str | os.PathLike, table: str | os.PathLike = "findings.
     if not path.is_file():
         raise InputError(f"table {path} does not exist: give dataset_dir, and a table in it or an absolute path")
     frame = read_table(path)
-    headers = _present(path, frame, {key: (key,) for key in ("image", "sentence", "mask")})
-    headers |= {key: header for key in ("category", "patient", "split") if (header := _header(frame, key))}
+    headers = headers_of(path, frame, {key: (key,) for key in ("image", "sentence", "mask")})
+    headers |= {key: header for key in ("category", "patient", "split") if (header := header_of(frame, key))}
     frame = frame[list(headers.values())].set_axis(list(headers), axis=1)
     if not len(frame):
         raise InputError(f"table {path} names no scan: give another")
@@ -94,7 +91,7 @@ def listed(dataset_dir: str | os.PathLike, table: str | os.PathLike = "findings.
     items: dict[str, dict] = {}
     for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
         image, mask = (str(dataset_dir / Path(row[key].strip()).expanduser()) for key in ("image", "mask"))
-        split = row.get("split") and _SPLIT_OF.get(row["split"].strip().lower(), row["split"])
+        split = row.get("split") and SPLIT_OF.get(row["split"].strip().lower(), row["split"])
         own = {"image": image, "patient": row.get("patient"), "split": split}
         item = items.setdefault(os.path.abspath(image), own | {"findings": []})
         if any(item[key] != own[key] for key in ("patient", "split")):
@@ -109,10 +106,10 @@ def listed(dataset_dir: str | os.PathLike, table: str | os.PathLike = "findings.
     missing = [file for file in dict.fromkeys(missing) if not os.path.exists(file)]
     if missing:
         raise InputError(
-            f"{len(missing)} files of table {path} are not on disk ({_some(missing)}): set dataset_dir to the folder "
+            f"{len(missing)} files of table {path} are not on disk ({some(missing)}): set dataset_dir to the folder "
             "that they are relative to"
         )
-    names = _unique_names([Path(item["image"]) for item in items.values()])
+    names = unique_names([Path(item["image"]) for item in items.values()])
     for item, name in zip(items.values(), names, strict=True):
         item |= {"name": name, "patient": item["patient"] or name}
         item |= {"channel_first": False, "numbered": None, "partial": False}
@@ -125,7 +122,7 @@ def _entries(path: Path) -> dict[str, list[dict]]:
     """Split -> entries of a ReXGroundingCT list, each with ``name`` and sentences in ``findings``."""
     if not path.is_file():
         raise InputError(f"findings_list {path} does not exist: give dataset_dir, and a file in it or an absolute path")
-    lists = {_SPLIT_OF[split]: entries for split, entries in _json_lists(path).items() if split in _SPLIT_OF}
+    lists = {SPLIT_OF[split]: entries for split, entries in json_lists(path).items() if split in SPLIT_OF}
     if not any(lists.values()):
         raise InputError(f"findings_list {path} has no list train, val or test: give ReXGroundingCT's dataset.json")
     for split, entries in lists.items():
@@ -182,12 +179,12 @@ def rexgroundingct(
     lists = _entries(path)
     if not lists.get(split):
         raise InputError(f"split is {split}, and findings_list {path} has no such list (it has {', '.join(lists)})")
-    parse, images = _name_parser(name_pattern), [images] if isinstance(images, str) else images
+    parse, images = name_parser(name_pattern), [images] if isinstance(images, str) else images
     items, tried = [], []
     for entry in lists[split]:
         name = entry["name"].strip().removesuffix(".nii.gz")
         words = parse(name)
-        first, image = _find(images, images_dir, words | {"name": name})
+        first, image = find_file(images, images_dir, words | {"name": name})
         tried += [] if image else [first]
         mask, categories = dataset_dir / masks / f"{name}.nii.gz", entry.get("categories", {})
         findings = [
@@ -201,7 +198,7 @@ def rexgroundingct(
         item |= {"shape": tuple(entry["shape"])} if "shape" in entry else {}
         items.append(item | {"channel_first": True, "numbered": True})
     if len(tried) == len(items):
-        raise InputError(f"no volume of {path} is on disk ({_some(tried)}): set images_dir to CT-RATE's folder")
+        raise InputError(f"no volume of {path} is on disk ({some(tried)}): set images_dir to CT-RATE's folder")
     if not any(os.path.exists(item["findings"][0]["mask"]) for item in items):
         for item in items:
             item["findings"] = [finding | {"mask": None} for finding in item["findings"]]
@@ -228,7 +225,7 @@ def parted(items: Sequence[Mapping[str, Any]], valid_share: float, seed: int = 4
             )
         found = [dict(item) for item in items]
     else:
-        order = _shuffled([item["patient"] for item in items], seed)
+        order = shuffled([item["patient"] for item in items], seed)
         held_out = set(order[: max(1, round(valid_share * len(order)))])
         found = [dict(item, split="valid" if item["patient"] in held_out else "test") for item in items]
     patients = {split: {item["patient"] for item in found if item["split"] == split} for split in ("valid", "test")}
@@ -238,7 +235,7 @@ def parted(items: Sequence[Mapping[str, Any]], valid_share: float, seed: int = 4
             "column split, or none, and two patients at least"
         )
     if both := sorted(map(str, patients["valid"] & patients["test"])):
-        raise InputError(f"{len(both)} patients are of both valid and test ({_some(both)}): keep each in one split")
+        raise InputError(f"{len(both)} patients are of both valid and test ({some(both)}): keep each in one split")
     return found
 
 
@@ -260,7 +257,7 @@ def write_exclusion(
     Raises:
         InputError: none of the lists is there, or one is no such list.
     """
-    dataset_dir, parse = Path(dataset_dir).expanduser(), _name_parser(name_pattern)
+    dataset_dir, parse = Path(dataset_dir).expanduser(), name_parser(name_pattern)
     there = [dataset_dir / name for name in datalists if (dataset_dir / name).is_file()]
     if not there:
         raise InputError(f"dataset_dir {dataset_dir} has none of {', '.join(datalists)}: set it to ReXGroundingCT's")
@@ -295,9 +292,9 @@ def seen_in(
     """
     if trained_on is None:
         return None
-    path, parse = Path(trained_on).expanduser(), _name_parser(name_pattern)
-    frame, names = _named(path, id_column)
-    left_out = set().union(*_excluded(trained_without).values())
+    path, parse = Path(trained_on).expanduser(), name_parser(name_pattern)
+    frame, names = named_rows(path, id_column)
+    left_out = set().union(*read_exclusion(trained_without).values())
     seen: set[str] = set()
     for name in (Path(name).name for name in names):
         own = {name, parse(name).get("patient", name)}

@@ -5,8 +5,6 @@ columns, paths and splits are arguments, which the configs name. Nothing here im
 that wants only the list starts fast.
 """
 
-import csv
-import io
 import itertools
 import json
 import logging
@@ -14,7 +12,6 @@ import math
 import os
 import re
 import unicodedata
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import cache
@@ -23,8 +20,22 @@ from string import Formatter
 
 import numpy as np
 import pandas as pd
+from custom_components.data.tables import (
+    CELL_OF_LINES,
+    SPLIT_OF,
+    SPLITS,
+    check_exclusion,
+    header_of,
+    headers_of,
+    json_lists,
+    name_parser,
+    named_rows,
+    read_exclusion,
+    some,
+    warn_once,
+)
 from custom_components.errors import InputError
-from custom_components.files import VOXEL_SUFFIXES, no_key_twice, read_text
+from custom_components.files import VOXEL_SUFFIXES, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,25 +45,13 @@ CT_SUFFIXES: tuple[str, ...] = NIFTI_SUFFIXES + ITK_SUFFIXES
 # what people keep beside scans and nobody takes for one; any other entry of a folder is read, or refused by name
 DOCUMENTS: tuple[str, ...] = (".txt", ".md", ".csv", ".tsv", ".json", ".pdf")
 # first line of a list of scans; any other is a path, so that a mistyped one is not taken for a header
-CELL_OF_LINES = re.compile(r'(?<![^,;\t\r\n])"(?:[^"]|"")*"(?![^,;\t\r\n])')
 LIST_HEADER = re.compile(
     r"(?i)(?:ct|nifti|dicom|image|scan|volume|series|file|folder|path)?[ _-]?(?:path|file|name)?s?"
-)
-# the same of a list to leave out
-EXCLUDE_HEADER = re.compile(
-    r"(?i)(?:image|scan|volume|series|file|patient|subject|study|case)?[ _-]?(?:name|id|path)?s?"
 )
 
 # one file, or those of which the first that there is counts; or such of every split
 Files = str | Sequence[str] | None
 Tables = Files | Mapping[str, Files]
-# split -> what tables and datalists call it
-SPLITS: dict[str, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "valid": ("valid", "val", "validation", "dev"),
-    "test": ("test", "testing"),
-}
-_SPLIT_OF = {word: split for split, words in SPLITS.items() for word in words}
 NO_REPORT = r"not given\.?|n/?a|nan|none|null|-+"  # as CT-RATE, and tables that pandas wrote, say none
 SECTIONS = r"findings?|impressions?|conclusions?|technique|comparison|indication|(?:clinical )?history|recommendations?"
 # at the start of a line or sentence in any case, elsewhere capitalised: "no significant findings: ..." is no heading
@@ -159,15 +158,15 @@ def volumes(
     sections = {k: v for k, v in ({"report": report_column} if report_column else sections).items() if v}
     what = "reports" if sections else "labels"
     columns = columns or {}
-    parse = _name_parser(name_pattern)
+    parse = name_parser(name_pattern)
     images, masks = ([places] if isinstance(places, str) else list(places) for places in (images, masks))
     mentioned = {word for place in (*images, *masks) for _, word, *_ in Formatter().parse(place) if word}
 
     def read(path: Path, sections: Mapping[str, str] = sections) -> list[dict]:
-        frame, names = _named(path, id_column)
+        frame, names = named_rows(path, id_column)
         parts = [parse(name) for name in names]
         owners = [part.get("patient", name) for part, name in zip(parts, names, strict=True)]
-        patients, splits = _header(frame, patient_column), _header(frame, split_column)
+        patients, splits = header_of(frame, patient_column), header_of(frame, split_column)
         cells = frame[[header for header in frame if header in mentioned]].to_dict("records")
         cells = [{header: cell for header, cell in row.items() if cell == cell} for row in cells]  # without NaN
         content = {
@@ -180,11 +179,11 @@ def volumes(
             content |= _reports(path, frame, names, sections)
         wanted = {name: (name, columns.get(name)) for name in (["label"] if exclusive else classes)}
         if what == "reports":  # beside them, labels are optional
-            wanted = {name: candidates for name, candidates in wanted.items() if _header(frame, *candidates)}
-        headers = _present(path, frame, wanted)
+            wanted = {name: candidates for name, candidates in wanted.items() if header_of(frame, *candidates)}
+        headers = headers_of(path, frame, wanted)
         used = {names.name, patients, splits, *mentioned, *headers.values()}
         if what == "labels" and (extra := [header for header in frame if header not in used]):
-            _warn_once(f"{path}: {len(extra)} columns are no class, and are not used: {', '.join(extra)}")
+            warn_once(f"{path}: {len(extra)} columns are no class, and are not used: {', '.join(extra)}")
         if headers or not sections:
             content["label"] = _labels(path, frame, names, headers, classes, exclusive)
         return _once(path, [dict(zip(content, row, strict=True)) for row in zip(*content.values(), strict=True)])
@@ -204,16 +203,16 @@ def volumes(
             f"validation_share {validation_share}, test_share {test_share}): put them there, or change these keys or "
             f"{what}"
         )
-    lines = _excluded(exclude)
+    lines = read_exclusion(exclude)
     if lines:  # of any split, since one list serves all
         files = tables.values() if isinstance(tables, Mapping) else [tables]
         known, headers = set(), set()
-        for frame, names in (_named(path, id_column) for each in files if (path := _first(each, folder))):
-            patients = _header(frame, patient_column)
+        for frame, names in (named_rows(path, id_column) for each in files if (path := _first(each, folder))):
+            patients = header_of(frame, patient_column)
             known |= {*names, *(parse(name).get("patient", name) for name in names)}
             known |= set() if patients is None else set(frame[patients].dropna())
             headers |= {*frame.columns}
-        _check_excluded(exclude, lines, known, headers, f"volume or patient of {what}")
+        check_exclusion(exclude, lines, known, headers, f"volume or patient of {what}")
     excluded = set().union(*lines.values())
     rows = [row for row in rows if not {row["name"], row["patient"]} & excluded]
     if not rows:
@@ -224,7 +223,7 @@ def volumes(
         rows = [row for row in rows if row["patient"] in chosen]
     if limit is not None:
         counts = Counter(row["patient"] for row in rows)
-        drawn = _shuffled(list(counts), seed)
+        drawn = shuffled(list(counts), seed)
         enough = np.searchsorted(np.cumsum([counts[patient] for patient in drawn]), limit) + 1
         chosen = set(drawn[:enough])
         rows = [row for row in rows if row["patient"] in chosen]
@@ -233,15 +232,15 @@ def volumes(
 
     missing = []
     for row in rows:
-        tried, row["image"] = _find(images, dataset_dir, row["words"])
+        tried, row["image"] = find_file(images, dataset_dir, row["words"])
         if row["image"] is None:
             missing.append(tried)
     if not required and len(missing) == len(rows):
-        _warn_once(f"no volume of split {split} is on disk ({_some(missing)}): going on without that split")
+        warn_once(f"no volume of split {split} is on disk ({some(missing)}): going on without that split")
         return []
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(rows)} volumes of split {split} are not on disk ({_some(missing)}): put them "
+            f"{len(missing)} of {len(rows)} volumes of split {split} are not on disk ({some(missing)}): put them "
             "there, set dataset_dir or images, or list their names in a file given as exclude"
         )
     # asked for once, and not for every volume
@@ -250,7 +249,7 @@ def volumes(
     known = {row["name"]: row["label"] for row in read(beside, {})} if beside else {}
     if beside and (unknown := [row["name"] for row in rows if row["name"] not in known]):
         raise InputError(
-            f"{beside} has no row for {len(unknown)} of {len(rows)} volumes ({_some(unknown)}): download it again, or "
+            f"{beside} has no row for {len(unknown)} of {len(rows)} volumes ({some(unknown)}): download it again, or "
             "list their names in a file given as exclude"
         )
     said = _beside(finding_sentences, source, folder, "finding_sentences")
@@ -258,7 +257,7 @@ def volumes(
     return [
         {key: value for key, value in row.items() if key not in ("split", "words")}
         | ({"label": known[row["name"]]} if beside else {})
-        | ({"masks": found} if masks and (found := _find(masks, dataset_dir, row["words"])[1]) else {})
+        | ({"masks": found} if masks and (found := find_file(masks, dataset_dir, row["words"])[1]) else {})
         | ({"sentences": sentences.get(row["name"], {})} if said else {})
         for row in rows
     ]
@@ -298,7 +297,7 @@ def msd(
     path = dataset_dir / Path(datalist).expanduser()
     if not path.is_file():
         raise InputError(f"datalist {path} does not exist: give dataset_dir, and a datalist in it or an absolute path")
-    lists = _json_lists(path)
+    lists = json_lists(path)
     if "" in lists:
         raise InputError(f"datalist {path} is a plain list: say which split it is, as {{{json.dumps(split)}: [...]}}")
     if not lists.get(split) and not required:
@@ -315,33 +314,33 @@ def msd(
             raise InputError(f"datalist {path}: {split} holds {entry!r}, not a file name or an image with its label")
         if not entry.get("image"):
             raise InputError(f"datalist {path}: {split} holds {entry!r} without an image: add its path")
-        tried, found = _find(("{image}", "imagesTs/{image}"), dataset_dir, entry)
+        tried, found = find_file(("{image}", "imagesTs/{image}"), dataset_dir, entry)
         item = {"image": found or tried}
         if entry.get("label"):
             item["label"] = prepared(dataset_dir / entry["label"])
         if items.setdefault(os.path.abspath(item["image"]), item) != item:
             raise InputError(f"datalist {path}: {split} names {entry['image']} twice, with different labels: keep one")
     if repeated := len(lists[split]) - len(items):
-        _warn_once(f"datalist {path}: {repeated} entries of {split} repeat an image, used once")
-    lines = _excluded(exclude)
+        warn_once(f"datalist {path}: {repeated} entries of {split} repeat an image, used once")
+    lines = read_exclusion(exclude)
     if lines:  # of any list of the file, since one serves all
         named = [entry.get("image") for part in lists.values() for entry in part if isinstance(entry, dict)]
         known = {Path(image).name.removesuffix(".nii.gz") for image in named if isinstance(image, str)}
         known |= {stem(dataset_dir / image) for image in named if isinstance(image, str)}
-        _check_excluded(exclude, lines, known, set(), f"image of datalist {path}")
+        check_exclusion(exclude, lines, known, set(), f"image of datalist {path}")
     excluded = set().union(*lines.values())
     paths = [Path(item["image"]) for item in items.values()]
     # a file that is not there keeps its ending in its name
     kept = [i for i, image in enumerate(paths) if stem(image).removesuffix(".nii.gz") not in excluded]
     if not kept:
         raise InputError(f"exclude {exclude} leaves nothing of {split} in datalist {path}: change one of the two")
-    items = [item | {"name": name} for item, name in zip(items.values(), _unique_names(paths), strict=True)]
-    items = [items[i] for i in sorted(_chosen(set(kept), _shuffled(range(len(items)), seed), data_fraction))]
+    items = [item | {"name": name} for item, name in zip(items.values(), unique_names(paths), strict=True)]
+    items = [items[i] for i in sorted(_chosen(set(kept), shuffled(range(len(items)), seed), data_fraction))]
 
     missing = [file for item in items for key, file in item.items() if key != "name" and not os.path.exists(file)]
     if missing:
         raise InputError(
-            f"{len(missing)} files of {split} in datalist {path} are not on disk ({_some(missing)}): set dataset_dir "
+            f"{len(missing)} files of {split} in datalist {path} are not on disk ({some(missing)}): set dataset_dir "
             "to the folder that they are relative to"
         )
     if labelled and (absent := [item["name"] for item in items if "label" not in item]):
@@ -409,7 +408,7 @@ def scans(path: str | os.PathLike, scans_file: str | os.PathLike | None = None) 
                 f"{path} holds no {', '.join(CT_SUFFIXES)} or DICOM file, and no subfolder with DICOM files: "
                 "give the folder directly above the scans"
             )
-    return [{"image": str(entry), "name": name} for entry, name in zip(paths, _unique_names(paths), strict=True)]
+    return [{"image": str(entry), "name": name} for entry, name in zip(paths, unique_names(paths), strict=True)]
 
 
 def _listed(path: Path) -> list[Path]:
@@ -464,7 +463,7 @@ def _voxel_files(header: Path) -> list[str]:
     return own + [re.sub(r"%0?\d*d", r"\\d+", re.escape(file)) for file in files]
 
 
-def _unique_names(paths: Sequence[Path]) -> list[str]:
+def unique_names(paths: Sequence[Path]) -> list[str]:
     """A name of each path that no other has, in any case of its letters, and which says where it lies if it must."""
     paths = [Path(os.path.abspath(path)) for path in paths]
     stems = [stem(path) for path in paths]
@@ -504,74 +503,10 @@ def _folded(name: str) -> str:
     return unicodedata.normalize("NFC", name.casefold())
 
 
-def _json_lists(path: Path) -> dict[str, list[dict]]:
-    """Split -> records of a datalist, or "" -> records of a plain list of them; a bare file name is an image."""
-    try:
-        content = json.loads(read_text(path, "JSON"), object_pairs_hook=no_key_twice)
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
-        raise InputError(f"datalist {path} is not JSON ({error}): download it again") from error
-    content = content if isinstance(content, dict) else {"": content}
-    lists = {key: entries for key, entries in content.items() if isinstance(entries, list)}
-    return {k: [{"image": e} if isinstance(e, str) else e for e in entries] for k, entries in lists.items()}
-
-
-def read_table(path: Path) -> pd.DataFrame:
-    """A table's rows, all cells as strings. Lists of splits are joined, and a column `split` says whose a row is.
-
-    Raises:
-        InputError: it is no CSV, JSON or JSON lines in UTF-8, or a row has more cells than the header.
-    """
-    try:
-        if path.suffix.lower() == ".json":
-            lists = _json_lists(path)
-            if lists and not lists.keys() & {"", *_SPLIT_OF}:
-                raise InputError(f"{path} has lists {', '.join(lists)}: call them training, validation and testing")
-            return _frame([e | ({"split": k} if k else {}) for k in lists if k in ("", *_SPLIT_OF) for e in lists[k]])
-        text = read_text(path, "a CSV or JSON file")
-        if path.suffix.lower() == ".jsonl":
-            return _frame(
-                [json.loads(line, object_pairs_hook=no_key_twice) for line in text.split("\n") if line.strip()]
-            )
-        header = text.split("\n", 1)[0]
-        separator = max(",;\t", key=header.count)
-        names = Counter(name.strip().casefold() for name in next(csv.reader([header], delimiter=separator), ()))
-        if repeated := [name for name, count in names.items() if name and count > 1]:
-            raise ValueError(f"it has the column {repeated[0]!r} twice")
-        with warnings.catch_warnings():  # of cells beyond the header, which would be lost
-            warnings.simplefilter("error", pd.errors.ParserWarning)
-            # a volume may be called NA: what is empty alone is no value
-            options = {"dtype": str, "index_col": False, "keep_default_na": False, "na_values": [""]}
-            return pd.read_csv(io.StringIO(text), sep=separator, **options)
-    except InputError:
-        raise
-    # pandas' are ValueErrors
-    except (ValueError, AttributeError, TypeError, RecursionError, pd.errors.ParserWarning) as error:
-        raise InputError(
-            f"{path} cannot be read as a CSV or JSON file in UTF-8 ({str(error).strip().splitlines()[0]}): download it "
-            "again, or save it so"
-        ) from error
-
-
-def _frame(records: list[dict]) -> pd.DataFrame:
-    """JSON values as cells: true and false are 1 and 0, null is no value."""
-    if wrong := [record for record in records if not isinstance(record, dict)]:
-        raise ValueError(f"a row is {str(wrong[0])[:50]!r}, and should name its columns")
-    cells = pd.DataFrame(records, dtype=object)
-    return cells.map(lambda cell: str(int(cell) if isinstance(cell, bool) else cell), na_action="ignore").astype("str")
-
-
-def _header(frame: pd.DataFrame, *candidates: str | None) -> str | None:
-    """The first of the candidates that the table has, whatever its case."""
-    headers = {header.strip().casefold(): header for header in frame.columns}
-    return next((headers[c.casefold()] for c in candidates if c and c.casefold() in headers), None)
-
-
 def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str, str]]:
     """Volume -> finding -> the sentence of the report that speaks of it."""
-    frame, names = _named(path, id_column)
-    finding, sentence = _present(path, frame, {key: (key,) for key in ("Finding", "Sentence")}).values()
+    frame, names = named_rows(path, id_column)
+    finding, sentence = headers_of(path, frame, {key: (key,) for key in ("Finding", "Sentence")}).values()
     said: dict[str, dict[str, str]] = defaultdict(dict)
     for name, of, text in zip(names, frame[finding], frame[sentence], strict=True):
         if str(said[name].setdefault(of, text)) != str(text):  # NaN where there is none
@@ -579,69 +514,34 @@ def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str,
     return dict(said)
 
 
-def _present(path: Path, frame: pd.DataFrame, wanted: Mapping[str, Sequence[str | None]]) -> dict[str, str]:
-    """What -> header, of candidates of which each must be there."""
-    found = {key: _header(frame, *candidates) for key, candidates in wanted.items()}
-    if absent := [next(filter(None, wanted[key])) for key, header in found.items() if header is None]:
-        raise InputError(
-            f"{path} has no column {', '.join(absent)} (it has {', '.join(frame.columns)}): give another table, rename "
-            "its columns, or set the keys that name them"
-        )
-    return found
-
-
-def _named(path: Path, id_column: str | None) -> tuple[pd.DataFrame, pd.Series]:
-    """The rows that name a volume, and these names; the name of the series is the column's."""
-    frame = read_table(path)
-    if len(frame.columns):
-        ids = _present(path, frame, {"id": (id_column,)})["id"] if id_column else frame.columns[0]
-        named = frame[ids].str.strip().fillna("") != ""
-        rest = frame[~named].drop(columns=[ids, "split"], errors="ignore")
-        if nameless := int((rest.fillna("").apply(lambda cells: cells.str.strip()) != "").any(axis=1).sum()):
-            _warn_once(f"{path}: {nameless} rows name no volume ({ids} is empty), and are not used")
-        frame = frame[named].reset_index(drop=True)
-    if not len(frame):
-        raise InputError(f"{path} names no volume: download it again, or give another table")
-    return frame, frame[ids].str.strip().str.removesuffix(".nii.gz")
-
-
-def _name_parser(pattern: str | None) -> Callable[[str], dict[str, str]]:
-    """Name -> what its parts mean, by the pattern's named groups; nothing for a name of another form."""
-    try:
-        form = re.compile(pattern or "")
-    except re.error as error:
-        raise InputError(f"name_pattern {pattern} is no regular expression ({error}): correct it") from error
-    return lambda name: {k: v for k, v in match.groupdict().items() if v} if (match := form.fullmatch(name)) else {}
-
-
 def _split_of(path: Path, words: pd.Series) -> list[str]:
-    if unknown := [word for word in words.unique() if str(word).strip().lower() not in _SPLIT_OF]:
+    if unknown := [word for word in words.unique() if str(word).strip().lower() not in SPLIT_OF]:
         raise InputError(
             f"{path}: {words.name} is {unknown[0]!r}: make it train, valid or test, or set split_column to null"
         )
-    return [_SPLIT_OF[word.strip().lower()] for word in words]
+    return [SPLIT_OF[word.strip().lower()] for word in words]
 
 
 def _reports(path: Path, frame: pd.DataFrame, names: pd.Series, sections: Mapping[str, str]) -> dict[str, list[str]]:
     """Findings and impression, from a column each or from whole reports."""
     texts = {}
-    for key, header in _present(path, frame, {key: (header,) for key, header in sections.items()}).items():
+    for key, header in headers_of(path, frame, {key: (header,) for key, header in sections.items()}).items():
         text = frame[header].fillna("").str.strip()
         texts[key] = text.mask(text.str.fullmatch(NO_REPORT, case=False), "").tolist()
     if "report" in texts:
         parted = [_sections(report) for report in texts["report"]]
         plain = [name for name, part, text in zip(names, parted, texts["report"], strict=True) if text and part is None]
         if plain:
-            _warn_once(
+            warn_once(
                 f"{path}: {len(plain)} of {len(names)} reports have no heading FINDINGS: or IMPRESSION: "
-                f"({_some(plain)}), and all of their text is taken for findings"
+                f"({some(plain)}), and all of their text is taken for findings"
             )
         pairs = [part or (text, "") for part, text in zip(parted, texts["report"], strict=True)]
         texts = {"findings": [findings for findings, _ in pairs], "impression": [impression for _, impression in pairs]}
     texts = {key: texts.get(key) or [""] * len(names) for key in ("findings", "impression")}
     if empty := [name for name, *text in zip(names, *texts.values(), strict=True) if not any(text)]:
-        _warn_once(
-            f"{path}: {len(empty)} of {len(names)} reports are empty ({_some(empty)}): of these volumes only the "
+        warn_once(
+            f"{path}: {len(empty)} of {len(names)} reports are empty ({some(empty)}): of these volumes only the "
             "images are trained on; list their names in a file given as exclude to leave them out"
         )
     return texts
@@ -698,9 +598,9 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
         if own != others:
             raise InputError(f"{path} names {row['name']} twice, and differently: keep one row per volume")
     if several := [scan for scan, reports in scans.items() if len(reports) > 1]:
-        _warn_once(f"{path}: {len(several)} scans have several reports ({_some(several)}): each volume keeps its own")
+        warn_once(f"{path}: {len(several)} scans have several reports ({some(several)}): each volume keeps its own")
     if repeated:
-        _warn_once(f"{path}: {len(repeated)} rows repeat a volume with the same report ({_some(repeated)}), used once")
+        warn_once(f"{path}: {len(repeated)} rows repeat a volume with the same report ({some(repeated)}), used once")
     return list(first.values())
 
 
@@ -711,7 +611,7 @@ def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dic
         for row in rows:
             splits[row["patient"]].add(row["split"])
         if several := [patient for patient, of in splits.items() if len(of) > 1]:
-            _warn_once(f"{len(several)} patients stand in several splits ({_some(several)}): scores will be too good")
+            warn_once(f"{len(several)} patients stand in several splits ({some(several)}): scores will be too good")
         return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     order = _order(rows, seed)
     held_out = set(order[len(order) - round(test_share * len(order)) :])
@@ -740,7 +640,7 @@ def _order(rows: Sequence[Mapping[str, object]], seed: int) -> list[Hashable]:
     A patient counts for the rarest of his findings, so that the rare ones, which a small stretch would lack, are spread
     most evenly.
     """
-    order = _shuffled([row["patient"] for row in rows], seed)
+    order = shuffled([row["patient"] for row in rows], seed)
     findings: dict[Hashable, np.ndarray] = {}
     for row in rows:
         if (label := row.get("label")) is not None:
@@ -761,7 +661,8 @@ def _order(rows: Sequence[Mapping[str, object]], seed: int) -> list[Hashable]:
     return [order[i] for i in place.argsort(kind="stable")]
 
 
-def _shuffled(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
+def shuffled(owners: Sequence[Hashable], seed: int) -> list[Hashable]:
+    """Each owner once, in an order that follows from the seed and from who they are, not from how they are listed."""
     return np.random.RandomState(seed).permutation(sorted(set(owners))).tolist()
 
 
@@ -782,7 +683,7 @@ def _tell_absent(rows: Sequence[Mapping[str, object]], split: str, classes: Sequ
     always = [name for name, column in zip(classes, labels.T, strict=True) if column.all()]
     for names, how in ((absent, "has none of"), (always, "has nothing but")):
         if names:
-            _warn_once(
+            warn_once(
                 f"split {split}, {len(rows)} volumes, {how}: {', '.join(names)}; raise data_fraction or its share"
             )
 
@@ -802,7 +703,7 @@ def _beside(tables: Tables, split: str, folder: Path, key: str) -> Path | None:
     return _first(files, folder, key if isinstance(tables, str) else None)
 
 
-def _find(patterns: Sequence[str], dataset_dir: Path, words: Mapping[str, str]) -> tuple[str, str | None]:
+def find_file(patterns: Sequence[str], dataset_dir: Path, words: Mapping[str, str]) -> tuple[str, str | None]:
     """Of the patterns whose words a volume has, filled in: the first, and the first that exists."""
     tried = []
     for pattern in patterns:
@@ -817,49 +718,6 @@ def _find(patterns: Sequence[str], dataset_dir: Path, words: Mapping[str, str]) 
             f"{words['name']!r} does not have all words of {', '.join(patterns)}: correct it, name_pattern, or images"
         )
     return tried[0], None
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
-
-
-@cache
-def _warn_once(message: str) -> None:
-    logger.warning(message)
-
-
-def _first_cells(path: Path) -> list[str]:
-    """First cell of each line; of a .txt file the line, since names may hold commas."""
-    text = read_text(path)
-    if path.suffix.lower() == ".txt":
-        return [line.strip().strip('"') for line in text.splitlines()]
-    return [row[0].strip() if row else "" for row in csv.reader(io.StringIO(text, newline=""))]
-
-
-def _excluded(path: str | os.PathLike | None) -> dict[str, set[str]]:
-    """First cell of each line -> the names it may stand for: with and without folders, without file ending."""
-    cells = [] if path is None else [cell for cell in _first_cells(Path(path).expanduser()) if cell]
-    lines = {}
-    for cell in cells:
-        spelt = (cell, cell.split(",")[0].strip())
-        lines[cell] = {name.removesuffix(".nii.gz") for part in spelt for name in (part, Path(part).name)}
-    return lines
-
-
-def _check_excluded(
-    path: str | os.PathLike, lines: Mapping[str, set[str]], known: set[str], headers: set[str], what: str
-) -> None:
-    """Raises an InputError for a line that names nothing, as a mistyped one does; the first may be a header."""
-    unknown = [cell for cell, names in lines.items() if not names & known]
-    if unknown and unknown[0] == next(iter(lines)):
-        words = unknown[0].split(",")[0].strip()
-        if EXCLUDE_HEADER.fullmatch(words) or words.casefold() in {header.strip().casefold() for header in headers}:
-            del unknown[0]
-    if unknown:
-        raise InputError(
-            f"exclude {path}: {len(unknown)} of its {len(lines)} lines name no {what} ({_some(unknown)}): correct "
-            "them, or take them out"
-        )
 
 
 def _is_scan(path: Path) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from custom_components.data.lists import read_table
+from custom_components.data.tables import read_table
 from custom_components.data.volume import Raw, Unfit, first_line, is_hu, open_file, read_nifti, read_volume
 from custom_components.errors import InputError
 from nibabel.orientations import axcodes2ornt

@@ -23,7 +23,7 @@ from typing import Any
 import custom_components
 import torch
 from custom_components import distributed
-from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep
+from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep_when_busy
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder, only_writer
@@ -57,7 +57,8 @@ def start(
     all keys are known and in their range (:func:`check_keys`), no other run writes to ``models_dir`` until this process
     ends, MONAI's ``--tracking`` works (:func:`track_batches`), what is imported is not searched for garbage
     (:func:`keep_imported`), there are no more threads than a container's share of the CPUs, and where there is no GPU,
-    freed memory stays with the process and threads wait asleep (:mod:`custom_components.cpu`).
+    freed memory stays with the process, and threads wait asleep where others want the cores
+    (:mod:`custom_components.cpu`).
 
     Args:
         seed: of all random numbers, with deterministic algorithms; None for a run that draws none.
@@ -91,7 +92,7 @@ def start(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed(device)
     threads_within_quota()
-    wait_asleep(device)
+    wait_asleep_when_busy(device)
     keep_imported()
     if seed is not None:
         set_determinism(seed)

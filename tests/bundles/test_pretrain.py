@@ -35,6 +35,8 @@ TINY = {
     "eval_batch_size": 4,
     "val_interval": 1,
 }
+OF_THE_COHORT = {key: value for key, value in TINY.items() if "#" not in key} | {"dataset_dir": "data/phantom"}
+ONE_EPOCH = OF_THE_COHORT | {"max_epochs": 1, "evaluate_after_training": False}
 
 
 @pytest.fixture(scope="session")
@@ -92,14 +94,27 @@ def test_trains_and_evaluates_on_real_anatomy(run_here: Callable, tmp_path: Path
 
 def test_same_seed_same_losses(bundle: Path, run_here: Callable, tmp_path: Path) -> None:
     """Without the looks at held-out volumes, which so leave no trace in the training."""
-    keys = TINY | {"dataset_dir": bundle / "data" / "phantom", "evaluate_after_training": False}
-    keys = {k: v for k, v in keys.items() if not k.startswith("dataset_dir#")}
-    run_here(TRAIN, **keys)
+    run_here(TRAIN, **OF_THE_COHORT | {"evaluate_after_training": False, "val_interval": None})
 
     def curve(log_dir: Path) -> list[float]:
         return [event.value for event in EventAccumulator(str(log_dir)).Reload().Scalars("loss/total")]
 
     assert curve(tmp_path / "eval" / "tensorboard") == curve(bundle / "eval" / "tensorboard")
+
+
+def test_losses_on_held_out_volumes_need_no_evaluation(run_here: Callable, tmp_path: Path) -> None:
+    run_here(TRAIN, **ONE_EPOCH)
+    scalars = EventAccumulator(str(tmp_path / "eval" / "tensorboard")).Reload().Tags()["scalars"]
+    assert "held_out/alignment" in scalars and not (tmp_path / "eval" / "metrics.json").exists()
+
+
+def test_a_data_set_without_volumes_to_hold_out_says_so(
+    run_here: Callable, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    only = {"train": "dataset/radiology_text_reports/train_reports.csv"}
+    with caplog.at_level("INFO"):
+        run_here(TRAIN, **ONE_EPOCH, reports=only)
+    assert "no volumes are held out" in caplog.text and (tmp_path / "models" / "model.pt").exists()
 
 
 def test_resume_goes_on_where_it_stopped(bundle: Path, run_here: Callable, tmp_path: Path) -> None:

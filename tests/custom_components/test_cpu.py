@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep
+from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep_when_busy
 
 FAULTS = """
 import resource, sys, torch
@@ -45,38 +45,45 @@ def test_freed_memory_is_used_again() -> None:
 
 
 WAITING = """
-import sys, time, torch
-from custom_components.cpu import wait_asleep
+import pathlib, sys, threading, time, torch
+from custom_components import cpu
 
+pressure = pathlib.Path(sys.argv[1])
+pressure.write_text("some avg10=1.00 avg60=0.00")
+cpu.SECONDS_BETWEEN_LOOKS = 0.02
 device = torch.device("cpu")
-if sys.argv[1] == "asleep":
-    assert wait_asleep(device) and not wait_asleep(device), "once is enough"
-    assert torch.get_num_threads() == 2
+assert cpu.wait_asleep_when_busy(device, str(pressure)) and not cpu.wait_asleep_when_busy(device, str(pressure)), "once"
 torch.ones(1 << 20).exp_()
-spent = -time.process_time()
-for _ in range(100):
-    torch.ones(1 << 16).exp_()
-    time.sleep(0.02)
-print(spent + time.process_time())
+
+def spent():
+    before = time.process_time()
+    for _ in range(100):
+        torch.ones(1 << 16).exp_()
+        time.sleep(0.02)
+    return time.process_time() - before
+
+for share in ("1.00", "80.00", "20.00", "0.00"):
+    pressure.write_text(f"some avg10={share} avg60=0.00")
+    time.sleep(0.3)
+    assert torch.get_num_threads() == 2
+    print(spent(), flush=True)
 """
 
 
-def waiting(how: str, **environment: str) -> float:
+@pytest.mark.skipif(not Path("/proc/pressure/cpu").is_file() or len(os.sched_getaffinity(0)) < 2, reason="two cores")
+def test_threads_wait_asleep_while_others_want_the_cores(tmp_path: Path) -> None:
     """Seconds of CPU that 100 short products take with pauses between them, in two threads."""
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")} | environment
-    environment["OMP_NUM_THREADS"] = "2"
-    command = [sys.executable, "-c", WAITING, how]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-
-
-@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="libgomp and two cores")
-def test_threads_wait_asleep() -> None:
-    assert waiting("asleep") < 0.5 * waiting("spinning"), "they sleep without it: it could go"
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    command = [sys.executable, "-c", WAITING, str(tmp_path / "cpu")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "2"})
+    assert done.returncode == 0, done.stderr
+    free, busy, less_busy, free_again = map(float, done.stdout.split())
+    assert max(busy, less_busy) < 0.5 * min(free, free_again)
 
 
 def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert not wait_asleep(torch.device("cpu"))
+    assert not wait_asleep_when_busy(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -100,4 +107,4 @@ def test_no_more_threads_than_a_container_has_cores(
 
 
 def test_other_devices_are_left_alone() -> None:
-    assert not keep_freed(torch.device("meta")) and not wait_asleep(torch.device("meta"))
+    assert not keep_freed(torch.device("meta")) and not wait_asleep_when_busy(torch.device("meta"))
