@@ -284,6 +284,9 @@ def seen_in(
 ) -> set[str] | None:
     """Names of the volumes and patients that weights were trained on; None where no table is given.
 
+    Volumes that a training's ``validation_share`` or ``data_fraction`` left out count as trained on, unless
+    ``trained_without`` names them too.
+
     Args:
         trained_on: table of the training, such as CT-RATE's train_reports.csv.
         trained_without: the file that the training was given as ``exclude``.
