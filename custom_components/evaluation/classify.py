@@ -110,7 +110,9 @@ class ProbeEvaluation:
         folder = Path(self.output_dir)
         write_predictions(folder / "predictions.csv", items, self.classes, truth, probability)
         write_report(self.output_dir, metrics, rows, *_table(metrics))
-        figures.save(folder / "roc_pr.png", figures.roc_and_pr_curves, truth, probability, self.classes)
+        figures.save(
+            folder / "roc_pr.png", figures.roc_and_pr_curves, truth, probability, self.classes, metrics["per_class"]
+        )
         if self.exclusive:
             matrix = metrics["confusion_matrix"]
             figures.save(folder / "confusion_matrix.png", figures.confusion_matrix, matrix, self.classes)

@@ -19,7 +19,7 @@ import pandas as pd
 from custom_components.data.save import argmax_labels
 from custom_components.files import not_worth_a_run, picture, remove_temporary
 from ignite.engine import Engine, Events
-from matplotlib import colormaps
+from matplotlib import color_sequences, colormaps
 from matplotlib.axes import Axes
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
@@ -37,7 +37,8 @@ CT = {"cmap": "gray", "vmin": -1, "vmax": 0.4}
 LUNG, SOFT_TISSUE, BOTH = (-1350, 150), (-160, 240), (-1150, 350)  # HU
 OUTLINE, TRUTH = "#00e5ff", "#7dff5a"
 COMPARED = 4  # sentences at most of which each is shown on the slices of all
-COLOURS = tuple(colormaps["tab20"].colors[::2] + colormaps["tab20"].colors[1::2])  # of classes 1, 2, ...
+# of classes 1, 2, ...: ten that people with any colour vision tell apart, then more
+COLOURS = tuple(color_sequences["petroff10"] + color_sequences["tab20"][1::2])
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
 SIDES = {2: "RL", 1: "RL", 0: "AP"}  # left and right of a plane
 
@@ -430,26 +431,41 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str) -
     figure = Figure(figsize=(2.2 + 1.7 * len(values), 3.6), layout="constrained")
     reach = np.stack([mean - low, high - mean]).transpose(2, 0, 1)  # bar, side, group
     axes = mean.plot.bar(ax=figure.subplots(), yerr=reach, capsize=3, rot=0, ylabel=ylabel, color=COLOURS)
+    axes.set_xticks(range(len(values)), [textwrap.fill(group, 20) for group in values])
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize=9)
     return figure
 
 
-def roc_and_pr_curves(truth: np.ndarray, score: np.ndarray, classes: Sequence[str]) -> Figure:
-    """ROC and precision-recall curve of every class with both label values; ``truth`` and ``score`` are ``[N, C]``."""
+LEGEND = ("auroc", "average_precision")
+
+
+def roc_and_pr_curves(
+    truth: np.ndarray, score: np.ndarray, classes: Sequence[str], measured: Mapping[str, Mapping[str, Any]]
+) -> Figure:
+    """ROC and precision-recall curve of every class with both label values.
+
+    Args:
+        truth, score: ``[N, C]``.
+        measured: class -> ``auroc``, ``average_precision``: each ``value``, ``low``, ``high``, told beside its curve.
+    """
     figure = Figure(figsize=(11.0, 5.0), layout="constrained")
     roc, pr = figure.subplots(1, 2)
     for c, name in enumerate(classes):
         y, scored = truth[:, c], score[:, c]
         if np.ptp(y) > 0:
-            style = {"curve_kwargs": {"color": f"C{c % 10}", "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}}
-            RocCurveDisplay.from_predictions(y, scored, ax=roc, name=name, **style)
-            PrecisionRecallDisplay.from_predictions(y, scored, ax=pr, name=f"{name}, {y.mean():.0%} positive", **style)
+            colour = COLOURS[c % len(COLOURS)]
+            style = {"curve_kwargs": {"color": colour, "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}}
+            RocCurveDisplay.from_predictions(y, scored, ax=roc, **style)
+            PrecisionRecallDisplay.from_predictions(y, scored, ax=pr, **style)
+            values = ("{value:.2f} ({low:.2f} to {high:.2f})".format(**measured[name][of]) for of in LEGEND)
+            roc.lines[-1].set_label(f"{name} {next(values)}")
+            pr.lines[-1].set_label(f"{name} {next(values)}, {y.mean():.0%} positive")
     roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
-    roc.set(title="ROC", xlabel="1 - specificity", ylabel="sensitivity")
-    pr.set(title="precision-recall", xlabel="sensitivity", ylabel="precision")
+    roc.set(title="ROC: area under the curve, 95 % interval", xlabel="1 - specificity", ylabel="sensitivity")
+    pr.set(title="precision-recall: average precision, 95 % interval", xlabel="sensitivity", ylabel="precision")
     for axes in (roc, pr):
-        axes.legend(fontsize=6)
+        axes.legend(fontsize=7 if len(classes) <= 8 else 5)
         axes.grid(alpha=0.3)
     return figure
 

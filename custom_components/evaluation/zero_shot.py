@@ -192,7 +192,8 @@ class ZeroShotEvaluation:
         if values is not None:
             truth, folder = test.labels()[:, self.columns], Path(self.output_dir)
             write_predictions(folder / "predictions.csv", test.items, self.classes, truth, values)
-            figures.save(folder / "roc_pr.png", figures.roc_and_pr_curves, truth, values, self.classes)
+            measured = metrics["zero_shot"]["per_class"]
+            figures.save(folder / "roc_pr.png", figures.roc_and_pr_curves, truth, values, self.classes, measured)
         if failures:
             raise InputError(
                 f"{len(failures)} volumes could not be read and were left out ({', '.join(n for n, _ in failures)}); "

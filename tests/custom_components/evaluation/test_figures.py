@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import permutations, product
+from itertools import pairwise, permutations, product
 
 import numpy as np
 import pytest
 import torch
+from custom_components.evaluation import figures
 from custom_components.evaluation.figures import COMPARED, canonical, height_of, sentence_panel
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
@@ -68,3 +69,14 @@ def test_the_peak_is_where_it_is_in_the_patient(tmp_path) -> None:
     texts = {text.get_text(): text.get_position() for text in axes.texts}
     assert texts["R"][0] < 0.5 < texts["L"][0] and "z = \N{MINUS SIGN}82 mm" in texts
     figure.savefig(tmp_path / "panel.png")
+
+
+def test_names_under_the_bars_keep_apart() -> None:
+    entry = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    of = ("foreground mean", "lesions mean", "organs mean")
+    figure = figures.bars(
+        {f"{name} at 100% of the labels": {"pretrained": entry, "scratch": entry} for name in of}, "Dice"
+    )
+    figure.canvas.draw()
+    boxes = [label.get_window_extent() for label in figure.axes[0].get_xticklabels()]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
