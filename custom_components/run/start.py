@@ -29,6 +29,7 @@ from custom_components.errors import InputError
 from custom_components.files import check_folder, only_writer
 from custom_components.processes import TRY_AGAIN, EndOnSignal, Interrupted
 from custom_components.run.keys import check_keys, configs_folder, running
+from custom_components.run.weights import trained_with
 from monai.bundle import ConfigParser
 from monai.bundle.utils import DEFAULT_EXP_MGMT_SETTINGS
 from monai.utils import set_determinism
@@ -48,7 +49,7 @@ def start(
     rank_zero_alone: bool = False,
     keys: str = "train",
     writes: Sequence[str] = (),
-    trained_with: Mapping[str, Any] | None = None,
+    evaluated: str | Path | None = None,
 ) -> None:
     """What ``initialize`` of every config does, once the bundle is on ``sys.path``.
 
@@ -66,16 +67,16 @@ def start(
         rank_zero_alone: under torchrun, end all processes but one: the work is not divided.
         keys: the section of ``configs/keys.json`` that says what the config's keys may be.
         writes: the keys whose folders the run writes to.
-        trained_with: values of keys that nobody gives, from the checkpoint of an evaluation.
+        evaluated: of an evaluation, the training's checkpoint, from which keys that nobody gives take their values.
 
     Raises:
         InputError: the components are not this bundle's, a key is wrong, a folder cannot be written, another run writes
-            to ``models_dir``, or the config needs torchrun and was started without.
+            to ``models_dir``, the checkpoint cannot be read, or the config needs torchrun and was started without.
     """
     OneLineErrors()
     EndOnSignal.install()
     check_components(bundle_root)
-    values = check_keys(bundle_root, keys, trained_with)
+    values = check_keys(bundle_root, keys, None if evaluated is None else trained_with(evaluated))
     one_console()
     tell(bundle_root, keys, values, writes)
     track_batches()

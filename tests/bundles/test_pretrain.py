@@ -153,7 +153,7 @@ def test_evaluation_takes_from_its_checkpoint_what_nobody_gives(
     words = ["checkpoint.pt", "pixdim [4.0, 4.0, 8.0]", "pixdim is [1.5, 1.5, 3.0]"]
     for files, more in (([], {"pixdim": [1.5, 1.5, 3.0]}), ([overlay.name], {})):
         refuses(["train.json", *files, "evaluate.json"], keys | more, *words)
-    refuses(["train.json", "evaluate.json"], keys | {"models_dir": tmp_path}, "checkpoint.pt: no such checkpoint")
+    fails_with(run(bundle, ["train.json", "evaluate.json"], models_dir=tmp_path), "checkpoint.pt: no such checkpoint")
 
 
 def test_mlflow_tracks_a_training(bundle: Path, tracked: Callable) -> None:
