@@ -103,7 +103,10 @@ class Raw:
 
 
 def is_hu(sample: np.ndarray) -> bool:
-    """Whether intensities can be HU of a trunk or a head: air and soft tissue where they belong, and not elsewhere."""
+    """Whether intensities can be HU of a trunk or a head: air and soft tissue where they belong, and not elsewhere.
+
+    HU shifted, or scaled by more than two, are told; halved ones pass where their padding is noisy.
+    """
 
     def share(window: tuple[float, float]) -> float:
         return np.mean((sample > window[0]) & (sample < window[1]))
