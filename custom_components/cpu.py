@@ -75,10 +75,10 @@ def wait_asleep_when_busy(device: torch.device, pressure: str = "/proc/pressure/
     """
     threads = torch.get_num_threads()
     asked = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-    openmp = _openmp() if os.path.isfile(pressure) else None
-    if device.type != "cpu" or threads == 1 or asked or openmp is None:
+    watched = any(thread.name == WATCH for thread in threading.enumerate())
+    if device.type != "cpu" or threads == 1 or asked or watched or _waited(pressure) is None:
         return False
-    if any(thread.name == WATCH for thread in threading.enumerate()):
+    if (openmp := _openmp()) is None:
         return False
     team = 2 + max(0, len(os.sched_getaffinity(0)) - threads)  # its first thread is not counted
     threading.Thread(target=_watch, args=(pressure, openmp, team), name=WATCH, daemon=True).start()
@@ -91,10 +91,18 @@ def _openmp() -> ctypes.CDLL | None:
         return next((ctypes.CDLL(line.split()[-1]) for line in maps if "/libgomp" in line), None)
 
 
+def _waited(pressure: str) -> float | None:
+    """In what share of the last ten seconds something waited for a core, percent; None where the system does not say."""
+    try:
+        return float(Path(pressure).read_text().partition("avg10=")[2].split()[0])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
 def _watch(pressure: str, openmp: ctypes.CDLL, team: int) -> None:
     idle: threading.Event | None = None
     while True:
-        waited = float(Path(pressure).read_text().partition("avg10=")[2].split()[0])  # percent, of all or some cores
+        waited = _waited(pressure) or 0.0
         if waited > BUSY and idle is None:
             idle = threading.Event()
             threading.Thread(target=_idle, args=(openmp, team, idle), name=IDLE, daemon=True).start()

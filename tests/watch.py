@@ -1,4 +1,4 @@
-"""Of processes: forks, whether they run, and waiting for them. It imports little, since worker processes do too."""
+"""Of processes: forks, whether they run, and waiting for them. Workers import it, so it imports little."""
 
 import os
 import time

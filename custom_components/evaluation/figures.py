@@ -437,9 +437,6 @@ def bars(values: Mapping[str, Mapping[str, Mapping[str, float]]], ylabel: str) -
     return figure
 
 
-LEGEND = ("auroc", "average_precision")
-
-
 def roc_and_pr_curves(
     truth: np.ndarray, score: np.ndarray, classes: Sequence[str], measured: Mapping[str, Mapping[str, Any]]
 ) -> Figure:
@@ -454,13 +451,14 @@ def roc_and_pr_curves(
     for c, name in enumerate(classes):
         y, scored = truth[:, c], score[:, c]
         if np.ptp(y) > 0:
-            colour = COLOURS[c % len(COLOURS)]
-            style = {"curve_kwargs": {"color": colour, "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}}
-            RocCurveDisplay.from_predictions(y, scored, ax=roc, **style)
-            PrecisionRecallDisplay.from_predictions(y, scored, ax=pr, **style)
-            values = ("{value:.2f} ({low:.2f} to {high:.2f})".format(**measured[name][of]) for of in LEGEND)
-            roc.lines[-1].set_label(f"{name} {next(values)}")
-            pr.lines[-1].set_label(f"{name} {next(values)}, {y.mean():.0%} positive")
+            curve = {"color": COLOURS[c % len(COLOURS)], "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}
+            for axes, display, of, more in (
+                (roc, RocCurveDisplay, "auroc", ""),
+                (pr, PrecisionRecallDisplay, "average_precision", f", {y.mean():.0%} positive"),
+            ):
+                display.from_predictions(y, scored, ax=axes, curve_kwargs=curve)
+                value = "{value:.2f} ({low:.2f} to {high:.2f})".format(**measured[name][of])
+                axes.lines[-1].set_label(f"{name} {value}{more}")
     roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     roc.set(title="ROC: area under the curve, 95 % interval", xlabel="1 - specificity", ylabel="sensitivity")
     pr.set(title="precision-recall: average precision, 95 % interval", xlabel="sensitivity", ylabel="precision")

@@ -106,5 +106,12 @@ def test_no_more_threads_than_a_container_has_cores(
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("told", [None, "", "some avg10=", "full"])
+def test_a_system_that_does_not_say_who_waits_is_left_alone(tmp_path: Path, told: str | None) -> None:
+    if told is not None:
+        (tmp_path / "cpu").write_text(told)
+    assert not wait_asleep_when_busy(torch.device("cpu"), str(tmp_path / "cpu"))
+
+
 def test_other_devices_are_left_alone() -> None:
     assert not keep_freed(torch.device("meta")) and not wait_asleep_when_busy(torch.device("meta"))
