@@ -92,7 +92,7 @@ def _openmp() -> ctypes.CDLL | None:
 
 
 def _waited(pressure: str) -> float | None:
-    """In what share of the last ten seconds something waited for a core, percent; None where the system does not say."""
+    """In what share of the last ten seconds something waited for a core, percent; None where no system says so."""
     try:
         return float(Path(pressure).read_text().partition("avg10=")[2].split()[0])
     except (OSError, ValueError, IndexError):
@@ -102,8 +102,10 @@ def _waited(pressure: str) -> float | None:
 def _watch(pressure: str, openmp: ctypes.CDLL, team: int) -> None:
     idle: threading.Event | None = None
     while True:
-        waited = _waited(pressure) or 0.0
-        if waited > BUSY and idle is None:
+        waited = _waited(pressure)
+        if waited is None:
+            pass  # nothing is known, so nothing changes
+        elif waited > BUSY and idle is None:
             idle = threading.Event()
             threading.Thread(target=_idle, args=(openmp, team, idle), name=IDLE, daemon=True).start()
         elif waited < FREE and idle is not None:
