@@ -1,11 +1,11 @@
 """Kernels and settings that only CPUs need: each does what torch does, where torch's own way is slow on them."""
 
+import atexit
 import ctypes
 import itertools
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import torch
@@ -81,8 +81,17 @@ def wait_asleep_when_busy(device: torch.device, pressure: str = "/proc/pressure/
     if (openmp := _openmp()) is None:
         return False
     team = 2 + max(0, len(os.sched_getaffinity(0)) - threads)  # its first thread is not counted
-    threading.Thread(target=_watch, args=(pressure, openmp, team), name=WATCH, daemon=True).start()
+    end = threading.Event()
+    watch = threading.Thread(target=_watch, args=(pressure, openmp, team, end), name=WATCH, daemon=True)
+    watch.start()
+    atexit.register(_end, watch, end)
     return True
+
+
+def _end(thread: threading.Thread, end: threading.Event) -> None:
+    """Python stops threads that still run as it ends wherever they are; inside torch that aborts the process."""
+    end.set()
+    thread.join()
 
 
 def _openmp() -> ctypes.CDLL | None:
@@ -99,19 +108,20 @@ def _waited(pressure: str) -> float | None:
         return None
 
 
-def _watch(pressure: str, openmp: ctypes.CDLL, team: int) -> None:
-    idle: threading.Event | None = None
+def _watch(pressure: str, openmp: ctypes.CDLL, team: int, end: threading.Event) -> None:
+    idle: tuple[threading.Thread, threading.Event] | None = None
     while True:
-        waited = _waited(pressure)
-        if waited is None:
-            pass  # nothing is known, so nothing changes
-        elif waited > BUSY and idle is None:
-            idle = threading.Event()
-            threading.Thread(target=_idle, args=(openmp, team, idle), name=IDLE, daemon=True).start()
-        elif waited < FREE and idle is not None:
-            idle.set()
+        waited = _waited(pressure)  # None: nothing is known, so nothing changes
+        if idle is not None and (end.is_set() or (waited is not None and waited < FREE)):
+            _end(*idle)
             idle = None
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        if end.is_set():
+            break
+        if idle is None and waited is not None and waited > BUSY:
+            awake = threading.Event()
+            idle = threading.Thread(target=_idle, args=(openmp, team, awake), name=IDLE, daemon=True), awake
+            idle[0].start()
+        end.wait(SECONDS_BETWEEN_LOOKS)
 
 
 def _idle(openmp: ctypes.CDLL, team: int, end: threading.Event) -> None:
