@@ -109,14 +109,66 @@ def only_writer(lock: str | Path, what: str, key: str, wait: bool = False) -> It
         yield
         return
     try:
-        with suppress(OSError):  # a full disk; who is told of it is not told whose it is
-            lock.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+        _sign(lock)
         yield
     finally:
         if held.is_locked:  # not in a process forked meanwhile
             if held.lock_counter == 1:
                 lock.unlink(missing_ok=True)  # before it is let go: who gets it after that looks for the file again
             held.release()
+
+
+class Claims:
+    """Pieces of work that processes share, on one machine or several: what one has claimed, the others leave to it.
+
+    The system holds each claim, and lets it go with the process, as in :func:`only_writer`. A disk without locks lets
+    every claim through: work is then done twice, and nothing is lost.
+
+    Args:
+        folder: in which each claim is a hidden file while it is held, and after a kill until it is claimed again.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder).absolute()
+        self.held: dict[str, FileLock] = {}
+        self.told = False
+
+    def take(self, name: str) -> bool:
+        """Whether this process has the claim now, or had it before."""
+        if name in self.held:
+            return True
+        lock = FileLock(self.folder / f".{name}.lock", thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            return False
+        except (OSError, NotImplementedError) as error:
+            if not self.told:
+                logger.warning(f"{self.folder}: this disk has no locks ({error}): other processes may do the same work")
+            self.told = True
+            return True
+        self.held[name] = lock
+        _sign(Path(lock.lock_file))
+        return True
+
+    def holder(self, name: str) -> str:
+        """Process and host of who holds a claim."""
+        return _holder(self.folder / f".{name}.lock")
+
+    def release(self, name: str) -> None:
+        """Let others claim it, if this process has it."""
+        if lock := self.held.pop(name, None):
+            Path(lock.lock_file).unlink(missing_ok=True)  # before it is let go, as in only_writer
+            lock.release()
+
+    def left(self) -> list[str]:
+        """Names of claims that are held, here or elsewhere, or that killed processes have left."""
+        return [path.name[1:-5] for path in self.folder.glob(".*.lock")]
+
+
+def _sign(lock: Path) -> None:
+    with suppress(OSError):  # a full disk; who is told of it is not told whose it is
+        lock.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
 
 
 def _holder(lock: Path) -> str:

@@ -5,10 +5,11 @@ import hashlib
 import inspect
 import io
 import json
+import logging
 import os
+import time
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import Enum
@@ -19,9 +20,8 @@ from typing import Any, ClassVar
 import monai.data
 import numpy as np
 import torch
-from custom_components.distributed import any_rank, from_rank_zero, rank, world_size
 from custom_components.errors import InputError
-from custom_components.files import file_stamp, only_writer, replacing
+from custom_components.files import Claims, file_stamp, replacing
 from custom_components.probe import LinearProbe
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
 from custom_components.run.seeded import SeededDataLoader, WatchedDataLoader, mixed_seed
@@ -31,6 +31,9 @@ from monai.transforms import Compose, Transform
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 1.0  # at what other processes have encoded
 CACHE_VERSION = 1  # raise it when the same keys would give other features
 
 
@@ -188,9 +191,11 @@ class FeatureCache(OnlineFeatures):
 
     Files lie in ``<cache_dir>/<key>/plain`` and ``<cache_dir>/<key>/<augmentation>``. The key hashes the encoder's
     weights and architecture, the deterministic transforms, and ``amp``; the augmentation's hashes its transforms and
-    the seed. Names hold the stamp (path, size, time of change) of the volume's file. A kill loses the volume in work.
-    A run that finds another encoding for the same key waits, and encodes what is then missing.
-    A file that is damaged, or not as long as it was, is made again.
+    the seed. Names hold the stamp (path, size, time of change) of the volume's file. A file that is damaged, or not as
+    long as it was, is made again.
+
+    Any number of processes, under torchrun or each started by itself, share the work: each encodes the volumes that no
+    other has claimed, then waits for theirs. One that is lost costs its volumes in work, which another encodes.
 
     Args:
         num_views: per training volume; ``batch_size`` counts views. All else as in :class:`OnlineFeatures`.
@@ -246,58 +251,80 @@ class FeatureCache(OnlineFeatures):
         if num_views < 1:
             raise InputError(f"num_views is {num_views}: give the number of views per volume, 1 or more")
         plain, augmented = self.folders()
-        files: list[list[Path]] = []  # of the views of each volume
+        items: list[dict[str, Any]] = []
         failures: dict[str, str] = {}
         for item in data:
             try:
                 stamp = _hash(f"{os.path.realpath(item['image'])} {file_stamp(item['image'])}")
             except OSError as error:
                 failures[item["name"]] = f"{item['image']} cannot be read ({error.strerror}): restore it"
-                files.append([])
                 continue
             stem = f"{Path(item['name']).name}-{stamp}"
-            files.append([(augmented if view else plain) / f"{stem}-{view}.npy" for view in range(num_views)])
-        if any_rank(bool(_missing(data, files))):
-            with ExitStack() as held:
-                if rank() == 0:  # for all ranks, which wait for it
-                    lock, what = plain.parent / ".lock", f"the feature cache {plain.parent}"
-                    held.enter_context(only_writer(lock, what, "features_dir", wait=True))
-                    for left in plain.parent.glob("*/.*.tmp.*.npy"):  # of runs that were killed
-                        left.unlink(missing_ok=True)
-                # of what is missing now, since another run may have encoded it in the meantime
-                missing = from_rank_zero(_missing(data, files))
-                if own := missing[rank() :: world_size()]:
-                    failures |= self._encode(own, description)
-                any_rank(False)  # all have written theirs
+            files = {view: (augmented if view else plain) / f"{stem}-{view}.npy" for view in range(num_views)}
+            items.append({**item, "stem": stem, "files": files})
+        claims = Claims(plain.parent)
+        _tidy(claims)
+        missing, told = _missing(items), False
+        while missing:
+            failures |= self._encode(missing, claims, description)
+            missing = [item for item in _missing(missing) if item["name"] not in failures]
+            while missing and not any(claims.take(item["stem"]) for item in missing):
+                if not told:
+                    logger.warning(
+                        f"{len(missing)} volumes of the feature cache {plain.parent} are being encoded by others, the "
+                        f"first by {claims.holder(missing[0]['stem'])}: waiting for them"
+                    )
+                told = True
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                missing = _missing(missing)
 
         kept, features = [], []
-        for item, views in zip(data, files, strict=True):
-            loaded = [_load(file) for file in views]
-            if loaded and all(feature is not None for feature in loaded):
-                kept.append(item)
+        for item in items:
+            loaded = [_load(file) for file in item["files"].values()]
+            if all(feature is not None for feature in loaded):
+                kept.append({name: value for name, value in item.items() if name not in ("stem", "files")})
                 features.append(torch.from_numpy(np.stack(loaded)))
-            else:
-                failures.setdefault(item["name"], f"{item['image']} was skipped by another process")
         self.failures |= failures
         if not kept:
             first = next(iter(failures.values()))
             raise InputError(f"none of {len(data)} volumes could be read, the first for this reason: {first}")
         return FeatureDataset(torch.stack(features), kept, list(failures.items()))
 
-    def _encode(self, items: Sequence[Mapping[str, Any]], description: str) -> dict[str, str]:
-        """Write each item's ``files``, a feature per view; returns names and reasons of those that cannot be read."""
+    def _encode(self, items: Sequence[Mapping[str, Any]], claims: Claims, description: str) -> dict[str, str]:
+        """Write the ``files`` of each item that no other process has claimed or done, a feature per view.
+
+        Returns:
+            Names and reasons of those that cannot be read.
+        """
+
+        def take(index: int) -> bool:
+            stem = items[index]["stem"]
+            taken = claims.take(stem) and bool(_missing([items[index]]))
+            if not taken:
+                claims.release(stem)
+            return taken
+
         views = partial(_views, read=self.read, plain=self.plain, augment=self.augment, seed=self.seed)
-        data = [{**item, "index": index} for index, item in enumerate(items)]
-        dataset = monai.data.Dataset(data, views)
-        loader = ReadableLoader(dataset, self.num_workers, description, self.timeout_minutes)
-        with eval_mode(self.network):
-            for batch in loader:
-                chunks = batch["image"][0].to(self.device).split(self.batch_size)
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
-                    features = torch.cat([self.network.features(chunk) for chunk in chunks]).float().cpu().numpy()
-                for file, feature in zip(items[batch["index"]]["files"].values(), features, strict=True):
-                    _save(feature, file)
-                self.encoded += len(features)
+        dataset = monai.data.Dataset([{**item, "index": index} for index, item in enumerate(items)], views)
+        loader = ReadableLoader(dataset, self.num_workers, description, self.timeout_minutes, take)
+        stems = {item["name"]: item["stem"] for item in items}
+        told = 0
+        try:
+            with eval_mode(self.network):
+                for batch in loader:
+                    item = items[batch["index"]]
+                    chunks = batch["image"][0].to(self.device).split(self.batch_size)
+                    with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+                        features = torch.cat([self.network.features(chunk) for chunk in chunks]).float().cpu().numpy()
+                    for file, feature in zip(item["files"].values(), features, strict=True):
+                        _save(feature, file)
+                    self.encoded += len(features)
+                    for name in (item["name"], *(name for name, _ in loader.failures[told:])):
+                        claims.release(stems[name])
+                    told = len(loader.failures)
+        finally:
+            for stem in list(claims.held):
+                claims.release(stem)
         return dict(loader.failures)
 
     def report(self) -> None:
@@ -382,13 +409,25 @@ def probe_features(cache_dir: str | None, num_views: int, **options: Any) -> Onl
     return FeatureCache(cache_dir=cache_dir, num_views=num_views, **options)
 
 
-def _missing(data: Sequence[Mapping[str, Any]], files: Sequence[Sequence[Path]]) -> list[dict[str, Any]]:
-    """The items of which views have no feature that can be read, with those views' ``files``."""
+def _missing(items: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The items of whose ``files`` some cannot be read, with those alone."""
     return [
         {**item, "files": absent}
-        for item, views in zip(data, files, strict=True)
-        if (absent := {view: file for view, file in enumerate(views) if _load(file) is None})
+        for item in items
+        if (absent := {view: file for view, file in item["files"].items() if _load(file) is None})
     ]
+
+
+def _tidy(claims: Claims) -> None:
+    """Delete what killed processes have left: claims, and features half written, as live ones write under a claim."""
+    temporary: dict[str, list[Path]] = {}
+    for file in claims.folder.glob("*/.*.tmp.*.npy"):
+        temporary.setdefault(file.name.partition(".tmp.")[2].rpartition("-")[0], []).append(file)
+    for stem in {*temporary, *claims.left()}:
+        if claims.take(stem) and stem in claims.held:
+            for file in temporary.get(stem, ()):
+                file.unlink(missing_ok=True)
+            claims.release(stem)
 
 
 def _views(item: Mapping[str, Any], read: Callable, plain: Callable, augment: Compose, seed: int) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,6 +20,7 @@ from monai.data import Dataset, MetaTensor, list_data_collate
 from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from tqdm import tqdm
 
 
@@ -84,6 +85,7 @@ class ReadableLoader:
     Args:
         dataset: whose items have a ``name`` when they are read, by which their results are called.
         timeout_minutes: see :class:`custom_components.run.seeded.WatchedDataLoader`.
+        take: asked of each index just before the item is read, whether this process is to read it; None for all.
 
     Attributes:
         failures: ``(name, reason)`` of the items passed over so far.
@@ -93,6 +95,7 @@ class ReadableLoader:
     num_workers: int = 0
     description: str | None = None
     timeout_minutes: float | None = None
+    take: Callable[[int], bool] | None = None
     failures: list[tuple[str, str]] = field(default_factory=list, init=False)
     _what: str = field(default="read", init=False, repr=False)
     _told: set[str] = field(default_factory=set, init=False, repr=False)
@@ -102,7 +105,9 @@ class ReadableLoader:
         self._what = "read"
         given = {item["name"] for item in self.dataset.data if "name" in item}
         names = set(given)
-        for item, name, failure in tqdm(self._attempts(), self.description, unit="scan", total=len(self.dataset)):
+        bar = tqdm(desc=self.description, unit="scan", total=len(self.dataset))
+        for item, name, failure in self._attempts(bar):
+            bar.update()
             if failure is None and name not in given:  # its name is the file's, by LoadCTd
                 if item["name"] in names:
                     failure = f"{name} has the name of another scan, {item['name']}: give each item a name", ""
@@ -111,13 +116,15 @@ class ReadableLoader:
                 yield list_data_collate([item])
             else:
                 self._pass_over(name, *failure)
+        bar.close()
 
-    def _attempts(self) -> Iterator[tuple[Any, str, tuple[str, str] | None]]:
+    def _attempts(self, bar: tqdm) -> Iterator[tuple[Any, str, tuple[str, str] | None]]:
         """What :func:`attempt` says of each item, in their order, though a worker be killed, or hang."""
 
-        def attempts(indices: Sequence[int], num_workers: int) -> Iterator:
+        def attempts(indices: list[int], num_workers: int) -> Iterator:
             places = Dataset([{"image": _name(self.dataset, i), "index": i} for i in indices], self._attempt)
-            return iter(WatchedDataLoader(places, num_workers, self.timeout_minutes, collate_fn=itemgetter(0)))
+            options = {"sampler": _Turns(indices, self.take, bar), "collate_fn": itemgetter(0)}
+            return iter(WatchedDataLoader(places, num_workers, self.timeout_minutes, **options))
 
         left = list(range(len(self.dataset)))
         while left:
@@ -178,6 +185,29 @@ class ReadableLoader:
                 f"{len(self.failures)} of {len(self.dataset)} scans could not be {self._what} ({names}); "
                 "the others are done, the reasons stand above"
             )
+
+
+class _Turns(Sampler):
+    """Places in ``left``, in turn; an index that ``take`` leaves to another process goes from there, and from the bar.
+
+    Loaders ask for a place when a worker is free for it, and once more for those that they had already.
+    """
+
+    def __init__(self, left: list[int], take: Callable[[int], bool] | None, bar: tqdm) -> None:
+        self.left, self.take, self.bar = left, take, bar
+        self.had: list[int] = []
+
+    def __iter__(self) -> Iterator[int]:
+        if self.had:
+            yield from list(self.had)
+            return
+        for place, index in enumerate(list(self.left)):
+            if self.take is None or self.take(index):
+                self.had.append(place)
+                yield place
+            else:
+                self.left.remove(index)
+                self.bar.total -= 1
 
 
 KILLED = (

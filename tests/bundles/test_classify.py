@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import itk
@@ -207,6 +209,20 @@ def test_kept_features_are_written_for_rate(bundle: Path, run_here: Callable, tm
     labels = json.loads((folder / "labels.json").read_text())
     assert set(labels) == set(rows["accession"])
     assert len(labels[rows["accession"][0]]["qa_results"]["findings"]) == 6
+
+
+def test_runs_share_the_encoding(bundle: Path, tmp_path: Path) -> None:
+    """Two started at once; a training then encodes nothing."""
+    keys = TINY | {key: tmp_path / key for key in ("features_dir", "models_dir", "output_dir")}
+    keys |= {"dataset_dir": "data/phantom", "num_views": 8, "compare_after_training": False}
+    with ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(lambda _: run(bundle, [*TRAIN, "encode.json"], **keys), range(2)))
+    assert [done.returncode for done in runs] == [0, 0], runs[0].stderr + runs[1].stderr
+    encoded = [int(re.search(r"(\d+) views encoded", done.stdout)[1]) for done in runs]
+    kept = sorted((tmp_path / "features_dir").rglob("*.npy"))
+    assert sum(encoded) == len(kept) == 24 * 8 + 6 + 16
+    assert run(bundle, [*TRAIN, "cached.json"], **keys).returncode == 0
+    assert sorted((tmp_path / "features_dir").rglob("*.npy")) == kept
 
 
 @pytest.fixture

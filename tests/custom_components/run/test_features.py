@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -228,7 +231,7 @@ def test_a_kill_loses_the_volume_in_work_alone(cache: Callable, items: list[dict
     assert again.encoded == 1
 
 
-def test_a_run_waits_for_another_that_encodes_and_encodes_what_is_then_missing(
+def test_a_volume_that_another_process_has_is_left_to_it(
     cache: Callable, items: list[dict], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = cache().encode(items).features
@@ -242,11 +245,11 @@ def test_a_run_waits_for_another_that_encodes_and_encodes_what_is_then_missing(
 
         def slow(volume: torch.Tensor) -> torch.Tensor:
             os.write(writer, b"begun")
-            time.sleep(0.5)
+            time.sleep(2)
             return real(volume)
 
         first.network.features = slow
-        first.encode(items[:2])
+        first.encode(items[:1])
 
     pid = forked(encodes)
     os.close(writer)  # or a process that dies early would be waited for
@@ -257,9 +260,68 @@ def test_a_run_waits_for_another_that_encodes_and_encodes_what_is_then_missing(
     left.touch()
     features = second.encode(items).features
     assert os.waitpid(pid, 0)[1] == 0
-    assert f"is being written by process {pid} on" in caplog.text and not left.exists()
-    assert second.encoded == 1 and torch.equal(features, expected)
+    assert f"the first by process {pid} on" in caplog.text and not left.exists()
+    assert second.encoded == 2 and torch.equal(features, expected)
     assert not list((tmp_path / "cache").rglob(".*"))
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_what_a_killed_process_had_in_work_is_encoded_by_another(
+    cache: Callable, items: list[dict], tmp_path: Path, num_workers: int
+) -> None:
+    expected = cache().encode(items).features
+    shutil.rmtree(tmp_path / "cache")
+    reader, writer = os.pipe()
+
+    def encodes() -> None:
+        first = cache(num_workers=num_workers)
+
+        def hangs(volume: torch.Tensor) -> torch.Tensor:
+            os.write(writer, b"begun")
+            time.sleep(60)
+
+        first.network.features = hangs
+        first.encode(items)
+
+    pid = forked(encodes)
+    os.read(reader, 5)
+    assert list((tmp_path / "cache").rglob(".*.lock"))
+    threading.Timer(1.5, os.kill, (pid, signal.SIGKILL)).start()
+    second = cache()
+    assert torch.equal(second.encode(items).features, expected) and second.encoded == 3
+    os.waitpid(pid, 0)
+    assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_processes_share_the_work(cache: Callable, items: list[dict], tmp_path: Path) -> None:
+    """Three at once: no volume is encoded twice, and each has all features."""
+    volumes = [{**items[i % 3], "name": f"volume{i}"} for i in range(24)]
+
+    def encodes(number: int) -> None:
+        mine = cache()
+        features = mine.encode(volumes).features
+        torch.save({"encoded": mine.encoded, "features": features}, tmp_path / f"{number}.pt")
+
+    for pid in [forked(partial(encodes, number)) for number in range(3)]:
+        assert os.waitpid(pid, 0)[1] == 0
+    found = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(3)]
+    assert sum(each["encoded"] for each in found) == 24
+    assert all(torch.equal(each["features"], found[0]["features"]) for each in found)
+    assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_unreadable_volumes_do_not_keep_their_claims(cache: Callable, items: list[dict], tmp_path: Path) -> None:
+    Path(items[0]["image"]).write_bytes(b"not a volume")
+    reader, claims = cache(), []
+    real = reader.network.features
+
+    def features(volume: torch.Tensor) -> torch.Tensor:
+        claims.append(len(list((tmp_path / "cache").rglob(".*.lock"))))
+        return real(volume)
+
+    reader.network.features = features
+    assert len(reader.encode(items)) == 2
+    assert claims == [2, 1]
 
 
 def test_bad_keys_are_told(cache: Callable, items: list[dict]) -> None:
