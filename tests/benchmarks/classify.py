@@ -13,17 +13,17 @@ import argparse
 import json
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
-import numpy as np
 import torch
 from custom_components.cpu import keep_freed
+from custom_components.data import phantom
 from custom_components.evaluation.metrics import mean_auroc
 from custom_components.probe import LinearProbe
-from custom_components.run.features import FeatureDataset, FeatureLoader
+from custom_components.run.features import FeatureCache, FeatureDataset, FeatureLoader
 from custom_components.vit import SimCroPEncoder
 from monai.bundle import ConfigParser
 from monai.networks.nets import ViT
@@ -67,22 +67,50 @@ def encode(
         return {"seconds": median_seconds(lambda: forward(volume), repeats=5), "device_gib": device_gib()}
 
 
-def read(kind: str) -> dict[str, float]:
-    """Seconds to read a prepared 240 x 240 x 120 volume, and to crop (plain) or to augment it."""
+def chain(kind: str) -> list[Any]:
+    """The bundle's transforms that read a volume, and crop (plain) or augment it."""
     parser = ConfigParser()
     parser.read_config(str(CONFIGS / "train.json"))
     parser.parse(True)
     views = "validate#crop_transforms" if kind == "plain" else "train#random_transforms"
-    chain = Compose([*parser.get_parsed_content("read_transforms"), *parser.get_parsed_content(views)])
+    return [*parser.get_parsed_content("read_transforms"), *parser.get_parsed_content(views)]
+
+
+def prepared(folder: str, number: int) -> list[dict[str, Any]]:
+    """Items of phantoms of 240 x 240 x 120 voxels, as CT-RATE is prepared, which are drawn into ``folder``."""
+    phantom.cohort(Path(folder, "cohort"), number, 1, (240, 240, 120), (1.5, 1.5, 3.0), num_workers=1)
+    files = sorted(Path(folder).rglob("train_*.nii.gz"))
+    return [{"image": str(file), "name": file.name, "label": 0} for file in files]
+
+
+def read(kind: str) -> dict[str, float]:
+    """Seconds to read a prepared volume, and to crop (plain) or to augment it."""
+    transforms = Compose(chain(kind)).set_random_state(0)
     with tempfile.TemporaryDirectory() as folder:
-        random = np.random.RandomState(0)
-        smooth = np.cumsum(random.randint(-3, 4, (240, 240, 120)), axis=2).clip(-1000, 1000)
-        smooth[:, :, 0], smooth[0] = -1000, 200
-        image = nib.Nifti1Image(smooth.astype(np.int16), np.diag([1.5, 1.5, 3.0, 1.0]))
-        nib.save(image, f"{folder}/volume.nii.gz")
-        chain.set_random_state(0)
-        item = {"image": f"{folder}/volume.nii.gz", "name": "volume"}
-        return {"seconds": median_seconds(lambda: chain(item), repeats=5)}
+        item = prepared(folder, 1)[0]
+        return {"seconds": median_seconds(lambda: transforms(item), repeats=5)}
+
+
+def fill(folder: str, items: Sequence[Mapping[str, Any]], threads: int) -> dict[str, float]:
+    """Encode, in this process, what no other has; when that began and ended, and how many volumes."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    keep_freed(device())
+    network = LinearProbe(SimCroPEncoder(), NUM_CLASSES).to(device())
+    cache = FeatureCache(network, chain("plain"), [], [], device=device(), amp=True, num_workers=0, cache_dir=folder)
+    start = time.time()
+    cache.encode(items)
+    return {"start": start, "end": time.time(), "encoded": cache.encoded}
+
+
+def share(processes: int, number: int, threads: int) -> dict[str, float]:
+    """Volumes in an hour that processes encode into one cache."""
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(processes) as pool:
+        items = prepared(folder, number)
+        parts = list(pool.map(lambda _: alone(fill, folder, items, threads), range(processes)))
+    assert sum(part["encoded"] for part in parts) == number
+    seconds = max(part["end"] for part in parts) - min(part["start"] for part in parts)
+    return {"volumes_per_hour": 3600 * number / seconds, "peak_gib": max(part["peak_gib"] for part in parts)}
 
 
 def head(batch_size: int, steps: int) -> dict[str, float]:
@@ -150,6 +178,8 @@ def extrapolate(encode_seconds: float, plain: float, augmented: float, head: dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--processes", type=int, default=2, help="that share one feature cache")
+    parser.add_argument("--volumes", type=int, default=16, help="that they encode")
     arguments = parser.parse_args()
     rates = {precision: alone(matmul_rate, precision)["flops"] for precision in DTYPES}
     encoding = {
@@ -166,12 +196,18 @@ def main() -> None:
     print(f"  this machine's matrix product: fp32 {rates['fp32'] / 1e12:.2f}, bf16 {rates['bf16'] / 1e12:.2f} TFLOP/s")
     reading = {kind: alone(read, kind)["seconds"] for kind in ("plain", "augmented")}
     on_features = alone(head, 32, 1000)
+    threads = torch.get_num_threads()
+    sharing = {n: share(n, arguments.volumes, max(1, threads // n)) for n in sorted({1, arguments.processes})}
+    rows = [(n, max(1, threads // n), entry["volumes_per_hour"], entry["peak_gib"]) for n, entry in sharing.items()]
+    header = ("processes", "threads of each", "volumes in an hour", "peak GiB of each")
+    print_table(f"{arguments.volumes} volumes into one feature cache, bf16, reading included", header, rows)
     best = min(entry["seconds"] for entry in encoding["simcrop"].values())
     result = extrapolate(best, reading["plain"], reading["augmented"], on_features)
     write_json(
         arguments.out,
         {
             "environment": environment(), "matmul_flops": rates, "encode": encoding, "read": reading,
+            "sharing": sharing,
             "head": on_features, "ct_rate_1_percent": result,
         },
     )  # fmt: skip
