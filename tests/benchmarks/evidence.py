@@ -573,19 +573,19 @@ def markdown(results: Results, made_of: str, figures: Mapping[str, Path], folder
     seeds = sorted({seed for found in results.values() for seed in found})
     reference = results.get(REFERENCE, {})
     controls = sorted(name for name in every if ", " in name)
+    one = len(seeds) == 1
+    of_seeds = f"seed of training {seeds[0]}: no range" if one else f"seeds of training {', '.join(map(str, seeds))}"
     parts = [
-        f"{made_of}; seeds of training {', '.join(map(str, seeds))}. Mean, and in brackets the range over seeds.",
+        f"{made_of}; {of_seeds}." + ("" if one else " Mean, and in brackets the range over seeds."),
         "#### What the sentences know",
         by_variant(results, LANGUAGE, absolute),
         "#### What the encoder knows",
         by_variant(results, FEATURES, absolute),
     ]
     if reference and len(results) > 1:
-        parts += [
-            "#### Minus the recommended recipe, paired by seed",
-            "Behind ± stands half the width of the 95 % interval of the mean (Student's t over seeds).",
-            by_variant(results, PAIRED, paired),
-        ]
+        parts += ["#### Minus the recommended recipe" + ("" if one else ", paired by seed")]
+        parts += [] if one else ["±: half the width of the 95 % interval of the mean (Student's t over seeds)."]
+        parts += [by_variant(results, PAIRED, paired)]
     for title in (PRESENCE, HITS):
         names = list(
             dict.fromkeys(name for found in reference.values() for name in found if name.startswith(f"{title}: "))
@@ -596,7 +596,7 @@ def markdown(results: Results, made_of: str, figures: Mapping[str, Path], folder
     if controls and reference:
         rows = [[name, cell(list(values_of(reference, name).values()))] for name in controls]
         parts += ["#### Controls beside the recommended recipe", table(["", "value"], [row for row in rows if row[1]])]
-    parts += ["#### Time", by_variant(results, {"minutes for a seed": TIME}, absolute)]
+    parts += ["#### Time", by_variant(results, {"minutes for a run": TIME}, absolute)]
     for caption, path in figures.items():
         parts.append(f"![{caption}]({os.path.relpath(path, folder)})")
     return "\n\n".join(parts) + "\n"
@@ -697,7 +697,7 @@ def report(out: Path, made_of: str, docs: Path | None = None) -> None:
     folder = out if docs is None else docs.parent
     figures: dict[str, Path] = {}
     if any(set(BARS) & set(found) for seeds in results.values() for found in seeds.values()):
-        caption = "ablation: bars from chance to the mean, a dot for each seed"
+        caption = "ablation: bars from chance to the mean of seeds, a dot for each seed"
         figures[caption] = folder / "evidence_ablation.png"
         bars(results, figures[caption])
     curve = {variant: epochs for variant in CURVE if variant in results and (epochs := epochs_of(out, variant))}
