@@ -181,7 +181,7 @@ def test_readme_has_the_zoos_sections(name: str) -> None:
 
 @each_bundle
 def test_readme_holds_in_every_place_where_it_is_shown(name: str) -> None:
-    """Links lead to files beside it, in docs and in an export; in a model card in the root, their words name the path."""
+    """Links lead to files beside it, in docs and in an export; their words name the path, for a card in the root."""
     linked = re.findall(r"(!?)\[([^]]*)\]\((?!https://)([^)]*)\)", readme(name))
     assert linked and all(not picture and words == f"`docs/{target}`" for picture, words, target in linked)
     assert all((folder(name) / "docs" / target).is_file() for *_, target in linked)
