@@ -561,17 +561,17 @@ def reference(bundle: Path) -> str:
         "```",
         f"python -m custom_components.run.keys bundles/{bundle.name}",
         "```",
-        "Give a key as `--key value`, or in an overlay of your own. A key that is not here is refused; one of your own "
-        f"begins with `{OWN}`.",
-        "The command line knows `null`, `true` and `false`. It takes paths and texts letter by letter, and refuses one "
-        "that begins with `$`, `@` or `%`: begin a path with `./`, and put expressions into config files.",
+        "Give a key as `--key value`, or in an overlay of your own. Unknown keys are an error; names of your own begin "
+        f"with `{OWN}`.",
+        "On the command line, `null`, `true` and `false` are values. Paths and texts are taken literally; those that "
+        "begin with `$`, `@` or `%` are refused: begin a path with `./`, and put expressions into config files.",
         "",
     ]
     for name in names:
         schema = Schema(bundle / "configs", name)
         base = configs[name]
         own = [key for key in base if key in schema.keys]
-        lines += [f"## {name}.json", "", "| key | default | may be | |", "|---|---|---|---|"]
+        lines += [f"## {name}.json", "", "| key | default | allowed values | meaning |", "|---|---|---|---|"]
         lines += [_row(key, schema.keys[key], base[key]) for key in own]
         extra = {
             key: overlay
@@ -581,33 +581,34 @@ def reference(bundle: Path) -> str:
             if key in content
         }
         if extra:
-            lines += ["", "Keys that its overlays bring:", "", "| key | as in | may be | |", "|---|---|---|---|"]
+            lines += ["", "Keys of its overlays:", "", "| key | default in overlay | allowed values | meaning |"]
+            lines += ["|---|---|---|---|"]
             lines += [
                 _row(key, schema.keys[key], configs[stem][key], f"`{stem}.json`: ") for key, stem in extra.items()
             ]
         lines.append("")
-    lines += ["## Arguments of components", "", "Given as `--dataset_dir#num_train 64`.", "", "| argument | may be | |"]
-    lines += ["|---|---|---|"]
+    lines += ["## Arguments of components", "", "Given as `--dataset_dir#num_train 64`.", ""]
+    lines += ["| argument | allowed values | meaning |", "|---|---|---|"]
     lines += [f"| `{key}` | {wanted(spec)} | {spec['description']} |" for key, spec in schema.arguments.items()]
     lines += [
         "",
         "## Parts",
         "",
-        "Ids that the configs are built of; an overlay may replace one.",
+        "Components of the configs; an overlay may replace one.",
         "",
-        "| id | |",
+        "| id | meaning |",
         "|---|---|",
     ]
     lines += [f"| `{key}` | {words} |" for key, words in schema.parts.items()]
     monai = ", ".join(f"`{key}`" for key in sorted(ARGUMENTS | TRACKING))
-    lines += ["", f"MONAI's own arguments, and the keys of its tracking, are as MONAI documents them: {monai}."]
+    lines += ["", f"Arguments of MONAI and of its tracking, documented by MONAI: {monai}."]
     return "\n".join(lines) + "\n"
 
 
 def _row(key: str, spec: Mapping[str, Any], default: Any, where: str = "") -> str:
     text = json.dumps(default) if not isinstance(default, str) else default or '""'
     if told := OF_WEIGHTS.fullmatch(text):
-        where += "the weights' own, or "
+        where += "from the weights, else "
         text = json.dumps(ast.literal_eval(told[1]))
     text = f"`{text}`" if len(text) <= 60 else "see the file"
     return f"| `{key}` | {where}{text} | {wanted(spec)} | {spec['description']} |".replace("||", "|")

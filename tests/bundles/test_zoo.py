@@ -181,10 +181,11 @@ def test_readme_has_the_zoos_sections(name: str) -> None:
 
 @each_bundle
 def test_readme_holds_in_every_place_where_it_is_shown(name: str) -> None:
-    """In docs, in an export, and as a model card in the root: no relative links, no picture that is elsewhere."""
-    assert not re.findall(r"\]\((?!https://)[^)]*\)", readme(name))
-    license_file = folder(name) / "docs" / "data_license.txt"
-    assert "`docs/data_license.txt`" in readme(name) and license_file.is_file()
+    """Links lead to files beside it, in docs and in an export; their words name the path, for a card in the root."""
+    linked = re.findall(r"(!?)\[([^]]*)\]\((?!https://)([^)]*)\)", readme(name))
+    assert linked and all(not picture and words == f"`docs/{target}`" for picture, words, target in linked)
+    assert all((folder(name) / "docs" / target).is_file() for *_, target in linked)
+    assert "data_license.txt" in {target for *_, target in linked}
     assert (folder(name) / "LICENSE").read_bytes() == (REPOSITORY / "LICENSE").read_bytes()
 
 
