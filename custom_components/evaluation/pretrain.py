@@ -42,6 +42,7 @@ from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
 
+PICTURE = "what each sentence said, where the network looked, and what was there: sentences.png"
 NEXT = "next: ask sentences of a scan with configs/inference.json, or probe the encoder in ../classify (docs/README.md)"
 
 
@@ -103,7 +104,8 @@ class PretrainEvaluation:
             metrics, places = self._metrics()
             metrics = {"seed": self.seed, "volumes": len(self.dataset), **metrics}
             rows = table_rows(metrics)
-            write_report(self.output_dir, metrics, [("metric", "of", "value", "beside"), *rows], rows, [NEXT])
+            notes = [PICTURE, NEXT] if places else [NEXT]
+            write_report(self.output_dir, metrics, [("metric", "of", "value", "beside"), *rows], rows, notes)
             self._figures(places, Path(self.output_dir))
         return metrics
 

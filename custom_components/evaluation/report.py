@@ -2,6 +2,9 @@
 
 import csv
 import json
+import shutil
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,16 +33,27 @@ def write_report(
     """
     output_dir = Path(output_dir)
     # first what no full disk can take
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-    print(*notes, f"tables and figures: {output_dir.resolve()}", sep="\n", flush=True)
+    terminal = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    print(*in_columns(table, terminal), *notes, f"tables and figures: {output_dir.resolve()}", sep="\n", flush=True)
     for name in ("metrics.json", csv_name):
         remove_temporary(output_dir / name)
     with replacing(output_dir / "metrics.json") as temporary:
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
     with replacing(output_dir / csv_name) as temporary, open(temporary, "w", newline="") as file:
         csv.writer(file).writerows(rows)
+
+
+def in_columns(table: Sequence[Sequence[str]], width: int | None = None) -> list[str]:
+    """Rows of text as lines, of which the last column goes on below itself where a line exceeds ``width``."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    indent = sum(width + 2 for width in widths[:-1])
+    room = max(24, width - indent) if width is not None else max(widths[-1], 1)
+    lines = []
+    for *cells, last in table:
+        first = "".join(cell.ljust(width + 2) for cell, width in zip(cells, widths, strict=False))
+        wrapped = textwrap.wrap(last, room) or [""]
+        lines += [(start + part).rstrip() for start, part in zip([first, *[" " * indent] * len(wrapped)], wrapped)]
+    return lines
 
 
 def read_metrics(folder: str | Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from custom_components.evaluation.report import read_metrics, write_report
+from custom_components.evaluation.report import in_columns, read_metrics, write_report
 
 
 def test_a_report_is_json_csv_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -34,3 +34,17 @@ def test_a_report_that_fails_leaves_the_one_before(tmp_path: Path) -> None:
         write_report(tmp_path, {"mean": 0.5}, [("name",), 5], rows)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert json.loads(before["metrics.json"]) == {"mean": 0.5}
+
+
+def test_a_table_fits_a_narrow_terminal() -> None:
+    table = [["auc", "all", "0.93", "random 0.50"], ["auc", "a long name", "0.8", "random 0.50, histogram 0.66, n 7"]]
+    assert in_columns(table) == [
+        "auc  all          0.93  random 0.50",
+        "auc  a long name  0.8   random 0.50, histogram 0.66, n 7",
+    ]
+    assert in_columns(table, 50) == [
+        "auc  all          0.93  random 0.50",
+        "auc  a long name  0.8   random 0.50, histogram",
+        "                        0.66, n 7",
+    ]
+    assert in_columns([["auc", ""]]) == ["auc"]
