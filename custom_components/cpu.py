@@ -163,11 +163,12 @@ class CPUAttention(torch.autograd.Function):
         grad_rows, grad_columns = _minus(grad, delta), F.pad(v, (0, 2), value=1.0)
         grad_q, grad_k, grad_v = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
         for head in itertools.product(range(q.shape[0]), range(q.shape[1])):
-            weights = (logit_rows[head] @ logit_columns[head].T).exp_()
-            grad_v[head] = weights.T @ grad[head]
-            weights *= grad_rows[head] @ grad_columns[head].T
-            grad_q[head] = weights @ k[head]
-            grad_k[head] = weights.T @ scaled[head]
+            # keys along the rows: two products then take the weights as they lie, and one transposed, which is slower
+            weights = (logit_columns[head] @ logit_rows[head].T).exp_()
+            grad_v[head] = weights @ grad[head]
+            weights *= grad_columns[head] @ grad_rows[head].T
+            grad_k[head] = weights @ scaled[head]
+            grad_q[head] = weights.T @ k[head]
         return grad_q * q.shape[-1] ** -0.5, grad_k, grad_v
 
 
