@@ -32,6 +32,7 @@ from custom_components.data.tables import (
     named_rows,
     read_exclusion,
     some,
+    tell_once,
     warn_once,
 )
 from custom_components.errors import InputError
@@ -84,7 +85,7 @@ def volumes(
     impression_column: str | None = None,
     report_column: str | None = None,
     labels: Tables = None,
-    masks: str | Sequence[str] = (),
+    masks: str | Sequence[str] | None = None,
     finding_sentences: Tables = None,
     lists_dir: str | os.PathLike | None = None,
     data_fraction: float = 1.0,
@@ -130,7 +131,7 @@ def volumes(
         findings_column, impression_column: headers of the report's two sections.
         report_column: in place of these two, header of whole reports with the headings "FINDINGS:" and "IMPRESSION:".
         labels: tables of labels beside those of reports; without them, the table of reports is searched for classes.
-        masks: where folders of finding masks lie, as `images`.
+        masks: where folders of finding masks lie, as `images`; patterns with a word that the table lacks are told of.
         finding_sentences: split -> table with the columns Finding and Sentence beside `id_column`.
         lists_dir: folder that relative paths of tables start from; `dataset_dir` when None.
         data_fraction: share of the training patients to keep, in (0, 1].
@@ -159,8 +160,8 @@ def volumes(
     what = "reports" if sections else "labels"
     columns = columns or {}
     parse = name_parser(name_pattern)
-    images, masks = ([places] if isinstance(places, str) else list(places) for places in (images, masks))
-    mentioned = {word for place in (*images, *masks) for _, word, *_ in Formatter().parse(place) if word}
+    images, masks = ([places] if isinstance(places, str) else list(places or ()) for places in (images, masks))
+    mentioned = set().union(*map(words_of, (*images, *masks)))
 
     def read(path: Path, sections: Mapping[str, str] = sections) -> list[dict]:
         frame, names = named_rows(path, id_column)
@@ -191,7 +192,9 @@ def volumes(
     if isinstance(tables, Mapping):
         part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
     else:
-        part = _parts(read(_first(tables, folder, what)), test_share, seed).get
+        every = read(_first(tables, folder, what))
+        _tell_unlisted(images, dataset_dir, {row["name"] for row in every}, tables)
+        part = _parts(every, test_share, seed).get
     source, rows, order = _select(part, split, data_fraction, validation_share, seed)
     if not rows and not required:
         return []
@@ -243,8 +246,17 @@ def volumes(
             f"{len(missing)} of {len(rows)} volumes of split {split} are not on disk ({some(missing)}): put them "
             "there, set dataset_dir or images, or list their names in a file given as exclude"
         )
+    patients = len({row["patient"] for row in rows})
+    tell_once(f"split {split}: {len(rows)} volumes of {patients} patients, of the {what} in {folder}")
     # asked for once, and not for every volume
     masks = [place for place in masks if os.path.isdir(dataset_dir / os.path.dirname(place.split("{")[0]))]
+    lacks = set().union(*map(words_of, masks)) - set.intersection(*(set(row["words"]) for row in rows))
+    if lacks:
+        masks = [place for place in masks if not words_of(place) & lacks]
+        warn_once(
+            f"masks asks for {', '.join(sorted(lacks))} of each volume, which the {what} in {folder} do not give: such "
+            "masks of findings are not used; correct masks, or set it to null"
+        )
     beside = _beside(labels, source, folder, "labels") if sections else None
     known = {row["name"]: row["label"] for row in read(beside, {})} if beside else {}
     if beside and (unknown := [row["name"] for row in rows if row["name"] not in known]):
@@ -686,6 +698,25 @@ def _tell_absent(rows: Sequence[Mapping[str, object]], split: str, classes: Sequ
             warn_once(
                 f"split {split}, {len(rows)} volumes, {how}: {', '.join(names)}; raise data_fraction or its share"
             )
+
+
+def _tell_unlisted(images: Sequence[str], dataset_dir: Path, names: set[str], table: Files) -> None:
+    """Warn of files beside the volumes that no row names, where one folder holds all."""
+    for before, _, after in (place.partition("{name}") for place in images):
+        folder = dataset_dir / os.path.dirname(before)
+        if words_of(before + after) or "/" in after or not after or not folder.is_dir():
+            continue
+        start = os.path.basename(before)
+        files = [file for file in os.listdir(folder) if file.startswith(start) and file.endswith(after)]
+        if unlisted := sorted({file[len(start) : len(file) - len(after)] for file in files} - names):
+            warn_once(
+                f"{folder}: {len(unlisted)} of {len(files)} volumes ({some(unlisted)}) have no row in {table}: left out"
+            )
+
+
+def words_of(pattern: str) -> set[str]:
+    """The words in braces of a pattern of paths."""
+    return {word for _, word, *_ in Formatter().parse(pattern) if word}
 
 
 def _first(files: Files, folder: Path, key: str | None = None) -> Path | None:

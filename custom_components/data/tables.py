@@ -182,3 +182,9 @@ def some(names: Sequence[str]) -> str:
 def warn_once(message: str) -> None:
     """A list is made for each split, and says what is wrong with its table once."""
     logger.warning(message)
+
+
+@cache
+def tell_once(message: str) -> None:
+    """As :func:`warn_once`, of what is as it should be."""
+    logger.info(message)

@@ -580,6 +580,24 @@ def test_any_table_of_reports(mine: dict, caplog: pytest.LogCaptureFixture, name
     assert "1 of 4 reports are empty (d)" in caplog.text
 
 
+def test_what_a_table_does_not_name_is_told(mine: dict, caplog: pytest.LogCaptureFixture) -> None:
+    """A folder of masks that are laid out in another way ended the run, by a key that nobody had set."""
+    pd.DataFrame(REPORTS).to_csv(mine["dataset_dir"] / "reports.csv", index=False)
+    (mine["dataset_dir"] / "masks").mkdir()
+    with caplog.at_level(logging.INFO):
+        items = volumes("pretrain", (), reports="reports.csv", **mine)
+        assert volumes("pretrain", (), reports="reports.csv", masks=None, **mine) == items
+        pattern = {**mine, "images": "ct/{name}.nii.gz"}
+        (mine["dataset_dir"] / "ct").mkdir()
+        for name in "abcde":
+            (mine["dataset_dir"] / "ct" / f"{name}.nii.gz").touch()
+        volumes("pretrain", (), reports="reports.csv", **pattern)
+    assert len(items) == 4 and not any("masks" in item for item in items)
+    assert "masks asks for patient, split of each volume" in caplog.text
+    assert "split train: 4 volumes of 3 patients" in caplog.text
+    assert "ct: 1 of 5 volumes have no row in reports.csv (e)" in caplog.text
+
+
 def test_a_datalist_of_images_and_reports(tmp_path: Path) -> None:
     """As the Medical Segmentation Decathlon's lists, by which each volume's path is its name."""
     splits = {"training": ["p1/ct", "p2/ct"], "validation": ["p3/ct"]}
