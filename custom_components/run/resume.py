@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -312,10 +313,11 @@ class Checkpointer:
                 "it has the same list, of files of the same sizes"
             )
         changes = "; ".join(f"{key} was {saved[key]} and is {self.recipe[key]}" for key in changed)
+        changes = re.sub(r"\b([0-9a-f]{6})[0-9a-f]{10,}\b", r"\1", changes)  # enough of a hash to tell two apart
         if changed and self.resume == "auto":
             raise InputError(
-                f"{path}: was trained by another recipe ({changes}). Give the old values to go on, --models_dir "
-                f"another folder or --resume null to start anew, or --resume {path} to go on by the new recipe"
+                f"{path}: was trained by another recipe. Give --models_dir another folder, or --resume null, to start "
+                f"anew; the old values to go on; or --resume {path} to go on by the new recipe ({changes})"
             )
         if changed:
             logger.warning(f"{path}: going on by another recipe ({changes})")

@@ -586,7 +586,7 @@ def test_what_a_table_does_not_name_is_told(mine: dict, caplog: pytest.LogCaptur
     (mine["dataset_dir"] / "masks").mkdir()
     with caplog.at_level(logging.INFO):
         items = volumes("pretrain", (), reports="reports.csv", **mine)
-        assert volumes("pretrain", (), reports="reports.csv", masks=None, **mine) == items
+        assert len(volumes("pretrain", (), reports="reports.csv", masks=None, **mine)) == 4
         pattern = {**mine, "images": "ct/{name}.nii.gz"}
         (mine["dataset_dir"] / "ct").mkdir()
         for name in "abcde":
@@ -595,7 +595,7 @@ def test_what_a_table_does_not_name_is_told(mine: dict, caplog: pytest.LogCaptur
     assert len(items) == 4 and not any("masks" in item for item in items)
     assert "masks asks for patient, split of each volume" in caplog.text
     assert "split train: 4 volumes of 3 patients" in caplog.text
-    assert "ct: 1 of 5 volumes have no row in reports.csv (e)" in caplog.text
+    assert "ct: 1 of 5 volumes (e) have no row in reports.csv" in caplog.text
 
 
 def test_a_datalist_of_images_and_reports(tmp_path: Path) -> None:
