@@ -118,10 +118,10 @@ class ResultTable:
         """Print the table, where it lies, and what to do next."""
         if not self.rows:
             return
-        table = pd.DataFrame(self.rows[: self.shown]).drop(columns="image").round(3)
+        table = pd.DataFrame(self.rows[: self.shown]).drop(columns="image").round(3).dropna(axis=1, how="all")
         table = table.set_index("name").T if self.transposed else table
         width = max(24, shutil.get_terminal_size((120, 24)).columns - 88)  # the other columns take so many
-        text = table.to_string(index=self.transposed, na_rep="-", max_colwidth=width)
+        text = table.fillna(np.nan).to_string(index=self.transposed, na_rep="-", max_colwidth=width)
         print(text.encode(errors="replace").decode())
         if (more := len(self.rows) - self.shown) > 0:
             print(f"... and {more} more {'scans' if self.transposed else 'rows'}")

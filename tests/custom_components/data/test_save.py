@@ -221,12 +221,14 @@ def test_a_run_tells_what_it_found(tmp_path: Path, capsys: pytest.CaptureFixture
         table = ResultTable(path, "look at it", shown=4)
         for scan in range(scans):
             row = {"name": f"scan {scan}", "image": "/somewhere/long", "class": "Fluid, free", "score": 0.123456}
+            row |= {"probability": None, "file": None if scan else "map"}
             table.append([row, row | {"score": None}])
             assert len(pd.read_csv(path)) == 2 * (scan + 1)  # a kill loses none
     table.tell()
     told = capsys.readouterr().out
     assert "scan 1" in told and "scan 2" not in told and "... and 2 more rows" in told and "/somewhere" not in told
     assert f"3 scans: {path}" in told and "next: look at it" in told and "0.123" in told and " -" in told
+    assert "probability" not in told and "None" not in told
     wide = ResultTable(tmp_path / "wide.csv", "", transposed=True, shown=2)
     for scan in range(3):
         wide.append([{"name": f"scan {scan}", "image": "", "Nodule": 0.5, "Effusion": 0.25}])
