@@ -13,7 +13,6 @@ answers, in one array or table where they have one shape.
 import contextlib
 import logging
 import os
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ import torch
 from custom_components.data.save import peaks, volumes
 from custom_components.errors import InputError
 from custom_components.run.inferers import reason_of
-from custom_components.run.start import check_components
+from custom_components.run.start import check_components, quietly
 from monai.bundle import create_workflow
 from monai.data import Dataset, MetaTensor, decollate_batch, list_data_collate
 from monai.networks import eval_mode
@@ -58,7 +57,7 @@ def load(
     check_components(root)
     keys = {"bundle_root": str(root), "models_dir": str(checkpoint.parent), "checkpoint": str(checkpoint)} | keys
     check = {"_target_": "custom_components.run.keys.check_keys", "bundle_root": "@bundle_root", "section": "inference"}
-    with _as_raised(), _quietly():
+    with _as_raised(), quietly():
         workflow = create_workflow(
             config_file=str(root / CONFIG),
             workflow_type="infer",
@@ -106,22 +105,6 @@ def _as_raised() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from None
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Without MONAI's warnings that a config, here the bundle's own, may run code, and that no logging is set up."""
-    loggers = [logging.getLogger(f"monai.bundle.{module}") for module in ("scripts", "workflows")]
-    levels = [each.level for each in loggers]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="parsing config_file")
-            for each in loggers:
-                each.setLevel(logging.ERROR)
-            yield
-    finally:
-        for each, level in zip(loggers, levels, strict=True):
-            each.setLevel(level)
 
 
 class ScansFailed(InputError):

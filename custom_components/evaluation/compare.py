@@ -13,6 +13,7 @@ from typing import Any
 from custom_components.errors import InputError
 from custom_components.files import replacing
 from custom_components.run.keys import running
+from custom_components.run.start import quietly
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,9 @@ class Comparison:
             "evaluate_after_training": evaluate,
         }
         gc.collect()  # of the run before, whose parts refer to each other
-        workflow = ConfigWorkflow(None, {}, logging_file=False, run_id="training", **copy.deepcopy({**config, **own}))
+        with quietly():
+            config = copy.deepcopy({**config, **own})
+            workflow = ConfigWorkflow(None, {}, logging_file=False, run_id="training", **config)
         workflow.initialize()
         workflow.run()
         workflow.finalize()

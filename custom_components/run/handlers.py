@@ -165,6 +165,9 @@ class TrainingProgress:
         # reading a loss waits for the device, so it is done as often as it is seen
         if time.monotonic() - self.shown < self.seconds and engine.state.iteration < self.bar.total:
             return
+        self.show(engine)
+
+    def show(self, engine: Engine) -> None:
         self.shown = time.monotonic()
         narrow = self.terminal and shutil.get_terminal_size().columns < self.WIDE_COLUMNS
         self.bar.bar_format = self.NARROW if narrow else self.BAR
@@ -175,8 +178,10 @@ class TrainingProgress:
         self.bar.set_postfix_str(" ".join(shown), refresh=False)
         self.bar.update(engine.state.iteration - self.bar.n)
 
-    def completed(self) -> None:
+    def completed(self, engine: Engine) -> None:
         if self.bar is not None:  # there was something left to train
+            if self.bar.n < engine.state.iteration:  # it ended before its time
+                self.show(engine)
             self.bar.close()
 
 

@@ -35,6 +35,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 logger = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_LINES = 10.0  # of validations that are not better
+
 
 @dataclass
 class LossCheck:
@@ -402,6 +404,7 @@ class KeepBest:
     epoch: int = field(default=0, init=False)
     waited: int = field(default=0, init=False)
     losses: list[Tensor] = field(default_factory=list, init=False)
+    told: float = field(default=-math.inf, init=False)
 
     def attach(self, trainer: Engine) -> None:
         self.evaluator.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.forward_completed)
@@ -443,14 +446,20 @@ class KeepBest:
                 f"select_by is {self.metric!r}, and validation gives {', '.join(metrics)}: choose of these"
             )
         value, loss = float(metrics[self.metric]), self.mean_loss()
-        if (value, -loss) > (self.best, -self.best_loss):  # NaN, where no class is anywhere, is never better
+        before = self.best
+        better = (value, -loss) > (self.best, -self.best_loss)  # NaN, where no class is anywhere, is never better
+        if better:
             self.best, self.best_loss, self.epoch, self.waited = value, loss, trainer.state.epoch, 0
             if rank() == 0:
                 save_weights(self.network.state_dict(), self.path, self.description)
         else:
             self.waited += 1
-        shown = ", ".join(f"{name} {float(found):.4f}" for name, found in metrics.items())
-        logger.info(f"epoch {trainer.state.epoch}: {shown}; best {self.metric} {self.best:.4f} at epoch {self.epoch}")
+        if better or time.monotonic() - self.told > SECONDS_BETWEEN_LINES:  # a probe validates many times a second
+            self.told = time.monotonic()
+            shown = ", ".join(f"{name} {float(found):.4f}" for name, found in metrics.items())
+            of_equals = ", by the lower loss" if better and value == before else ""
+            best = f"best {self.metric} {self.best:.4f} at epoch {self.epoch}{of_equals}"
+            logger.info(f"epoch {trainer.state.epoch}: {shown}; {best}")
         if self.exhausted:
             logger.info(f"no better {self.metric} in {self.waited} validations: training ends here")
             trainer.terminate()

@@ -14,8 +14,9 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -97,6 +98,22 @@ def start(
     keep_imported()
     if seed is not None:
         set_determinism(seed)
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without MONAI's warnings that a config, here the bundle's own, may run code, and that no logging is set up."""
+    loggers = [logging.getLogger(f"monai.bundle.{module}") for module in ("scripts", "workflows")]
+    levels = [each.level for each in loggers]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="parsing config_file")
+            for each in loggers:
+                each.setLevel(logging.ERROR)
+            yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
 
 
 class AboveBars(logging.StreamHandler):

@@ -105,6 +105,19 @@ def test_progress_fits_the_terminal(columns, shown, monkeypatch, capsys):
     assert shown in last and "ins" in last and "<" in last and len(last) <= columns
 
 
+def test_a_training_that_ends_early_shows_where(capsys):
+    def step(engine, _):
+        if engine.state.iteration == 7:
+            engine.terminate()
+        return {"loss": torch.tensor(1.0)}
+
+    engine = Engine(step)
+    TrainingProgress().attach(engine)
+    engine.network, engine.state.device = nn.Linear(1, 1), torch.device("cpu")
+    engine.run([1.0], max_epochs=20)
+    assert "epoch 7/20" in capsys.readouterr().err.split("\r")[-1]
+
+
 def test_progress_reads_losses_only_when_it_shows_them():
     """Reading waits for the device: the first and the last of five, here, since less than ten seconds pass."""
     read = []
