@@ -29,6 +29,8 @@ from torch.utils.data import Dataset
 
 logger = logging.getLogger(__name__)
 
+FEW = 10  # volumes, of which a bootstrap draws intervals that are too narrow
+
 
 @dataclass
 class ProbeEvaluation:
@@ -177,6 +179,9 @@ def _table(metrics: Mapping[str, Any]) -> tuple[list[tuple[str, ...]], list[str]
     if "auroc_published" in metrics:
         mean = metrics["auroc_published"]["mean"]
         notes.append(f"mean AUROC, best part of merged classes chosen on test labels: {mean:.3f}")
+    sizes = {name: found["positive"] for name, found in metrics["per_class"].items()}
+    if few := ", ".join(name for name, n in sizes.items() if min(n, metrics["volumes"] - n) < FEW):
+        notes.append(f"fewer than {FEW} volumes with it or without, so that its interval says little: {few}")
     if left_out := ", ".join(metrics["left_out"]):
         notes.append(f"left out of every mean, since the list has a single label value: {left_out}")
     return table, notes

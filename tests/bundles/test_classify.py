@@ -102,7 +102,10 @@ def test_demo_compares_encoders_at_both_fractions(bundle: Path) -> None:
     gain = metrics["auroc_gain"]["1.0"]["hu_histogram"]
     assert gain["value"] == pytest.approx(compared - metrics["auroc"]["1.0"]["hu_histogram"]["mean"])
     assert gain["low"] <= gain["value"] <= gain["high"]
-    assert "of the labels: mean AUROC of simcrop minus hu_histogram" in (bundle / "stdout.txt").read_text()
+    told = (bundle / "stdout.txt").read_text()
+    assert "of the labels: mean AUROC of simcrop minus hu_histogram" in told
+    assert "fewer than 10 volumes with it or without" in told  # of 16
+    assert "Logging file" not in told and told.count("parsing config_file") <= 1
 
 
 def test_overrides_reach_every_run_of_the_demo(bundle: Path) -> None:
