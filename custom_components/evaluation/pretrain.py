@@ -43,7 +43,6 @@ from transformers import PreTrainedTokenizerBase
 logger = logging.getLogger(__name__)
 
 PICTURE = "what each sentence said, where the network looked, and what was there: sentences.png"
-NEXT = "next: ask sentences of a scan with configs/inference.json, or probe the encoder in ../classify (docs/README.md)"
 
 
 @dataclass
@@ -104,8 +103,14 @@ class PretrainEvaluation:
             metrics, places = self._metrics()
             metrics = {"seed": self.seed, "volumes": len(self.dataset), **metrics}
             rows = table_rows(metrics)
-            notes = [PICTURE, NEXT] if places else [NEXT]
-            write_report(self.output_dir, metrics, [("metric", "of", "value", "beside"), *rows], rows, notes)
+            table = [("metric", "of", "SimCroP", "baselines"), *rows]
+            write_report(
+                self.output_dir,
+                metrics,
+                [("metric", "of", "value", "beside"), *rows],
+                table,
+                [PICTURE] if places else [],
+            )
             self._figures(places, Path(self.output_dir))
         return metrics
 
@@ -398,6 +403,8 @@ def table_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     if "retrieval" in metrics:
         found = metrics["retrieval"]
         for name, value in found["simcrop"].items():
+            if name.startswith("recall@") and int(name.partition("@")[2]) >= found["volumes"]:
+                continue  # all of the pool
             controls = {control: found[control][name] for control in ("random_encoder", "chance")}
             rows.append(("retrieval", f"{name} of {found['volumes']}", f"{value:.3f}", beside(controls, "")))
     for name in ("patch_patch_cosine", "sentence_sentence_cosine", "patch_effective_rank"):
