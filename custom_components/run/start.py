@@ -139,8 +139,10 @@ def tell(bundle_root: str | Path, section: str, values: Mapping[str, Any], write
     if not values or int(os.environ.get("RANK", 0)) > 0:
         return
     metadata = ConfigParser.load_config_file(configs_folder(bundle_root) / "metadata.json")
-    data = values.get("dataset_dir")
-    data = data.get("dataset_dir", data["_target_"]) if isinstance(data, Mapping) else data
+    data, run = values.get("dataset_dir"), running()
+    if data is None and run is not None and isinstance(made := run.parser.get("dataset_dir"), Mapping):
+        # it is yet to be made, by a component that is told where
+        data = run.parser.get_parsed_content("dataset_dir#dataset_dir") if "dataset_dir" in made else made["_target_"]
     folders = dict.fromkeys(str(values[key]) for key in writes if values.get(key) is not None)
     reads = f"reads {data}, " if data is not None else ""
     logger.info(f"{metadata['name']} {metadata['version']}, {section}: {reads}writes {', '.join(folders)}")

@@ -65,6 +65,7 @@ def test_demo_leaves_weights_curves_and_figures(bundle: Path) -> None:
     assert "epoch 2/2" in bar and " alignment " in bar and "<" in bar  # tqdm's elapsed<left
     log = (bundle / "stdout.txt").read_text()
     assert "SimCroP pre-training" in log.split(" train: reads ")[0] and "million trained parameters, on cpu" in log
+    assert "\nnext: python -m monai.bundle run --config_file configs/inference.json --models_dir" in log
     assert "epoch 2, held out: total " in log and "iteration 0" not in log and "ignite" not in log
 
 
