@@ -741,6 +741,8 @@ def main() -> None:
     parser.add_argument("--max_epochs", type=int, help="of every pre-training, without warm-up")
     parser.add_argument("--keys", type=json.loads, default={}, help="stage -> keys of all its runs, as JSON")
     given = parser.parse_args()
+    if unknown := given.keys.keys() - {*STAGES}:
+        raise SystemExit(f"error: --keys has {', '.join(unknown)}, which is no stage: give {{stage: {{key: value}}}}")
     given.variants = given.variants or (["all"] if given.list else CORE)
     if "all" in given.variants:
         given.variants = list(VARIANTS)
