@@ -39,6 +39,11 @@ OUTLINE, TRUTH = "#00e5ff", "#7dff5a"
 COMPARED = 4  # sentences at most of which each is shown on the slices of all
 # of classes 1, 2, ...: ten that people with any colour vision tell apart, then more
 COLOURS = tuple(color_sequences["petroff10"] + color_sequences["tab20"][1::2])
+STYLES = ("solid", (0, (4, 1.5)), (0, (6, 1, 1, 1)))  # of curves that may lie on one another
+HIDDEN = "#27587f"  # petroff10's blue, darkened: no grey, hence no HU
+UNDER = {"linewidths": 2.4}  # black, so that a white line upon it shows over bone as over air
+DOTTED = {"linewidths": 1.0, "linestyles": "dotted"}
+MINUS = "\N{MINUS SIGN}"
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
 SIDES = {2: "RL", 1: "RL", 0: "AP"}  # left and right of a plane
 
@@ -86,19 +91,31 @@ def loss_curves(log_dir: str | Path) -> Figure:
     if not tags:
         raise ValueError(f"{log_dir} holds no curves")
     curves = {tag: _curve(events, tag) for tag in events.Tags()["scalars"]}
-    figure = Figure(figsize=(3.2 * len(tags), 3.0), layout="constrained")
-    for axes, tag in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags, strict=True):
+    tags.sort(key=lambda tag: (not tag.startswith("loss/"), tag != "loss/total", tag))  # the rate apart, at the end
+    columns = min(3, len(tags))
+    lines = -(-len(tags) // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.5 * lines + 0.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for tag, axes in zip(tags, grid, strict=False):
         steps, values = curves[tag]
+        axes.set(xlabel="iteration", title={"lr": "learning rate"}.get(tag, tag.removeprefix("loss/")))
+        axes.grid(alpha=0.3)
+        if not tag.startswith("loss/"):
+            axes.plot(steps, values, color="#555555", linewidth=1.6)
+            continue
+        axes.set_ylabel("loss")
         window = max(1, len(values) // 50)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-        axes.plot(steps, values, color="#9ecae1", linewidth=0.8)
-        axes.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.6, label="training")
-        if (held_out := tag.replace("loss/", "held_out/")) in curves and held_out != tag:
+        axes.plot(steps, values, color="#9ecae1", linewidth=0.8, label="training")
+        axes.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.6, label="training, running mean")
+        if (held_out := tag.replace("loss/", "held_out/")) in curves:
             axes.plot(*curves[held_out], "o--", color="#d95f02", markersize=4, linewidth=1.2, label="held out")
-            axes.legend(fontsize=8)
-        axes.set_title(tag.replace("loss/", "loss: "), fontsize=10)
-        axes.set_xlabel("iteration", fontsize=9)
-        axes.grid(alpha=0.3)
+    for axes in grid:  # what zip() left of the iterator
+        axes.remove()
+    drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label()[0] != "_"}
+    if drawn:
+        figure.legend(handles=list(drawn.values()), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
