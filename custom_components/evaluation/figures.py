@@ -144,13 +144,25 @@ def canonical(volume: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
 def height_of(affine: np.ndarray, shape: Sequence[int], index: int) -> str:
     """Where the middle of an axial slice of a :func:`canonical` volume lies, in the words of the tables."""
     z = (affine @ [(shape[0] - 1) / 2, (shape[1] - 1) / 2, index, 1])[2]
-    return f"z = {z:.0f} mm".replace("-", "\N{MINUS SIGN}")
+    return f"z = {z:.0f} mm".replace("-", MINUS)
+
+
+def tall(shape: Sequence[int], spacing: Sequence[float]) -> float:
+    """Height over width of an axial slice of a RAS volume, by which figures leave no empty bands."""
+    return shape[1] * spacing[1] / (shape[0] * spacing[0])
+
+
+def wrapped(text: str, width: int) -> str:
+    """Lines of text, those longer than ``width`` broken."""
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
 def dark(figure: Figure, axes: Any) -> None:
-    """White on black, as CT is read."""
+    """White on black, as CT is read; slices stand right below their titles, for which the layout leaves room."""
     figure.set_facecolor("black")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
     for each in axes.flat:
+        each.set_anchor("N")
         each.set_facecolor("black")
         each.set_axis_off()
 
@@ -192,11 +204,12 @@ class Heat:
         field = np.isfinite(heat[..., [index]])
         outline_plane(axes, np.where(field, heat[..., [index]], -np.inf) > self.threshold, 2, 0)
         if not field.all():
-            outline_plane(axes, field, 2, 0, "grey", linewidths=0.6, linestyles="dotted")
+            outline_plane(axes, field, 2, 0, "lightgrey", linewidths=0.8, linestyles="dotted")
 
     def bar(self, figure: Figure, axes: Any, label: str) -> None:
         """The scale beside ``axes``, as it looks over black, with the threshold."""
-        bar = figure.colorbar(self.mappable, ax=axes, aspect=40, fraction=0.02, pad=0.01)
+        # which leaves the anchors of dark() as they are
+        bar = figure.colorbar(self.mappable, ax=axes, aspect=40, fraction=0.02, pad=0.01, panchor=False)
         bar.ax.set_facecolor("black")
         bar.ax.axhline(self.threshold, color=OUTLINE, linewidth=1.2)
         bar.ax.tick_params(colors="white", labelsize=8)
@@ -223,7 +236,10 @@ def sentence_panel(
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     compared = len(titles) <= COMPARED
     columns = 2 + (len(titles) if compared else 1)
-    figure = Figure(figsize=(2.9 * columns + 0.8, 2.9 * len(titles) + 0.5), layout="constrained")
+    titles = [wrapped(title, 36) for title in titles]
+    heads = 0.17 * (1 + max(title.count("\n") for title in titles)) * (1 if compared else len(titles))
+    height = 2.83 * tall(scan.shape, spacing) * len(titles) + heads + 0.45
+    figure = Figure(figsize=(2.9 * columns + 0.8, height), layout="constrained")
     grid = figure.subplots(len(titles), columns, squeeze=False)
     dark(figure, grid)
     heat = Heat(heats, threshold)
@@ -239,11 +255,14 @@ def sentence_panel(
             if i == j:  # as plane() turns it
                 axes.plot(scan.shape[0] - 1 - peak[0], peak[1], "+", color="white", markersize=9)
             if i == 0 or not compared:
-                lines = [textwrap.fill(line, 36) for line in titles[j].split("\n")]
-                axes.set_title("\n".join(lines), fontsize=10, color="white")
+                axes.set_title(titles[j], fontsize=10, color="white")
     heat.bar(figure, grid, quantity)
-    outline = f"outlined above {heat.threshold:.2f}, + highest; dotted: the field that the network saw"
-    figure.supxlabel(f"rows: the slice where each is highest; {outline}", color="white", fontsize=9)
+    words = "the slice where the map is highest, at the +"
+    if len(titles) > 1:
+        words = "each row: the slice where one map is highest, at its +"
+    words += f"; outlined above {heat.threshold:.2f}"
+    words += "" if np.isfinite(heats).all() else "; dotted: the field that the network saw"
+    figure.supxlabel(words, color="white", fontsize=9)
     return figure
 
 
