@@ -313,25 +313,33 @@ def told_looked_there(rows: Sequence[Mapping[str, Any]]) -> Figure:
         rows: of a finding each. ``told``, its title; on one grid in RAS order ``image [1, X, Y, Z]`` in [-1, 1], a
             MetaTensor, its ``heat [X, Y, Z]``, and the true ``mask [X, Y, Z]``.
     """
-    figure = Figure(figsize=(11.6, 3.25 * -(-len(rows) // 2) + 0.5), layout="constrained")
-    grid = figure.subplots(-(-len(rows) // 2), 5, squeeze=False, width_ratios=[1, 1, 0.04, 1, 1])
+    pairs = -(-len(rows) // 2)
+    titles = [wrapped(row["told"], 70) for row in rows]
+    height = 2.55 * max(tall(row["heat"].shape, spacing_of(row["image"])) for row in rows)
+    height += 0.36 + 0.16 * (1 + max(title.count("\n") for title in titles))
+    figure = Figure(figsize=(11.6, height * pairs + 0.5), layout="constrained")
+    grid = figure.subplots(pairs, 5, squeeze=False, width_ratios=[1, 1, 0.04, 1, 1])
     dark(figure, grid)
     heat = Heat([row["heat"].numpy() for row in rows])
-    pairs = [pair for line in grid for pair in (line[:2], line[3:])]
-    for row, (looked, there) in zip(rows, pairs, strict=False):
+    panels = [pair for line in grid for pair in (line[:2], line[3:])]
+    for row, title, (looked, there) in zip(rows, titles, panels, strict=False):
         image, affine = row["image"][0].as_tensor().numpy(), row["image"].affine.numpy()
         values, mask = row["heat"].numpy(), row["mask"].numpy()
         x, y, z = np.unravel_index(values.argmax(), values.shape)
         spacing = spacing_of(row["image"])
-        for axes, index in ((looked, z), (there, int(mask.sum((0, 1)).argmax()))):
-            show_ct(axes, image, index, spacing, (CT["vmin"], CT["vmax"]), height_of(affine, image.shape, index))
+        largest = int(mask.sum((0, 1)).argmax())
+        places = [height_of(affine, image.shape, index) for index in (z, largest)]
+        if largest != z:
+            places[1] += f", {abs(largest - z) * spacing[2]:.0f} mm {'higher' if largest > z else 'lower'}"
+        heads = ("where it looked: slice of the +", "what was there: its largest slice")
+        for axes, index, place, head in zip((looked, there), (z, largest), places, heads, strict=True):
+            show_ct(axes, image, index, spacing, (CT["vmin"], CT["vmax"]), place)
+            axes.text(0.5, 1.02, head, transform=axes.transAxes, ha="center", va="bottom", color="white", fontsize=9.5)
         heat.show(looked, values, z, spacing)
         looked.plot(image.shape[0] - 1 - x, y, "+", color="white", markersize=9)
         outline_plane(looked, mask, 2, z, TRUTH, linestyles="dashed")
-        outline_plane(there, mask, 2, int(mask.sum((0, 1)).argmax()), TRUTH)
-        looked.set_title(row["told"], fontsize=9.5, color="white", loc="left")
-    for axes, words in zip(grid[-1], ("where it looked", "what was there", "") * 2, strict=False):
-        axes.text(0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", color="white", fontsize=10)
+        outline_plane(there, mask, 2, largest, TRUTH)
+        looked.set_title(title, fontsize=9.5, color="white", loc="left", pad=20)  # above the head
     heat.bar(figure, grid, "cosine of the sentence and each place")
     lines = [Line2D([], [], color=OUTLINE, label="looked at"), Line2D([], [], color=TRUTH, label="true finding")]
     lines += [Line2D([], [], color="white", marker="+", linestyle="", markersize=9, label="most similar place")]
