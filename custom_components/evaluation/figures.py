@@ -25,6 +25,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
@@ -341,9 +342,39 @@ def told_looked_there(rows: Sequence[Mapping[str, Any]]) -> Figure:
         outline_plane(there, mask, 2, largest, TRUTH)
         looked.set_title(title, fontsize=9.5, color="white", loc="left", pad=20)  # above the head
     heat.bar(figure, grid, "cosine of the sentence and each place")
-    lines = [Line2D([], [], color=OUTLINE, label="looked at"), Line2D([], [], color=TRUTH, label="true finding")]
-    lines += [Line2D([], [], color="white", marker="+", linestyle="", markersize=9, label="most similar place")]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=10, frameon=False, labelcolor="white")
+    lines = [
+        Line2D([], [], color="white", marker="+", linestyle="", markersize=9, label="most similar place"),
+        Line2D([], [], color=OUTLINE, label="looked at"),
+        Line2D([], [], color=TRUTH, linestyle="dashed", label="true finding, where it looked"),
+        Line2D([], [], color=TRUTH, label="true finding, its largest slice"),
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=10, frameon=False, labelcolor="white")
+    return figure
+
+
+def reconstructions(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A volume's middle slice, what was hidden of it, and what the network restored there: one row a volume.
+
+    Args:
+        rows: of a volume each. ``name``; on one grid in RAS order ``image [1, X, Y, Z]`` in [-1, 1], a MetaTensor, the
+            mask ``hidden [X, Y, Z]``, and ``restored [X, Y, Z]``, which is the image where nothing was hidden.
+    """
+    height = 2.65 * max(tall(row["hidden"].shape, spacing_of(row["image"])) for row in rows) + 0.48
+    figure = Figure(figsize=(8.2, height * len(rows) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    dark(figure, grid)
+    for row, axes_row in zip(rows, grid, strict=True):
+        image, affine = row["image"][0].as_tensor().numpy(), row["image"].affine.numpy()
+        middle, spacing = image.shape[2] // 2, spacing_of(row["image"])
+        heads = ("CT", "what the network saw", "what it restored")
+        for axes, volume, head in zip(axes_row, (image, image, row["restored"].numpy()), heads, strict=True):
+            show_ct(axes, volume, middle, spacing, (CT["vmin"], CT["vmax"]))
+            of = f"{row['name']}, {height_of(affine, image.shape, middle)}" if axes is axes_row[0] else ""
+            axes.set_title(f"{of}\n{head}", fontsize=10, color="white", loc="left")
+        hidden = np.where(row["hidden"].numpy(), 1.0, np.nan)
+        show_plane(axes_row[1], hidden, 2, middle, spacing, cmap=ListedColormap([HIDDEN]), zorder=0.5)
+    patch = Patch(color=HIDDEN, label="hidden from the network; restored on the right, where all else is the CT")
+    figure.legend(handles=[patch], loc="outside lower center", fontsize=9, frameon=False, labelcolor="white")
     return figure
 
 
