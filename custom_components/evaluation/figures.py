@@ -387,7 +387,7 @@ def most_classes(labels: np.ndarray, axis: int) -> int:
 
 
 def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figure:
-    """Organ contours over CT in three planes, one row a scan; solid is predicted, dotted white is the truth.
+    """Organ contours over CT in three planes, one row a scan; solid is predicted, white dots on black are the truth.
 
     Args:
         rows: tensors on one grid in RAS order: ``image [X, Y, Z]`` in [-1, 1], class indices ``pred [X, Y, Z]`` and,
@@ -395,31 +395,43 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
             which slices are placed.
         classes: names of classes 1, 2, ...
     """
-    figure = Figure(figsize=(11, 3.6 * len(rows) + 0.4), layout="constrained")
+    # as wide as the planes of the largest scan are at one height, so that all three stand side by side
+    extent = np.max([np.multiply(row["pred"].shape, row["spacing"]) for row in rows], axis=0)
+    wide = [np.delete(extent, axis)[0] / np.delete(extent, axis)[1] for axis in PLANES]
+    figure = Figure(figsize=(11, (10.6 / sum(wide) + 0.5) * len(rows) + 0.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    grid = figure.subplots(len(rows), 3, squeeze=False, width_ratios=wide)
     shown: set[int] = set()
-    for row, axes_row in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
+    for row, axes_row in zip(rows, grid, strict=True):
         pred, truth = row["pred"].numpy(), row["truth"].numpy() if "truth" in row else None
         for axis, axes in zip(PLANES, axes_row, strict=True):
             index = most_classes(pred if truth is None else truth, axis)
             show_plane(axes, row["image"], axis, index, row["spacing"], **CT, interpolation="bilinear")
+            axes.set_anchor("N")  # below their titles
+            known = range(1, len(classes) + 1) if truth is not None else ()
+            for c in known:
+                outline_plane(axes, truth == c, axis, index, "black", **UNDER)
             for c in range(1, len(classes) + 1):
                 outline_plane(axes, pred == c, axis, index, COLOURS[(c - 1) % len(COLOURS)])
                 shown |= {c} if (plane(pred, axis, index) == c).any() else set()
-                if truth is not None:
-                    outline_plane(axes, truth == c, axis, index, "white", linewidths=0.9, linestyles="dotted")
+            for c in known:
+                outline_plane(axes, truth == c, axis, index, "white", **DOTTED)
             for side, x, ha in zip(SIDES[axis], (0.015, 0.985), ("left", "right"), strict=True):
                 axes.text(x, 0.5, side, transform=axes.transAxes, ha=ha, va="center", fontsize=8, color="white")
             place = PLANES[axis]
             if "affine" in row:
                 middle = [index if i == axis else (size - 1) / 2 for i, size in enumerate(pred.shape)]
-                place += f", {'xyz'[axis]} = {(row['affine'] @ [*middle, 1])[axis]:.0f} mm"
-            axes.text(0.5, -0.02, place, transform=axes.transAxes, ha="center", va="top", fontsize=9)
-        axes_row[0].set_title(row["title"], fontsize=10, loc="left")
-    lines = [Line2D([], [], color=COLOURS[(c - 1) % len(COLOURS)], label=classes[c - 1]) for c in sorted(shown)]
-    if any("truth" in row for row in rows):
-        lines.append(Line2D([], [], color="grey", linestyle="dotted", label="truth"))
+                place += f", {'xyz'[axis]} = {(row['affine'] @ [*middle, 1])[axis]:.0f} mm".replace("-", MINUS)
+            axes.set_title(f"{row['title'] if axes is axes_row[0] else ''}\n{place}", fontsize=10, loc="left")
+    lines: list[Any] = [Line2D([], [], color=COLOURS[(c - 1) % len(COLOURS)]) for c in sorted(shown)]
+    names = [classes[c - 1] for c in sorted(shown)]
+    if any("truth" in row for row in rows):  # as it is drawn, one line on the other
+        under, dots = (Line2D([], [], color=colour) for colour in ("black", "white"))
+        under.set_linewidth(UNDER["linewidths"])
+        dots.set(linewidth=DOTTED["linewidths"], linestyle=DOTTED["linestyles"])
+        lines, names = [*lines, (under, dots)], [*names, "truth"]
     if lines:
-        figure.legend(handles=lines, loc="outside upper center", ncols=7, fontsize=9, frameon=False)
+        figure.legend(lines, names, loc="outside upper center", ncols=7, fontsize=10, frameon=False)
     return figure
 
 
