@@ -533,25 +533,29 @@ def roc_and_pr_curves(
         truth, score: ``[N, C]``.
         measured: class -> ``auroc``, ``average_precision``: each ``value``, ``low``, ``high``, told beside its curve.
     """
-    figure = Figure(figsize=(11.0, 5.0), layout="constrained")
+    both = [c for c in range(len(classes)) if np.ptp(truth[:, c]) > 0]
+    figure = Figure(figsize=(10.0, 5.3 + 0.19 * len(both)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     roc, pr = figure.subplots(1, 2)
-    for c, name in enumerate(classes):
+    # of equal curves, which lie on one another, later ones are thinner and leave the earlier ones an edge
+    for c, width in zip(both, np.linspace(3.0, 1.2, len(both)), strict=True):
         y, scored = truth[:, c], score[:, c]
-        if np.ptp(y) > 0:
-            curve = {"color": COLOURS[c % len(COLOURS)], "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}
-            for axes, display, of, more in (
-                (roc, RocCurveDisplay, "auroc", ""),
-                (pr, PrecisionRecallDisplay, "average_precision", f", {y.mean():.0%} positive"),
-            ):
-                display.from_predictions(y, scored, ax=axes, curve_kwargs=curve)
-                value = "{value:.2f} ({low:.2f} to {high:.2f})".format(**measured[name][of])
-                axes.lines[-1].set_label(f"{name} {value}{more}")
+        curve = {"color": COLOURS[c % len(COLOURS)], "linestyle": STYLES[c % len(STYLES)], "linewidth": width}
+        for axes, display, of, more in (
+            (roc, RocCurveDisplay, "auroc", ""),
+            (pr, PrecisionRecallDisplay, "average_precision", f", {y.mean():.0%} positive"),
+        ):
+            display.from_predictions(y, scored, ax=axes, curve_kwargs=curve)
+            value = "{value:.2f} ({low:.2f} to {high:.2f})".format(**measured[classes[c]][of])
+            axes.lines[-1].set_label(f"{classes[c]} {value}{more}")
     roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     roc.set(title="ROC: area under the curve, 95 % interval", xlabel="1 - specificity", ylabel="sensitivity")
     pr.set(title="precision-recall: average precision, 95 % interval", xlabel="sensitivity", ylabel="precision")
     for axes in (roc, pr):
-        axes.legend(fontsize=7 if len(classes) <= 8 else 5)
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="auto")  # curves keep off the frame
         axes.grid(alpha=0.3)
+        if both:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, handlelength=3, frameon=False)
     return figure
 
 
