@@ -25,6 +25,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from monai.config import KeysCollection
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
@@ -39,6 +40,11 @@ OUTLINE, TRUTH = "#00e5ff", "#7dff5a"
 COMPARED = 4  # sentences at most of which each is shown on the slices of all
 # of classes 1, 2, ...: ten that people with any colour vision tell apart, then more
 COLOURS = tuple(color_sequences["petroff10"] + color_sequences["tab20"][1::2])
+STYLES = ("solid", (0, (4, 1.5)), (0, (6, 1, 1, 1)))  # of curves that may lie on one another
+HIDDEN = "#27587f"  # petroff10's blue, darkened: no grey, hence no HU
+UNDER = {"linewidths": 2.4}  # black, so that a white line upon it shows over bone as over air
+DOTTED = {"linewidths": 1.0, "linestyles": "dotted"}
+MINUS = "\N{MINUS SIGN}"
 PLANES = {2: "axial", 1: "coronal", 0: "sagittal"}
 SIDES = {2: "RL", 1: "RL", 0: "AP"}  # left and right of a plane
 
@@ -86,19 +92,31 @@ def loss_curves(log_dir: str | Path) -> Figure:
     if not tags:
         raise ValueError(f"{log_dir} holds no curves")
     curves = {tag: _curve(events, tag) for tag in events.Tags()["scalars"]}
-    figure = Figure(figsize=(3.2 * len(tags), 3.0), layout="constrained")
-    for axes, tag in zip(figure.subplots(1, len(tags), squeeze=False)[0], tags, strict=True):
+    tags.sort(key=lambda tag: (not tag.startswith("loss/"), tag != "loss/total", tag))  # the rate apart, at the end
+    columns = min(3, len(tags))
+    lines = -(-len(tags) // columns)
+    figure = Figure(figsize=(3.0 * columns, 2.5 * lines + 0.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.08)
+    grid = figure.subplots(lines, columns, squeeze=False).flat
+    for tag, axes in zip(tags, grid, strict=False):
         steps, values = curves[tag]
+        axes.set(xlabel="iteration", title={"lr": "learning rate"}.get(tag, tag.removeprefix("loss/")))
+        axes.grid(alpha=0.3)
+        if not tag.startswith("loss/"):
+            axes.plot(steps, values, color="#555555", linewidth=1.6)
+            continue
+        axes.set_ylabel("loss")
         window = max(1, len(values) // 50)
         smooth = np.convolve(values, np.ones(window) / window, mode="valid")
-        axes.plot(steps, values, color="#9ecae1", linewidth=0.8)
-        axes.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.6, label="training")
-        if (held_out := tag.replace("loss/", "held_out/")) in curves and held_out != tag:
+        axes.plot(steps, values, color="#9ecae1", linewidth=0.8, label="training")
+        axes.plot(steps[window - 1 :], smooth, color="#08519c", linewidth=1.6, label="training, running mean")
+        if (held_out := tag.replace("loss/", "held_out/")) in curves:
             axes.plot(*curves[held_out], "o--", color="#d95f02", markersize=4, linewidth=1.2, label="held out")
-            axes.legend(fontsize=8)
-        axes.set_title(tag.replace("loss/", "loss: "), fontsize=10)
-        axes.set_xlabel("iteration", fontsize=9)
-        axes.grid(alpha=0.3)
+    for axes in grid:  # what zip() left of the iterator
+        axes.remove()
+    drawn = {line.get_label(): line for axes in figure.axes for line in axes.get_lines() if line.get_label()[0] != "_"}
+    if drawn:
+        figure.legend(handles=list(drawn.values()), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -127,13 +145,25 @@ def canonical(volume: MetaTensor) -> tuple[np.ndarray, np.ndarray]:
 def height_of(affine: np.ndarray, shape: Sequence[int], index: int) -> str:
     """Where the middle of an axial slice of a :func:`canonical` volume lies, in the words of the tables."""
     z = (affine @ [(shape[0] - 1) / 2, (shape[1] - 1) / 2, index, 1])[2]
-    return f"z = {z:.0f} mm".replace("-", "\N{MINUS SIGN}")
+    return f"z = {z:.0f} mm".replace("-", MINUS)
+
+
+def tall(shape: Sequence[int], spacing: Sequence[float]) -> float:
+    """Height over width of an axial slice of a RAS volume, by which figures leave no empty bands."""
+    return shape[1] * spacing[1] / (shape[0] * spacing[0])
+
+
+def wrapped(text: str, width: int) -> str:
+    """Lines of text, those longer than ``width`` broken."""
+    return "\n".join(textwrap.fill(line, width) for line in text.split("\n"))
 
 
 def dark(figure: Figure, axes: Any) -> None:
-    """White on black, as CT is read."""
+    """White on black, as CT is read; slices stand right below their titles, for which the layout leaves room."""
     figure.set_facecolor("black")
+    figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
     for each in axes.flat:
+        each.set_anchor("N")
         each.set_facecolor("black")
         each.set_axis_off()
 
@@ -175,11 +205,12 @@ class Heat:
         field = np.isfinite(heat[..., [index]])
         outline_plane(axes, np.where(field, heat[..., [index]], -np.inf) > self.threshold, 2, 0)
         if not field.all():
-            outline_plane(axes, field, 2, 0, "grey", linewidths=0.6, linestyles="dotted")
+            outline_plane(axes, field, 2, 0, "lightgrey", linewidths=0.8, linestyles="dotted")
 
     def bar(self, figure: Figure, axes: Any, label: str) -> None:
         """The scale beside ``axes``, as it looks over black, with the threshold."""
-        bar = figure.colorbar(self.mappable, ax=axes, aspect=40, fraction=0.02, pad=0.01)
+        # which leaves the anchors of dark() as they are
+        bar = figure.colorbar(self.mappable, ax=axes, aspect=40, fraction=0.02, pad=0.01, panchor=False)
         bar.ax.set_facecolor("black")
         bar.ax.axhline(self.threshold, color=OUTLINE, linewidth=1.2)
         bar.ax.tick_params(colors="white", labelsize=8)
@@ -206,7 +237,10 @@ def sentence_panel(
     spacing = np.linalg.norm(affine[:3, :3], axis=0)
     compared = len(titles) <= COMPARED
     columns = 2 + (len(titles) if compared else 1)
-    figure = Figure(figsize=(2.9 * columns + 0.8, 2.9 * len(titles) + 0.5), layout="constrained")
+    titles = [wrapped(title, 36) for title in titles]
+    heads = 0.17 * (1 + max(title.count("\n") for title in titles)) * (1 if compared else len(titles))
+    height = 2.83 * tall(scan.shape, spacing) * len(titles) + heads + 0.45
+    figure = Figure(figsize=(2.9 * columns + 0.8, height), layout="constrained")
     grid = figure.subplots(len(titles), columns, squeeze=False)
     dark(figure, grid)
     heat = Heat(heats, threshold)
@@ -222,11 +256,14 @@ def sentence_panel(
             if i == j:  # as plane() turns it
                 axes.plot(scan.shape[0] - 1 - peak[0], peak[1], "+", color="white", markersize=9)
             if i == 0 or not compared:
-                lines = [textwrap.fill(line, 36) for line in titles[j].split("\n")]
-                axes.set_title("\n".join(lines), fontsize=10, color="white")
+                axes.set_title(titles[j], fontsize=10, color="white")
     heat.bar(figure, grid, quantity)
-    outline = f"outlined above {heat.threshold:.2f}, + highest; dotted: the field that the network saw"
-    figure.supxlabel(f"rows: the slice where each is highest; {outline}", color="white", fontsize=9)
+    words = "the slice where the map is highest, at the +"
+    if len(titles) > 1:
+        words = "each row: the slice where one map is highest, at its +"
+    words += f"; outlined above {heat.threshold:.2f}"
+    words += "" if np.isfinite(heats).all() else "; dotted: the field that the network saw"
+    figure.supxlabel(words, color="white", fontsize=9)
     return figure
 
 
@@ -277,29 +314,67 @@ def told_looked_there(rows: Sequence[Mapping[str, Any]]) -> Figure:
         rows: of a finding each. ``told``, its title; on one grid in RAS order ``image [1, X, Y, Z]`` in [-1, 1], a
             MetaTensor, its ``heat [X, Y, Z]``, and the true ``mask [X, Y, Z]``.
     """
-    figure = Figure(figsize=(11.6, 3.25 * -(-len(rows) // 2) + 0.5), layout="constrained")
-    grid = figure.subplots(-(-len(rows) // 2), 5, squeeze=False, width_ratios=[1, 1, 0.04, 1, 1])
+    pairs = -(-len(rows) // 2)
+    titles = [wrapped(row["told"], 70) for row in rows]
+    height = 2.55 * max(tall(row["heat"].shape, spacing_of(row["image"])) for row in rows)
+    height += 0.36 + 0.16 * (1 + max(title.count("\n") for title in titles))
+    figure = Figure(figsize=(11.6, height * pairs + 0.5), layout="constrained")
+    grid = figure.subplots(pairs, 5, squeeze=False, width_ratios=[1, 1, 0.04, 1, 1])
     dark(figure, grid)
     heat = Heat([row["heat"].numpy() for row in rows])
-    pairs = [pair for line in grid for pair in (line[:2], line[3:])]
-    for row, (looked, there) in zip(rows, pairs, strict=False):
+    panels = [pair for line in grid for pair in (line[:2], line[3:])]
+    for row, title, (looked, there) in zip(rows, titles, panels, strict=False):
         image, affine = row["image"][0].as_tensor().numpy(), row["image"].affine.numpy()
         values, mask = row["heat"].numpy(), row["mask"].numpy()
         x, y, z = np.unravel_index(values.argmax(), values.shape)
         spacing = spacing_of(row["image"])
-        for axes, index in ((looked, z), (there, int(mask.sum((0, 1)).argmax()))):
-            show_ct(axes, image, index, spacing, (CT["vmin"], CT["vmax"]), height_of(affine, image.shape, index))
+        largest = int(mask.sum((0, 1)).argmax())
+        places = [height_of(affine, image.shape, index) for index in (z, largest)]
+        if largest != z:
+            places[1] += f", {abs(largest - z) * spacing[2]:.0f} mm {'higher' if largest > z else 'lower'}"
+        heads = ("where it looked: slice of the +", "what was there: its largest slice")
+        for axes, index, place, head in zip((looked, there), (z, largest), places, heads, strict=True):
+            show_ct(axes, image, index, spacing, (CT["vmin"], CT["vmax"]), place)
+            axes.text(0.5, 1.02, head, transform=axes.transAxes, ha="center", va="bottom", color="white", fontsize=9.5)
         heat.show(looked, values, z, spacing)
         looked.plot(image.shape[0] - 1 - x, y, "+", color="white", markersize=9)
         outline_plane(looked, mask, 2, z, TRUTH, linestyles="dashed")
-        outline_plane(there, mask, 2, int(mask.sum((0, 1)).argmax()), TRUTH)
-        looked.set_title(row["told"], fontsize=9.5, color="white", loc="left")
-    for axes, words in zip(grid[-1], ("where it looked", "what was there", "") * 2, strict=False):
-        axes.text(0.5, -0.02, words, transform=axes.transAxes, ha="center", va="top", color="white", fontsize=10)
+        outline_plane(there, mask, 2, largest, TRUTH)
+        looked.set_title(title, fontsize=9.5, color="white", loc="left", pad=20)  # above the head
     heat.bar(figure, grid, "cosine of the sentence and each place")
-    lines = [Line2D([], [], color=OUTLINE, label="looked at"), Line2D([], [], color=TRUTH, label="true finding")]
-    lines += [Line2D([], [], color="white", marker="+", linestyle="", markersize=9, label="most similar place")]
-    figure.legend(handles=lines, loc="outside lower center", ncols=3, fontsize=10, frameon=False, labelcolor="white")
+    lines = [
+        Line2D([], [], color="white", marker="+", linestyle="", markersize=9, label="most similar place"),
+        Line2D([], [], color=OUTLINE, label="looked at"),
+        Line2D([], [], color=TRUTH, linestyle="dashed", label="true finding, where it looked"),
+        Line2D([], [], color=TRUTH, label="true finding, its largest slice"),
+    ]
+    figure.legend(handles=lines, loc="outside lower center", ncols=4, fontsize=10, frameon=False, labelcolor="white")
+    return figure
+
+
+def reconstructions(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """A volume's middle slice, what was hidden of it, and what the network restored there: one row a volume.
+
+    Args:
+        rows: of a volume each. ``name``; on one grid in RAS order ``image [1, X, Y, Z]`` in [-1, 1], a MetaTensor, the
+            mask ``hidden [X, Y, Z]``, and ``restored [X, Y, Z]``, which is the image where nothing was hidden.
+    """
+    height = 2.65 * max(tall(row["hidden"].shape, spacing_of(row["image"])) for row in rows) + 0.48
+    figure = Figure(figsize=(8.2, height * len(rows) + 0.4), layout="constrained")
+    grid = figure.subplots(len(rows), 3, squeeze=False)
+    dark(figure, grid)
+    for row, axes_row in zip(rows, grid, strict=True):
+        image, affine = row["image"][0].as_tensor().numpy(), row["image"].affine.numpy()
+        middle, spacing = image.shape[2] // 2, spacing_of(row["image"])
+        heads = ("CT", "what the network saw", "what it restored")
+        for axes, volume, head in zip(axes_row, (image, image, row["restored"].numpy()), heads, strict=True):
+            show_ct(axes, volume, middle, spacing, (CT["vmin"], CT["vmax"]))
+            of = f"{row['name']}, {height_of(affine, image.shape, middle)}" if axes is axes_row[0] else ""
+            axes.set_title(f"{of}\n{head}", fontsize=10, color="white", loc="left")
+        hidden = np.where(row["hidden"].numpy(), 1.0, np.nan)
+        show_plane(axes_row[1], hidden, 2, middle, spacing, cmap=ListedColormap([HIDDEN]), zorder=0.5)
+    patch = Patch(color=HIDDEN, label="hidden from the network; restored on the right, where all else is the CT")
+    figure.legend(handles=[patch], loc="outside lower center", fontsize=9, frameon=False, labelcolor="white")
     return figure
 
 
@@ -312,7 +387,7 @@ def most_classes(labels: np.ndarray, axis: int) -> int:
 
 
 def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figure:
-    """Organ contours over CT in three planes, one row a scan; solid is predicted, dotted white is the truth.
+    """Organ contours over CT in three planes, one row a scan; solid is predicted, white dots on black are the truth.
 
     Args:
         rows: tensors on one grid in RAS order: ``image [X, Y, Z]`` in [-1, 1], class indices ``pred [X, Y, Z]`` and,
@@ -320,31 +395,43 @@ def contours(rows: Sequence[Mapping[str, Any]], classes: Sequence[str]) -> Figur
             which slices are placed.
         classes: names of classes 1, 2, ...
     """
-    figure = Figure(figsize=(11, 3.6 * len(rows) + 0.4), layout="constrained")
+    # as wide as the planes of the largest scan are at one height, so that all three stand side by side
+    extent = np.max([np.multiply(row["pred"].shape, row["spacing"]) for row in rows], axis=0)
+    wide = [np.delete(extent, axis)[0] / np.delete(extent, axis)[1] for axis in PLANES]
+    figure = Figure(figsize=(11, (10.6 / sum(wide) + 0.5) * len(rows) + 0.4), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.08, h_pad=0.06)
+    grid = figure.subplots(len(rows), 3, squeeze=False, width_ratios=wide)
     shown: set[int] = set()
-    for row, axes_row in zip(rows, figure.subplots(len(rows), 3, squeeze=False), strict=True):
+    for row, axes_row in zip(rows, grid, strict=True):
         pred, truth = row["pred"].numpy(), row["truth"].numpy() if "truth" in row else None
         for axis, axes in zip(PLANES, axes_row, strict=True):
             index = most_classes(pred if truth is None else truth, axis)
             show_plane(axes, row["image"], axis, index, row["spacing"], **CT, interpolation="bilinear")
+            axes.set_anchor("N")  # below their titles
+            known = range(1, len(classes) + 1) if truth is not None else ()
+            for c in known:
+                outline_plane(axes, truth == c, axis, index, "black", **UNDER)
             for c in range(1, len(classes) + 1):
                 outline_plane(axes, pred == c, axis, index, COLOURS[(c - 1) % len(COLOURS)])
                 shown |= {c} if (plane(pred, axis, index) == c).any() else set()
-                if truth is not None:
-                    outline_plane(axes, truth == c, axis, index, "white", linewidths=0.9, linestyles="dotted")
+            for c in known:
+                outline_plane(axes, truth == c, axis, index, "white", **DOTTED)
             for side, x, ha in zip(SIDES[axis], (0.015, 0.985), ("left", "right"), strict=True):
                 axes.text(x, 0.5, side, transform=axes.transAxes, ha=ha, va="center", fontsize=8, color="white")
             place = PLANES[axis]
             if "affine" in row:
                 middle = [index if i == axis else (size - 1) / 2 for i, size in enumerate(pred.shape)]
-                place += f", {'xyz'[axis]} = {(row['affine'] @ [*middle, 1])[axis]:.0f} mm"
-            axes.text(0.5, -0.02, place, transform=axes.transAxes, ha="center", va="top", fontsize=9)
-        axes_row[0].set_title(row["title"], fontsize=10, loc="left")
-    lines = [Line2D([], [], color=COLOURS[(c - 1) % len(COLOURS)], label=classes[c - 1]) for c in sorted(shown)]
-    if any("truth" in row for row in rows):
-        lines.append(Line2D([], [], color="grey", linestyle="dotted", label="truth"))
+                place += f", {'xyz'[axis]} = {(row['affine'] @ [*middle, 1])[axis]:.0f} mm".replace("-", MINUS)
+            axes.set_title(f"{row['title'] if axes is axes_row[0] else ''}\n{place}", fontsize=10, loc="left")
+    lines: list[Any] = [Line2D([], [], color=COLOURS[(c - 1) % len(COLOURS)]) for c in sorted(shown)]
+    names = [classes[c - 1] for c in sorted(shown)]
+    if any("truth" in row for row in rows):  # as it is drawn, one line on the other
+        under, dots = (Line2D([], [], color=colour) for colour in ("black", "white"))
+        under.set_linewidth(UNDER["linewidths"])
+        dots.set(linewidth=DOTTED["linewidths"], linestyle=DOTTED["linestyles"])
+        lines, names = [*lines, (under, dots)], [*names, "truth"]
     if lines:
-        figure.legend(handles=lines, loc="outside upper center", ncols=7, fontsize=9, frameon=False)
+        figure.legend(lines, names, loc="outside upper center", ncols=7, fontsize=10, frameon=False)
     return figure
 
 
@@ -446,25 +533,29 @@ def roc_and_pr_curves(
         truth, score: ``[N, C]``.
         measured: class -> ``auroc``, ``average_precision``: each ``value``, ``low``, ``high``, told beside its curve.
     """
-    figure = Figure(figsize=(11.0, 5.0), layout="constrained")
+    both = [c for c in range(len(classes)) if np.ptp(truth[:, c]) > 0]
+    figure = Figure(figsize=(10.0, 5.3 + 0.19 * len(both)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)
     roc, pr = figure.subplots(1, 2)
-    for c, name in enumerate(classes):
+    # of equal curves, which lie on one another, later ones are thinner and leave the earlier ones an edge
+    for c, width in zip(both, np.linspace(3.0, 1.2, len(both)), strict=True):
         y, scored = truth[:, c], score[:, c]
-        if np.ptp(y) > 0:
-            curve = {"color": COLOURS[c % len(COLOURS)], "linestyle": "-" if c < 10 else "--", "linewidth": 1.2}
-            for axes, display, of, more in (
-                (roc, RocCurveDisplay, "auroc", ""),
-                (pr, PrecisionRecallDisplay, "average_precision", f", {y.mean():.0%} positive"),
-            ):
-                display.from_predictions(y, scored, ax=axes, curve_kwargs=curve)
-                value = "{value:.2f} ({low:.2f} to {high:.2f})".format(**measured[name][of])
-                axes.lines[-1].set_label(f"{name} {value}{more}")
+        curve = {"color": COLOURS[c % len(COLOURS)], "linestyle": STYLES[c % len(STYLES)], "linewidth": width}
+        for axes, display, of, more in (
+            (roc, RocCurveDisplay, "auroc", ""),
+            (pr, PrecisionRecallDisplay, "average_precision", f", {y.mean():.0%} positive"),
+        ):
+            display.from_predictions(y, scored, ax=axes, curve_kwargs=curve)
+            value = "{value:.2f} ({low:.2f} to {high:.2f})".format(**measured[classes[c]][of])
+            axes.lines[-1].set_label(f"{classes[c]} {value}{more}")
     roc.plot([0, 1], [0, 1], color="grey", linewidth=0.8, linestyle=":")
     roc.set(title="ROC: area under the curve, 95 % interval", xlabel="1 - specificity", ylabel="sensitivity")
     pr.set(title="precision-recall: average precision, 95 % interval", xlabel="sensitivity", ylabel="precision")
     for axes in (roc, pr):
-        axes.legend(fontsize=7 if len(classes) <= 8 else 5)
+        axes.set(xlim=(-0.03, 1.03), ylim=(-0.03, 1.03), aspect="auto")  # curves keep off the frame
         axes.grid(alpha=0.3)
+        if both:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), fontsize=9, handlelength=3, frameon=False)
     return figure
 
 

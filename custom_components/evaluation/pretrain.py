@@ -20,7 +20,7 @@ from custom_components.evaluation.controls import (
     regression_auc,
     untrained,
 )
-from custom_components.evaluation.figures import CT, show_plane, spacing_of
+from custom_components.evaluation.figures import spacing_of
 from custom_components.evaluation.places import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
 from custom_components.evaluation.report import write_report
 from custom_components.evaluation.retrieval import MAX_COSINES, draw_pools, retrieval
@@ -311,10 +311,9 @@ class PretrainEvaluation:
             figures.save(folder / "sentences.png", self._sentence_maps, list(first.values()))
 
     def _reconstructions(self, number: int) -> Figure:
-        """Original, masked and reconstructed middle slice of the first volumes, one row a volume."""
-        figure = Figure(figsize=(7.5, 2.6 * number), layout="constrained")
-        encoder = self.network.encoder
-        for i, row in enumerate(figure.subplots(number, 3, squeeze=False)):
+        """The middle slice of the first volumes, what was hidden of it, and what the network restored there."""
+        encoder, rows = self.network.encoder, []
+        for i in range(number):
             image = self.dataset[i]["image"]
             volume = image.as_tensor()[None].to(self.device)
             keep, masked = self.network.draw_masks(volume)
@@ -324,15 +323,15 @@ class PretrainEvaluation:
             pred = self.network.volume_decoder(tokens, keep, masked)[0].float()
             if self.loss.volume.norm_target:  # the network gives shape only: take mean and contrast from the truth
                 pred = pred * target.std(-1, keepdim=True) + target.mean(-1, keepdim=True)
-            hidden, restored = patches.clone(), patches.clone()
-            hidden[0, masked[0]] = -1.0
+            hidden, restored = torch.zeros_like(patches), patches.clone()
+            hidden[0, masked[0]] = 1.0
             restored[0, masked[0]] = pred
-            stages = {"original": patches, "masked": hidden, "reconstructed": restored}
-            for axes, (title, stage) in zip(row, stages.items(), strict=True):
-                stage = unpatchify(stage, encoder.grid, encoder.patch_size)[0, 0].cpu()
-                show_plane(axes, stage, 2, stage.shape[2] // 2, spacing_of(image), **CT)
-                axes.set_title(title, fontsize=10)
-        return figure
+            hidden, restored = (
+                unpatchify(part, encoder.grid, encoder.patch_size)[0, 0].cpu() for part in (hidden, restored)
+            )
+            row = {"name": self.dataset.data[i]["name"], "image": image.cpu()}
+            rows.append(row | {"hidden": hidden > 0, "restored": restored})
+        return figures.reconstructions(rows)
 
     def _sentence_maps(self, places: Sequence[Mapping[str, Any]]) -> Figure:
         """Maps of finding sentences beside the finding's true mask, with what the figures above make of them."""

@@ -154,7 +154,8 @@ class SegmentationEvaluation:
         foreground = mean_of_defined(np.array([dice[1:]]))[0]
         title = f"{item['name']}: Dice {foreground:.3f}"
         pred = argmax_labels(logits.cpu())
-        return {"image": image[0].cpu(), "pred": pred, "truth": truth, "spacing": spacing_of(image), "title": title}
+        row = {"image": image[0].cpu(), "pred": pred, "truth": truth, "spacing": spacing_of(image), "title": title}
+        return row | {"affine": image.affine.cpu().numpy()}
 
     def _metrics(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
         metrics: dict[str, Any] = {"seed": self.seed, "scans": len(self.dataset)}
