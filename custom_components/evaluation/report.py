@@ -52,7 +52,8 @@ def in_columns(table: Sequence[Sequence[str]], width: int | None = None) -> list
     for *cells, last in table:
         first = "".join(cell.ljust(width + 2) for cell, width in zip(cells, widths, strict=False))
         wrapped = textwrap.wrap(last, room) or [""]
-        lines += [(start + part).rstrip() for start, part in zip([first, *[" " * indent] * len(wrapped)], wrapped)]
+        starts = [first, *[" " * indent] * (len(wrapped) - 1)]
+        lines += [(start + part).rstrip() for start, part in zip(starts, wrapped, strict=True)]
     return lines
 
 
