@@ -269,6 +269,27 @@ def test_overlays_are_checked_too(refused: Callable, tmp_path: Path, overlay: di
     assert all(word in message for word in words), message
 
 
+def test_what_the_demo_gives_for_its_classes_holds_for_no_others(
+    refused: Callable, begin: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "my_data.json").write_text(json.dumps({"dataset_dir": str(tmp_path), "classes": ["lung", "bone"]}))
+    configs = ["train", "demo", str(tmp_path / "my_data.json")]
+    words = (
+        "classes is ['lung', 'bone'] by ",
+        "label_values, class_groups, loss still of configs/demo.json, for classes",
+    )
+    said = refused("segment", configs)
+    assert all(word in said for word in words) and "or leave demo.json out" in said
+    assert "by the command line, and loss still of configs/demo.json" in refused(
+        "segment", ["train", "demo"], classes=["lung"], label_values={}, class_groups={}
+    )
+    (tmp_path / "my_data.json").write_text(json.dumps({"classes": configs_of("segment")["demo"]["classes"]}))
+    begin("segment", configs)
+    keys = {"classes": ["lung"], "label_values": {}, "class_groups": {}, "loss#weight": None}
+    begin("segment", ["train", "demo"], **{key: "$None" if value is None else value for key, value in keys.items()})
+    begin("segment", ["train"], classes=["lung"])
+
+
 def test_a_workflow_made_without_files_is_checked(begin: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY / "bundles" / "pretrain")
     workflow = ConfigWorkflow("configs/inference.json", logging_file=False, num_layer=3)
