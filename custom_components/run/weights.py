@@ -195,20 +195,24 @@ def check_fingerprint(module: nn.Module, expected: str | None, path: str | Path)
         )
 
 
+def check_there(path: str | Path, key: str = "checkpoint", cure: str = TRAINED) -> None:
+    """Raise an InputError with the ``cure`` where the file that a ``key`` of the config gives is not there."""
+    if not Path(path).is_file():
+        raise InputError(f"{key} {path}: no such checkpoint; {cure}")
+
+
 def load_file(path: str | Path, key: str = "checkpoint", cure: str = TRAINED) -> Any:
     """``torch.load(..., weights_only=True)`` onto the CPU.
 
     ``argparse.Namespace``, which MAE's and SimCroP's authors pickle beside the weights, is the one class allowed.
 
     Args:
-        key: of the config, that gives the path.
-        cure: what to do where there is no such file.
+        key, cure: see :func:`check_there`.
 
     Raises:
         InputError: the file is missing, truncated, damaged, or holds more than weights.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{key} {path}: no such checkpoint; {cure}")
+    check_there(path, key, cure)
     try:
         _check_sums(path)
         with torch.serialization.safe_globals([argparse.Namespace]):

@@ -489,15 +489,35 @@ def unreadable(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def stops_at(workflow: ConfigWorkflow) -> str:
-    """What is told of a training as it is put together."""
+def stops_at(workflow: ConfigWorkflow, part: str = "train#trainer") -> str:
+    """What is told of a training, or another part, as it is put together."""
     with pytest.raises(Exception) as raised:
-        workflow.parser.get_parsed_content("train#trainer")
+        workflow.parser.get_parsed_content(part)
     error = raised.value
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     assert isinstance(error, InputError), repr(error)
     return str(error)
+
+
+WITHOUT_WEIGHTS = [(name, ["inference"], "evaluator") for name in BUNDLES] + [
+    ("pretrain", ["inference", "zero_shot"], "evaluation"),
+    ("pretrain", ["inference", "grounding"], "evaluation"),
+    ("pretrain", ["inference", "grounding"], "prediction"),
+]
+
+
+@pytest.mark.parametrize(("name", "configs", "part"), WITHOUT_WEIGHTS)
+def test_inference_without_weights_says_to_train(
+    begin: Callable, name: str, configs: list[str], part: str, tmp_path: Path
+) -> None:
+    (tmp_path / "scan.nii.gz").touch()
+    keys = {"dataset_dir": f"{tmp_path}/scan.nii.gz", "models_dir": str(tmp_path / "none"), "num_layers": 1}
+    told = stops_at(begin(name, configs, output_dir=str(tmp_path / "eval"), **keys), part)
+    assert told == (
+        f"checkpoint {tmp_path}/none/model.pt: no such checkpoint; train first, or give models_dir, the folder of a "
+        "training"
+    )
 
 
 def test_a_missing_validation_list_is_named_first(begin: Callable, tmp_path: Path) -> None:
