@@ -89,8 +89,8 @@ def volumes(
     finding_sentences: Tables = None,
     lists_dir: str | os.PathLike | None = None,
     data_fraction: float = 1.0,
-    validation_share: float = 0.0,
-    test_share: float = 0.0,
+    validation_share: float | None = None,
+    test_share: float | None = None,
     exclude: str | os.PathLike | None = None,
     seed: int = 42,
     required: bool = True,
@@ -135,6 +135,7 @@ def volumes(
         finding_sentences: split -> table with the columns Finding and Sentence beside `id_column`.
         lists_dir: folder that relative paths of tables start from; `dataset_dir` when None.
         data_fraction: share of the training patients to keep, in (0, 1].
+        validation_share, test_share: see above; None, as 0, where the config has no such key.
         exclude: text or CSV file whose first column names volumes to leave out, such as those that show no chest, or
             patients, of whom all volumes are left out. Each must be one of this data set, of whatever split.
         required: whether a split that nobody names, or of which no volume is on disk, is an error; False makes it an
@@ -148,7 +149,9 @@ def volumes(
     """
     if split not in SPLITS:
         raise InputError(f"split is {split!r}: give train, valid or test")
-    for key, share in (("validation_share", validation_share), ("test_share", test_share)):
+    shares = {"validation_share": validation_share, "test_share": test_share}
+    shares = {key: share for key, share in shares.items() if share is not None}
+    for key, share in shares.items():
         if not 0 <= share < 1:
             raise InputError(f"{key} is {share}: give a share from 0 up to, not including, 1, such as 0.1 for 10 %")
     dataset_dir = Path(dataset_dir).expanduser()
@@ -194,17 +197,19 @@ def volumes(
     else:
         every = read(_first(tables, folder, what))
         _tell_unlisted(images, dataset_dir, {row["name"] for row in every}, tables)
-        part = _parts(every, test_share, seed).get
-    source, rows, order = _select(part, split, data_fraction, validation_share, seed)
+        part = _parts(every, test_share or 0.0, seed).get
+    source, rows, order = _select(part, split, data_fraction, validation_share or 0.0, seed)
     if not rows and not required:
         return []
     if not rows:
         sought = tables.get(split) or "none is named" if isinstance(tables, Mapping) else tables
         sought = sought if isinstance(sought, str) else ", ".join(sought)
+        evaluated = "test" if "test_share" in shares else "valid" if shares else None  # by a training, in the end
+        cure = ", or give evaluate_after_training false" if split == evaluated else ""
+        found = "; ".join([sought, *(f"{key} {share}" for key, share in shares.items())])
         raise InputError(
-            f"{'dataset_dir' if lists_dir is None else 'lists_dir'} {folder} has no {what} of split {split} ({sought}; "
-            f"validation_share {validation_share}, test_share {test_share}): put them there, or change these keys or "
-            f"{what}"
+            f"{'dataset_dir' if lists_dir is None else 'lists_dir'} {folder} has no {what} of split {split} ({found}): "
+            f"put them there, or change {' or '.join([*shares, what])}{cure}"
         )
     lines = read_exclusion(exclude)
     if lines:  # of any split, since one list serves all

@@ -25,6 +25,15 @@ WEIGHTS = ("model.pt", "model.ts", "encoder.pt")  # checkpoints and caches of a 
 LARGE = 25 * 10**6  # bytes that the model zoo takes in one file
 AFTER = "post_processed_outputs"
 ASKED = ".ask"  # what people import, and no config names
+OWN = "my_"  # names of a person's own configs, as of keys (custom_components.run.keys)
+OF_THE_DEMO = "The figures of this section are of the project's demo on phantoms, not of the weights in `models/`."
+NOT_TOLD = "not told by those who exported them"
+# what the recipes of the demos call their phantoms; where phantoms change, weights of the demo are told as any others
+DEMO_DATA = {
+    "pretrain": "1024 items, d40987c964daec47",
+    "classify": "819 items, 54fcd40d88a0b297",
+    "segment": "16 items, 4572ad341f36eabe",
+}
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold: equal content makes equal zips
 COMPONENT = re.compile(rf"\b{PACKAGE.name}((?:\.\w+)+)")
 # what MONAI's push_to_hf_hub puts before docs/README.md, so that a card pushed by it and one pushed by hand agree
@@ -91,6 +100,19 @@ def requirements(metadata: dict[str, Any]) -> str:
     return "".join(f"{name}=={version}\n" for name, version in pins.items())
 
 
+def others_configs(bundle: Path) -> list[Path]:
+    """Configs of a person, not of the bundle: their names begin with ``my_``, or no page of the docs has them."""
+    docs = "".join(page.read_text() for page in sorted((bundle / "docs").glob("*.md")))
+    own = {"metadata.json", "logging.conf", *re.findall(r"[\w.-]+\.json\b", docs)}
+    configs = [path for path in files_of(bundle / "configs") if not path.name.startswith(".")]
+    return [path for path in configs if path.name.startswith(OWN) or path.name not in own]
+
+
+def with_weights_in(models: Path) -> list[str]:
+    """Folders in ``models`` where a training has left weights."""
+    return [str(path.parent) for path in sorted(models.glob("*/model.pt"))]
+
+
 def copy_weights(models: Path, target: Path) -> list[Path]:
     """Copy what is there of ``WEIGHTS``, and return the copies.
 
@@ -133,9 +155,10 @@ def copy_description(models: Path, weights: Path) -> dict[str, Any] | None:
     return description
 
 
-def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
-    """Let ``metadata.json`` say of inputs and outputs what holds for the weights, and nothing of others' figures."""
+def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any], trained_on: str | None) -> None:
+    """Let ``metadata.json`` say what holds for the weights, of their data too, and nothing of others' figures."""
     metadata["eval_metrics"] = {}
+    metadata["data_source"] = f"training: {trained_on or NOT_TOLD}"
     data_format = metadata["network_data_format"]
     image, pred, after = data_format["inputs"]["image"], data_format["outputs"]["pred"], data_format[AFTER]
     image["spatial_shape"] = settings["img_size"]
@@ -146,6 +169,9 @@ def fit_metadata(metadata: dict[str, Any], settings: dict[str, Any]) -> None:
         metadata["description"] = re.sub(rf"\d+ x \d+ x \d+{place}", text, metadata["description"])
     metadata["image_classes"] = re.sub(r"HU from \S+ to \S+", f"HU from {low} to {high}", metadata["image_classes"])
     classes = settings.get("classes")
+    for before in (r"(?<=fine-tuned as a whole for ).*", r"(?<= classify )abnormalities in chest CT: .*"):
+        text = f"{', '.join(classes or ())} in chest CT."
+        metadata["description"] = re.sub(before, lambda _, text=text: text, metadata["description"])
     if classes is None:
         pred["num_channels"] = after["embedding"]["num_channels"] = settings["hidden_size"]
         metadata["pred_classes"] = re.sub(r"^\d+", str(settings["hidden_size"]), metadata["pred_classes"])
@@ -184,6 +210,23 @@ def fit_readme(readme: str, settings: dict[str, Any]) -> str:
     return before + title + section + end + after
 
 
+def is_demo(bundle: Path, description: dict[str, Any] | None) -> bool:
+    """Whether weights say of themselves that they were trained as the demo trains, on its phantoms."""
+    if description is None:
+        return False
+    demo: dict[str, Any] = {}
+    for name in ("train", "demo"):
+        demo |= json.loads((bundle / "configs" / f"{name}.json").read_text())
+    made = (description.get("recipe") or {}) | description["settings"]
+    rate = made.pop("learning_rate", None)  # the demo may choose it
+    written = [key for key in made if key in demo and not re.search(r'"[$@%]|_target_', json.dumps(demo[key]))]
+    return (
+        made.get("data") == DEMO_DATA.get(bundle.name)
+        and rate in demo.get("learning_rates", [demo["learning_rate"]])
+        and all(made[key] == demo[key] for key in written)
+    )
+
+
 def large_files(weights: list[Path], weights_url: str) -> str:
     """``large_files.yml`` as the model zoo, and MONAI's ``download_large_files``, read it."""
     text = "large_files:\n"
@@ -194,12 +237,19 @@ def large_files(weights: list[Path], weights_url: str) -> str:
 
 
 def with_weights(
-    readme: str, weights: list[Path], trained_on: str | None, description: dict[str, Any] | None = None
+    readme: str,
+    weights: list[Path],
+    trained_on: str | None,
+    description: dict[str, Any] | None = None,
+    demo: bool = False,
 ) -> str:
-    """A README whose section Weights says what the bundle holds; without weights, the README as it is."""
+    """A README whose section Weights says what the bundle holds; without weights, the README as it is.
+
+    Its section Performance is of the demo, and says so where the weights are not.
+    """
     if not weights:
         return readme
-    section = f"## Weights\nTrained on: {trained_on or 'not told by those who exported them'}.\n"
+    section = f"## Weights\nTrained on: {trained_on or NOT_TOLD}.\n"
     if description is not None:
         section += f"Licence of the weights: {description['license'] or 'not told by those who trained them'}.\n"
     section += "\n| file | bytes | SHA-256 |\n|---|---|---|\n"
@@ -214,7 +264,7 @@ def with_weights(
     changed, count = re.subn(r"(?ms)^## Weights\n.*?(?=^#)", lambda _: section + "\n", readme)
     if count != 1:
         raise ExportError(f"docs/README.md has {count} sections '## Weights', where the weights are told: it needs one")
-    return changed
+    return changed if demo else changed.replace("\n## Performance\n", f"\n## Performance\n{OF_THE_DEMO}\n\n")
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -256,6 +306,7 @@ def export(
     weights_url: str | None = None,
     trained_on: str | None = None,
     keep_large: bool = False,
+    models_dir: str | Path | None = None,
 ) -> tuple[Path, Path]:
     """Write ``<out>/<name>/`` and ``<out>/<name>_v<version>.zip``, each whole or not there, and return both paths.
 
@@ -267,15 +318,21 @@ def export(
             ``download_large_files`` brings them back.
         trained_on: what the weights have seen, for the README.
         keep_large: leave such weights in, for a place that takes them.
+        models_dir: the folder of a training, whose weights go along; None for the bundle's models folder.
 
     Raises:
-        ExportError: the bundle lacks a file; ``out`` holds an export already; a path of this machine is in a file;
-            weights are too large for the zoo, and neither ``weights_url`` nor ``keep_large`` says what to do.
+        ExportError: the bundle lacks a file, or ``models_dir`` the weights; ``out`` holds an export already; a path of
+            this machine is in a file; weights are too large for the zoo, and neither ``weights_url`` nor ``keep_large``
+            says what to do.
     """
     bundle, out = Path(bundle).resolve(), Path(out).resolve()
     for name in NEEDED:
         if not (bundle / name).is_file():
             raise ExportError(f"{bundle} has no {name}: give the folder of a bundle")
+    models = bundle / "models" if models_dir is None else Path(models_dir).resolve()
+    if models_dir is not None and not (models / "model.pt").is_file():
+        known = ", ".join(with_weights_in(bundle / "models")) or "none in the bundle's models folder"
+        raise ExportError(f"--models_dir {models} has no model.pt: give the folder of a training ({known})")
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text())
     folder, archive = out / bundle.name, out / f"{bundle.name}_v{metadata['version']}.zip"
     for path in (folder, archive):
@@ -286,31 +343,44 @@ def export(
         work = Path(temporary) / bundle.name
         for name in ("configs", "docs"):
             shutil.copytree(bundle / name, work / name, ignore=shutil.ignore_patterns(".*", "__pycache__"))
+        if others := others_configs(bundle):
+            names = [path.relative_to(bundle).as_posix() for path in others]
+            for name in names:
+                (work / name).unlink()
+            logger.warning(
+                f"{', '.join(names)}: left out as your own: the name begins with {OWN}, or no page of docs has it; "
+                f"to share such a config, name it in docs/README.md, by a name without {OWN}"
+            )
         shutil.copyfile(bundle / "LICENSE", work / "LICENSE")
         (work / "models").mkdir()
         for module in components(work / "configs"):
             copy = work / module.relative_to(PACKAGE.parent)
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(module, copy)
-        weights = copy_weights(bundle / "models", work / "models")
+        weights = copy_weights(models, work / "models")
         large = [path for path in weights if path.stat().st_size > LARGE]
         if large and not weights_url and not keep_large:
             raise ExportError(
-                f"{', '.join(path.name for path in large)} of {bundle / 'models'}: over 25 MB, which the model zoo "
+                f"{', '.join(path.name for path in large)} of {models}: over 25 MB, which the model zoo "
                 "does not take: give --weights_url, where you host the models folder, or --keep_large for a place that "
                 "takes such files, as the Hugging Face hub does"
             )
         if not any(path.name == "model.pt" for path in weights):
+            there = with_weights_in(models)
+            cure = "train, or bring a model.pt and its model.json"
+            if there:
+                cure = f"give --models_dir, one of {', '.join(there)}"
             logger.warning(
-                f"{bundle / 'models'} has no model.pt: the export holds no weights to infer with. Train, or bring a "
-                "model.pt with its model.json, and export again; or let its users put both into its models folder"
+                f"{models} has no model.pt: the export holds no weights to infer with. To add them, {cure}, and export "
+                "again; or let its users put both into its models folder"
             )
-        described = {path.name: copy_description(bundle / "models", path) for path in weights if path.suffix == ".pt"}
+        described = {path.name: copy_description(models, path) for path in weights if path.suffix == ".pt"}
         description = described.get("model.pt")
         if description is not None:
-            fit_metadata(metadata, description["settings"])
+            fit_metadata(metadata, description["settings"], trained_on)
             (work / "configs" / "metadata.json").write_text(json.dumps(metadata, indent=4) + "\n")
-        readme = with_weights((bundle / "docs" / "README.md").read_text(), weights, trained_on, description)
+        readme = (bundle / "docs" / "README.md").read_text()
+        readme = with_weights(readme, weights, trained_on, description, is_demo(bundle, description))
         (work / "docs" / "README.md").write_text(readme)
         (work / "README.md").write_text(CARD + readme)
         (work / "requirements.txt").write_text(requirements(metadata))
@@ -319,8 +389,8 @@ def export(
             for path in large:
                 path.unlink()
             names = ", ".join(path.name for path in large)
-            logger.warning(f"{names}: over 25 MB, left out: put what is in {bundle / 'models'} at {weights_url}")
-        refuse_paths(work, {Path.home(), PACKAGE.resolve().parent, bundle})
+            logger.warning(f"{names}: over 25 MB, left out: put what is in {models} at {weights_url}")
+        refuse_paths(work, {Path.home(), PACKAGE.resolve().parent, bundle, models})
         stamp = {"bundle": bundle.name, "version": metadata["version"], "sha256": content_hash(work)}
         (work / PACKAGE.name / "stamp.json").write_text(json.dumps(stamp, indent=1) + "\n")
         write_zip(work, Path(temporary) / archive.name)
@@ -335,6 +405,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="where its export goes")
     parser.add_argument("--weights_url", help="where the models folder is hosted; leaves weights over 25 MB out")
     parser.add_argument("--keep_large", action="store_true", help="leave them in, for a place that takes such files")
+    parser.add_argument("--models_dir", help="folder of the weights; by default the bundle's models folder")
     parser.add_argument("--trained_on", help="what the weights were trained on, for the README")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

@@ -47,6 +47,7 @@ RESERVED = {"imports", "initialize", "run", "finalize", ConfigParser.meta_key} |
 UNSAFE = (EXPR_KEY, ID_REF_KEY, MACRO_KEY)  # what MONAI evaluates where a text begins with it
 FLAG = re.compile("--|-[A-Za-z]")  # as fire tells flags from values
 OTHERS = {"atMostKey": "at most", "multipleOfKey": "a multiple of"}  # keywords that name another key
+DECIDES = "decidesKeys"  # the keyword of keys that, in one file with this one, hold for its value there and no other
 SECTIONS = ("parts", "arguments")
 OF_WEIGHTS = re.compile(r"\$@described\.get\('\w+', (.+)\)")
 
@@ -301,7 +302,7 @@ class _Check:
         self.known = {*self.schema.keys, *self.schema.parts, *RESERVED, *run.names}
 
     def problems(self) -> list[str]:
-        found = [*self.dropped(), *self.unknown(), *self.unused(), *self.code()]
+        found = [*self.dropped(), *self.unknown(), *self.unused(), *self.outdated(), *self.code()]
         changed = self.reword()
         found += [*self.groups(), *self.components(), *self.values(literals=True)]
         if not found:
@@ -314,7 +315,7 @@ class _Check:
         """Set keys that nobody gives."""
         if self.files:
             overlays = [content for file, content in self.files.items() if Path(file).stem != self.section]
-            given = {top(key.removeprefix(MERGE_KEY)) for keys in (self.run.given, *overlays) for key in keys}
+            given = {top(unmerged(key)) for keys in (self.run.given, *overlays) for key in keys}
         else:  # nobody knows what was given
             given = {key for key in self.config if self.config[key] != self.base.get(key)}
         taken = {key: literal(told[key]) for key in self.schema.keys if key in told and key not in given}
@@ -359,6 +360,21 @@ class _Check:
             else:
                 close = like(key, {*self.merged, *ARGUMENTS})
                 yield f"--{key} is no key of {files}{close} {WHERE}"
+
+    def outdated(self) -> Iterator[str]:
+        """Keys that an overlay gives for its own value of another key, where that one alone is given anew."""
+        given = [(file, content) for file, content in self.files.items() if Path(file).stem != self.section]
+        given.append(("the command line", self.run.given))
+        last = {top(unmerged(key)): source for source, content in given for key in content}
+        for key, others in ((key, spec.get(DECIDES, ())) for key, spec in self.schema.keys.items()):
+            values = {source: content[key] for source, content in given if key in content}
+            for source, value in values.items():
+                left = [other for other in others if last.get(other) == source]
+                if left and values[last[key]] != value:
+                    yield (
+                        f"{key} is {shown(values[last[key]])} by {last[key]}, and {', '.join(left)} still of {source}, "
+                        f"for {key} {shown(value)}: give {' and '.join(left)} too, or leave {Path(source).name} out"
+                    )
 
     def groups(self) -> Iterator[str]:
         """Unknown keys in the groups of the base, such as ``train``."""
@@ -530,6 +546,11 @@ class _Check:
 def top(key: str) -> str:
     """The key at the top level of ``dataset_dir#num_train``."""
     return ReferenceResolver.split_id(key)[0]
+
+
+def unmerged(key: str) -> str:
+    """The key without the sign that an overlay adds to what is there."""
+    return key.removeprefix(MERGE_KEY)
 
 
 def shown(value: Any) -> str:

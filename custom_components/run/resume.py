@@ -294,7 +294,8 @@ class Checkpointer:
 
     def _read(self) -> tuple[Path | None, Any]:
         if self.resume != "auto":
-            return Path(self.resume), load_file(self.resume)
+            cure = "check the path, or set resume to null to start without it"
+            return Path(self.resume), load_file(self.resume, "resume", cure)
         found = [path for path in (self.path, self.previous) if path.is_file()]
         for path in found:
             try:

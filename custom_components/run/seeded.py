@@ -32,6 +32,7 @@ class WatchedDataLoader(DataLoader):
 
     Args:
         dataset: whose ``data`` names each item's file under ``image``; its sampler gives its order again.
+        num_workers: processes that read; no more than this process may use cores, of which torch would warn.
         timeout_minutes: within which a worker must give a batch; None waits for ever.
         kwargs: more of torch's DataLoader's arguments.
 
@@ -43,6 +44,7 @@ class WatchedDataLoader(DataLoader):
         self, dataset: Dataset, num_workers: int = 0, timeout_minutes: float | None = None, **kwargs: Any
     ) -> None:
         self.timeout_minutes = timeout_minutes
+        num_workers = min(num_workers, len(os.sched_getaffinity(0)))
         timeout = 60 * timeout_minutes if num_workers and timeout_minutes else 0
         if world_size() > 1:
             timeout *= 0.8  # the others, which wait as long for this process, cannot name the file

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 logger = logging.getLogger(__name__)
 
 ENCODER_SOURCE = "give the encoder.pt that the pretrain bundle or configs/import_weights.json wrote to a models folder"
+TRAINED = "train first, or give models_dir, the folder of a training"
 ABSENT = "is not in it"
 SCORE = ("align_pool", "top_k", "lse_beta", "temperature")  # how a sentence is scored in a volume
 PARTS = re.compile(r"(encoder\.)?(blocks|statistics)\.")  # without which an encoder would compute something else
@@ -194,16 +195,24 @@ def check_fingerprint(module: nn.Module, expected: str | None, path: str | Path)
         )
 
 
-def load_file(path: str | Path) -> Any:
+def check_there(path: str | Path, key: str = "checkpoint", cure: str = TRAINED) -> None:
+    """Raise an InputError with the ``cure`` where the file that a ``key`` of the config gives is not there."""
+    if not Path(path).is_file():
+        raise InputError(f"{key} {path}: no such checkpoint; {cure}")
+
+
+def load_file(path: str | Path, key: str = "checkpoint", cure: str = TRAINED) -> Any:
     """``torch.load(..., weights_only=True)`` onto the CPU.
 
     ``argparse.Namespace``, which MAE's and SimCroP's authors pickle beside the weights, is the one class allowed.
 
+    Args:
+        key, cure: see :func:`check_there`.
+
     Raises:
         InputError: the file is missing, truncated, damaged, or holds more than weights.
     """
-    if not Path(path).is_file():
-        raise InputError(f"{path}: no such checkpoint; check the path, or set the key to null to start without it")
+    check_there(path, key, cure)
     try:
         _check_sums(path)
         with torch.serialization.safe_globals([argparse.Namespace]):

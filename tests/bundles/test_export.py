@@ -73,7 +73,10 @@ TASK = {
         "channels": 6,
         "inference": {"saliency": "all"},
         "overlays": overlays(
-            {name: {} for name in ("ct_rate", "radchestct", "luna16", "cached", "finetune", "evaluate", "rate")}
+            {
+                name: {}
+                for name in ("ct_rate", "radchestct", "luna16", "cached", "encode", "finetune", "evaluate", "rate")
+            }
             | {"cc_ccii": {"exclusive": False, "select_by": "auroc"}}
             | {"external_radchestct": {"network_classes": "@classes", "merged_classes": {}}}
             | {"multi_gpu_train": {}, "multi_gpu_evaluate": {}},

@@ -269,6 +269,27 @@ def test_overlays_are_checked_too(refused: Callable, tmp_path: Path, overlay: di
     assert all(word in message for word in words), message
 
 
+def test_what_the_demo_gives_for_its_classes_holds_for_no_others(
+    refused: Callable, begin: Callable, tmp_path: Path
+) -> None:
+    (tmp_path / "my_data.json").write_text(json.dumps({"dataset_dir": str(tmp_path), "classes": ["lung", "bone"]}))
+    configs = ["train", "demo", str(tmp_path / "my_data.json")]
+    words = (
+        "classes is ['lung', 'bone'] by ",
+        "label_values, class_groups, loss still of configs/demo.json, for classes",
+    )
+    said = refused("segment", configs)
+    assert all(word in said for word in words) and "or leave demo.json out" in said
+    assert "by the command line, and loss still of configs/demo.json" in refused(
+        "segment", ["train", "demo"], classes=["lung"], label_values={}, class_groups={}
+    )
+    (tmp_path / "my_data.json").write_text(json.dumps({"classes": configs_of("segment")["demo"]["classes"]}))
+    begin("segment", configs)
+    keys = {"classes": ["lung"], "label_values": {}, "class_groups": {}, "loss#weight": None}
+    begin("segment", ["train", "demo"], **{key: "$None" if value is None else value for key, value in keys.items()})
+    begin("segment", ["train"], classes=["lung"])
+
+
 def test_a_workflow_made_without_files_is_checked(begin: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY / "bundles" / "pretrain")
     workflow = ConfigWorkflow("configs/inference.json", logging_file=False, num_layer=3)
@@ -468,15 +489,35 @@ def unreadable(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def stops_at(workflow: ConfigWorkflow) -> str:
-    """What is told of a training as it is put together."""
+def stops_at(workflow: ConfigWorkflow, part: str = "train#trainer") -> str:
+    """What is told of a training, or another part, as it is put together."""
     with pytest.raises(Exception) as raised:
-        workflow.parser.get_parsed_content("train#trainer")
+        workflow.parser.get_parsed_content(part)
     error = raised.value
     while error.__cause__ or error.__context__:
         error = error.__cause__ or error.__context__
     assert isinstance(error, InputError), repr(error)
     return str(error)
+
+
+WITHOUT_WEIGHTS = [(name, ["inference"], "evaluator") for name in BUNDLES] + [
+    ("pretrain", ["inference", "zero_shot"], "evaluation"),
+    ("pretrain", ["inference", "grounding"], "evaluation"),
+    ("pretrain", ["inference", "grounding"], "prediction"),
+]
+
+
+@pytest.mark.parametrize(("name", "configs", "part"), WITHOUT_WEIGHTS)
+def test_inference_without_weights_says_to_train(
+    begin: Callable, name: str, configs: list[str], part: str, tmp_path: Path
+) -> None:
+    (tmp_path / "scan.nii.gz").touch()
+    keys = {"dataset_dir": f"{tmp_path}/scan.nii.gz", "models_dir": str(tmp_path / "none"), "num_layers": 1}
+    told = stops_at(begin(name, configs, output_dir=str(tmp_path / "eval"), **keys), part)
+    assert told == (
+        f"checkpoint {tmp_path}/none/model.pt: no such checkpoint; train first, or give models_dir, the folder of a "
+        "training"
+    )
 
 
 def test_a_missing_validation_list_is_named_first(begin: Callable, tmp_path: Path) -> None:

@@ -263,6 +263,7 @@ def found(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.returncode == 1
     told(result.stderr, "1 of 3", "broken")
     assert "skipped: " in result.stderr
+    assert "scan/s]" in result.stderr and "it/s]" not in result.stderr  # one bar, of scans: none of windows within it
     return results
 
 

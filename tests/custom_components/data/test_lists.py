@@ -639,8 +639,17 @@ def test_splits_of_ones_own_reports(mine: dict) -> None:
 
 def test_a_split_without_a_table_is_said(mine: dict) -> None:
     write_lines(mine["dataset_dir"] / "reports.jsonl", REPORTS)
-    with pytest.raises(InputError, match="has no reports of split valid .none is named;"):
-        volumes("pretrain", (), "valid", reports={"train": "reports.jsonl", "valid": None}, **mine)
+    keys = {"reports": {"train": "reports.jsonl", "valid": None}, **mine, "validation_share": 0.0}
+    missing = r"has no reports of split valid \(none is named; validation_share 0.0\): "
+    with pytest.raises(InputError, match=missing) as told:
+        volumes("pretrain", (), "valid", **keys)
+    cure = "change validation_share or reports, or give evaluate_after_training false"
+    assert "test_share" not in str(told.value) and str(told.value).endswith(cure)
+    with pytest.raises(InputError, match="split test .*change validation_share or reports$"):
+        volumes("pretrain", (), "test", **keys)
+    shares = {"datalist#validation_share": None}  # as in zero_shot.json
+    with pytest.raises(InputError, match=r"split valid \(none is named\): put them there, or change reports$"):
+        volumes("pretrain", (), "valid", **keys | shares)
 
 
 def test_labels_beside_reports(mine: dict) -> None:

@@ -19,7 +19,17 @@ import pytest
 import torch
 import yaml
 from custom_components.run.description import describe
-from custom_components.run.export import ExportError, components, content_hash, export, write_zip
+from custom_components.run.export import (
+    DEMO_DATA,
+    OF_THE_DEMO,
+    ExportError,
+    components,
+    content_hash,
+    export,
+    is_demo,
+    with_weights,
+    write_zip,
+)
 from custom_components.run.weights import save_weights
 from monai.bundle import ConfigParser, ckpt_export, download_large_files, verify_net_in_out
 from monai.bundle.scripts import _add_model_card_metadata
@@ -126,10 +136,23 @@ def test_holds_no_path_of_this_machine(name: str, tmp_path: Path) -> None:
 
 
 def test_a_path_of_this_machine_is_refused(bundle: Path, tmp_path: Path) -> None:
-    (bundle / "configs" / "mine.json").write_text(json.dumps({"dataset_dir": str(Path.home() / "ct" / "LUNA16")}))
-    with pytest.raises(ExportError, match=r"configs/mine.json holds .*LUNA16, a path of this machine"):
+    (bundle / "configs" / "btcv.json").write_text(json.dumps({"dataset_dir": str(Path.home() / "ct" / "LUNA16")}))
+    with pytest.raises(ExportError, match=r"configs/btcv.json holds .*LUNA16, a path of this machine"):
         export(bundle, tmp_path / "out")
     assert not (tmp_path / "out" / "segment").exists() and list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_persons_own_configs_stay_here(bundle: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("my_data.json", "hospital.json", "labels.csv"):
+        (bundle / "configs" / name).write_text('{"dataset_dir": "/data/mine"}')
+    folder, _ = export(bundle, tmp_path / "out")
+    assert b"/data/mine" not in b"".join(content for name, content in files(folder).items() if "configs" in name)
+    (line,) = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert line.startswith("configs/hospital.json, configs/labels.csv, configs/my_data.json: left out as your own")
+    with open(bundle / "docs" / "README.md", "a") as readme:
+        readme.write("\n`hospital.json` is for the scans of our hospital.\n")
+    folder, _ = export(bundle, tmp_path / "named")
+    assert (folder / "configs" / "hospital.json").is_file() and not (folder / "configs" / "my_data.json").exists()
 
 
 def weights(bundle: Path, size: int = 1000) -> None:
@@ -150,7 +173,11 @@ def test_weights_go_along_and_checkpoints_do_not(bundle: Path, tmp_path: Path) -
     before = (bundle / "docs" / "README.md").read_text()
     assert "## Weights\nNone." in before and "## Weights\nNone." not in readme
     after = readme.split("## Weights")[1].split("\n## Data", 1)[1]
-    assert before.split("\n## Data", 1)[1] == after  # nothing else has changed
+    performance = f"\n## Performance\n{OF_THE_DEMO}\n\n"
+    assert performance in after
+    assert before.split("\n## Data", 1)[1] == after.replace(
+        performance, "\n## Performance\n"
+    )  # nothing else has changed
     assert not (folder / "large_files.yml").exists()
 
 
@@ -248,6 +275,41 @@ def test_an_exports_readme_tells_what_its_weights_must_be_used_with(name: str, t
         assert json.loads((folder / "models" / "model.json").read_text())["settings"]["text_encoder"] == "bert"
 
 
+@pytest.mark.parametrize("name", BUNDLES)
+def test_an_export_claims_no_data_that_its_weights_have_not_seen(name: str, tmp_path: Path) -> None:
+    folder, _ = export(trained(name, tmp_path), tmp_path / "out", trained_on="24 scans of our hospital")
+    metadata = json.loads((folder / "configs" / "metadata.json").read_text())
+    assert metadata["data_source"] == "training: 24 scans of our hospital"
+    told = json.dumps({key: value for key, value in metadata.items() if key not in ("changelog", "references")})
+    assert not [data_set for data_set in ("CT-RATE", "RadChestCT", "CC-CCII", "LUNA16", "BTCV") if data_set in told]
+    if name != "pretrain":
+        assert f"{', '.join(OWN[name]['classes'])} in chest CT." in metadata["description"]
+
+
+@pytest.mark.parametrize("name", BUNDLES)
+def test_weights_are_the_demos_by_their_recipe_and_its_phantoms(name: str) -> None:
+    bundle = REPOSITORY / "bundles" / name
+    configs = [json.loads((bundle / "configs" / f"{part}.json").read_text()) for part in ("train", "demo")]
+    demo = configs[0] | configs[1]
+    rate = demo.get("learning_rates", [demo["learning_rate"]])[-1]
+    recipe = {key: demo[key] for key in ("seed", "data_fraction", "flip_prob")}
+    recipe |= {"learning_rate": rate, "data": DEMO_DATA[name], "text_encoder": "a fingerprint"}
+    settings = {"text_encoder": demo.get("text_encoder"), "hidden_size": 96}
+    assert is_demo(bundle, {"recipe": recipe, "settings": settings})
+    for changed in ({"data": "16 items, 0"}, {"learning_rate": 0.5}, {"seed": 7}, {"flip_prob": [0.5, 0.0, 0.0]}):
+        assert not is_demo(bundle, {"recipe": recipe | changed, "settings": settings}), changed
+    assert not is_demo(bundle, None) and not is_demo(bundle, {"settings": settings})
+
+
+def test_performance_is_told_to_be_the_demos_beside_other_weights(bundle: Path, tmp_path: Path) -> None:
+    weights(bundle)
+    readme = (bundle / "docs" / "README.md").read_text()
+    told = with_weights(readme, [bundle / "models" / "model.pt"], None)
+    assert f"\n## Performance\n{OF_THE_DEMO}\n\nMeasured here" in told
+    assert OF_THE_DEMO not in with_weights(readme, [bundle / "models" / "model.pt"], None, demo=True)
+    assert OF_THE_DEMO not in with_weights(readme, [], None)
+
+
 def test_weights_of_another_description_are_refused(tmp_path: Path) -> None:
     bundle = trained("classify", tmp_path)
     (bundle / "models" / "model.pt").write_bytes(b"other")
@@ -262,8 +324,21 @@ def test_an_export_without_weights_or_without_description_says_so(
     export(bundle, tmp_path / "none")
     assert "models has no model.pt: the export holds no weights" in caplog.text and "model.json" in caplog.text
     weights(bundle)
+    (bundle / "models" / "model.pt").rename(bundle / "models" / "elsewhere.pt")
+    caplog.clear()
+    export(bundle, tmp_path / "elsewhere")
+    assert f"To add them, give --models_dir, one of {bundle / 'models' / 'scratch_1'}, and export again" in caplog.text
+    (bundle / "models" / "elsewhere.pt").rename(bundle / "models" / "model.pt")
     export(bundle, tmp_path / "undescribed")
     assert "model.pt: nothing beside it tells what it must be used with" in caplog.text
+
+
+def test_weights_of_another_folder_go_along(bundle: Path, tmp_path: Path) -> None:
+    weights(bundle)
+    folder, _ = export(bundle, tmp_path / "out", models_dir=bundle / "models" / "scratch_1")
+    assert files(folder / "models") == {"model.pt": b"other"}
+    with pytest.raises(ExportError, match=r"trial has no model.pt: give the folder of a training \(.*scratch_1\)"):
+        export(bundle, tmp_path / "other", models_dir=bundle / "models" / "trial")
 
 
 @pytest.fixture
@@ -346,8 +421,8 @@ def test_command_line(tmp_path: Path) -> None:
 
 
 def test_an_unknown_component_is_told(bundle: Path, tmp_path: Path) -> None:
-    (bundle / "configs" / "mine.json").write_text('{"x": "$custom_components.nothere.f()"}')
-    with pytest.raises(ExportError, match=r"mine.json names custom_components.nothere.f, .* correct the name"):
+    (bundle / "configs" / "btcv.json").write_text('{"x": "$custom_components.nothere.f()"}')
+    with pytest.raises(ExportError, match=r"btcv.json names custom_components.nothere.f, .* correct the name"):
         export(bundle, tmp_path / "out")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import re
 import time
@@ -145,6 +146,14 @@ class Hanging(torch.utils.data.Dataset):
         if index == 4:
             time.sleep(600)
         return {"x": index}
+
+
+def test_no_more_workers_than_cores(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    for cores, wanted, workers in (({0, 5}, 8, 2), ({5}, 2, 1), ({0, 1, 2}, 2, 2), ({0}, 0, 0)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda _, cores=cores: cores)
+        assert WatchedDataLoader(Dataset([1]), wanted).num_workers == workers
+        assert SeededDataLoader(Dataset([1]), 1, 0, wanted).num_workers == workers
+    assert not [warning for warning in recwarn if "worker" in str(warning.message)]
 
 
 def test_a_worker_that_hangs_is_named_with_its_files_and_ended() -> None:

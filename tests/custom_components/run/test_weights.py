@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import argparse
 import logging
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from custom_components.errors import InputError
-from custom_components.run.weights import load_file, load_mae, load_weights, save_atomically, state_dict_of
+from custom_components.run.weights import (
+    load_file,
+    load_mae,
+    load_weights,
+    save_atomically,
+    state_dict_of,
+    trained_with,
+)
 from custom_components.vit import SimCroPEncoder
 from torch import nn
 
@@ -93,8 +101,10 @@ def test_a_truncated_file_is_told(tmp_path, size):
 
 
 def test_a_missing_file_is_told(tmp_path):
-    with pytest.raises(InputError, match="nothing.pt: no such checkpoint"):
-        load_file(tmp_path / "nothing.pt")
+    message = "^checkpoint .*nothing.pt: no such checkpoint; train first, or give models_dir, the folder of a training$"
+    for load in (load_file, trained_with, partial(load_weights, nn.Linear(1, 1))):
+        with pytest.raises(InputError, match=message):
+            load(tmp_path / "nothing.pt")
 
 
 def test_the_arguments_that_authors_pickle_beside_weights_are_allowed(tmp_path):
