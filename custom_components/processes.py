@@ -16,6 +16,11 @@ TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, and the same comm
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
 
+def cores() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class Interrupted(KeyboardInterrupt):
     """A signal has asked the run to end; its text says which, and what is kept.
 

@@ -30,7 +30,7 @@ from custom_components.data.sources import Scan, Source
 from custom_components.data.volume import Raw, Unfit, check_geometry, check_voxels, first_line, linear_weights, reading
 from custom_components.errors import InputError
 from custom_components.files import file_stamp, only_writer, picture, remove_temporaries, remove_temporary, replacing
-from custom_components.processes import follow_parent
+from custom_components.processes import cores, follow_parent
 from isal import igzip
 from nibabel.affines import apply_affine
 from pebble import ProcessExpired, ProcessPool
@@ -420,7 +420,7 @@ def prepare(
     recipe_hash = hashlib.blake2b(told.encode(), digest_size=8).hexdigest()
     part, parts = _shard(shard)
     if num_workers is None:
-        num_workers = max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        num_workers = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     every_scan = source.scans()
     mine = every_scan[part::parts]

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from custom_components.distributed import rank, world_size
 from custom_components.errors import InputError
-from custom_components.processes import follow_parent, signals_wait
+from custom_components.processes import cores, follow_parent, signals_wait
 from monai.data import DataLoader, Dataset, list_data_collate
 from monai.data.utils import worker_init_fn
 from monai.transforms import Randomizable
@@ -44,7 +44,7 @@ class WatchedDataLoader(DataLoader):
         self, dataset: Dataset, num_workers: int = 0, timeout_minutes: float | None = None, **kwargs: Any
     ) -> None:
         self.timeout_minutes = timeout_minutes
-        num_workers = min(num_workers, len(os.sched_getaffinity(0)))
+        num_workers = min(num_workers, cores())
         timeout = 60 * timeout_minutes if num_workers and timeout_minutes else 0
         if world_size() > 1:
             timeout *= 0.8  # the others, which wait as long for this process, cannot name the file
