@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import torch
+from custom_components.processes import cores
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
@@ -80,7 +81,7 @@ def wait_asleep_when_busy(device: torch.device, pressure: str = "/proc/pressure/
         return False
     if (openmp := _openmp()) is None:
         return False
-    team = 2 + max(0, len(os.sched_getaffinity(0)) - threads)  # its first thread is not counted
+    team = 2 + max(0, cores() - threads)  # its first thread is not counted
     end = threading.Event()
     watch = threading.Thread(target=_watch, args=(pressure, openmp, team, end), name=WATCH, daemon=True)
     watch.start()

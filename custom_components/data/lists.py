@@ -255,7 +255,7 @@ def volumes(
     tell_once(f"split {split}: {len(rows)} volumes of {patients} patients, of the {what} in {folder}")
     # asked for once, and not for every volume
     masks = [place for place in masks if os.path.isdir(dataset_dir / os.path.dirname(place.split("{")[0]))]
-    lacks = set().union(*map(words_of, masks)) - set.intersection(*(set(row["words"]) for row in rows))
+    lacks = {word for place in masks for word in words_of(place) if any(word not in row["words"] for row in rows)}
     if lacks:
         masks = [place for place in masks if not words_of(place) & lacks]
         warn_once(

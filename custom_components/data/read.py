@@ -83,7 +83,7 @@ class LoadCTd(MapTransform):
                 if raw.guessed:
                     _told(path, raw.guessed, self.check_sides)
                 check_voxels(path, raw, self.check_hu)
-            image = _tensor(path, raw)
+            image = as_metatensor(path, raw)
             if self.hu_range is not None:
                 low, high = map(float, torch.aminmax(_in_memory_order(image)))
                 if low < self.hu_range[0] or high > self.hu_range[1]:
@@ -119,7 +119,7 @@ def _in_one_line() -> Iterator[None]:
         raise InputError(str(error)) from error
 
 
-def _tensor(path: Path, raw: Raw) -> MetaTensor:
+def as_metatensor(path: Path, raw: Raw) -> MetaTensor:
     """[1, X, Y, Z] with what a map made of the scan needs to come back to its grid, as MONAI's LoadImage has it."""
     shape = np.array(raw.voxels.shape)
     meta = {"filename_or_obj": str(path), "original_affine": raw.affine, "spatial_shape": shape}
@@ -163,7 +163,7 @@ class LoadLabeld(MapTransform):
         for key in self.key_iterator(data):
             path, image = Path(data[key]).expanduser(), data[self.image_key]
             with _in_one_line():
-                label = _tensor(path, read_volume(path))
+                label = as_metatensor(path, read_volume(path))
             _check_same_grid(path, label, image)
             data[key] = MetaTensor(self._classes(path, label.as_tensor()), meta=label.meta)
         return data

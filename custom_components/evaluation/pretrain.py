@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from custom_components.data.lists import mask_file_name
+from custom_components.data.read import as_metatensor
 from custom_components.data.volume import read_volume
 from custom_components.evaluation import figures
 from custom_components.evaluation.cells import aligned_patches
@@ -30,7 +31,7 @@ from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences, read_prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
 from matplotlib.figure import Figure
-from monai.data import Dataset, MetaTensor
+from monai.data import Dataset
 from monai.networks import eval_mode
 from monai.transforms import ResampleToMatch
 from sklearn.metrics import roc_auc_score
@@ -296,8 +297,7 @@ class PretrainEvaluation:
     @staticmethod
     def _mask(place: Mapping[str, Any], image: Tensor) -> Tensor:
         """A place's mask on the grid of the preprocessed image, ``[1, X, Y, Z]``."""
-        raw = read_volume(place["file"])
-        mask = MetaTensor(torch.from_numpy(raw.hu())[None], affine=torch.from_numpy(raw.affine))
+        mask = as_metatensor(place["file"], read_volume(place["file"]))
         return ResampleToMatch(mode="nearest", padding_mode="zeros")(mask, image).as_tensor()
 
     def _figures(self, places: Sequence[Mapping[str, Any]], folder: Path) -> None:

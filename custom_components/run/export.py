@@ -26,14 +26,8 @@ LARGE = 25 * 10**6  # bytes that the model zoo takes in one file
 AFTER = "post_processed_outputs"
 ASKED = ".ask"  # what people import, and no config names
 OWN = "my_"  # names of a person's own configs, as of keys (custom_components.run.keys)
-OF_THE_DEMO = "The figures of this section are of the project's demo on phantoms, not of the weights in `models/`."
+OF_THE_DEMO = "The figures of this section are of the project's demo on phantoms: no other weights have them."
 NOT_TOLD = "not told by those who exported them"
-# what the recipes of the demos call their phantoms; where phantoms change, weights of the demo are told as any others
-DEMO_DATA = {
-    "pretrain": "1024 items, d40987c964daec47",
-    "classify": "819 items, 54fcd40d88a0b297",
-    "segment": "16 items, 4572ad341f36eabe",
-}
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip can hold: equal content makes equal zips
 COMPONENT = re.compile(rf"\b{PACKAGE.name}((?:\.\w+)+)")
 # what MONAI's push_to_hf_hub puts before docs/README.md, so that a card pushed by it and one pushed by hand agree
@@ -210,23 +204,6 @@ def fit_readme(readme: str, settings: dict[str, Any]) -> str:
     return before + title + section + end + after
 
 
-def is_demo(bundle: Path, description: dict[str, Any] | None) -> bool:
-    """Whether weights say of themselves that they were trained as the demo trains, on its phantoms."""
-    if description is None:
-        return False
-    demo: dict[str, Any] = {}
-    for name in ("train", "demo"):
-        demo |= json.loads((bundle / "configs" / f"{name}.json").read_text())
-    made = (description.get("recipe") or {}) | description["settings"]
-    rate = made.pop("learning_rate", None)  # the demo may choose it
-    written = [key for key in made if key in demo and not re.search(r'"[$@%]|_target_', json.dumps(demo[key]))]
-    return (
-        made.get("data") == DEMO_DATA.get(bundle.name)
-        and rate in demo.get("learning_rates", [demo["learning_rate"]])
-        and all(made[key] == demo[key] for key in written)
-    )
-
-
 def large_files(weights: list[Path], weights_url: str) -> str:
     """``large_files.yml`` as the model zoo, and MONAI's ``download_large_files``, read it."""
     text = "large_files:\n"
@@ -237,16 +214,10 @@ def large_files(weights: list[Path], weights_url: str) -> str:
 
 
 def with_weights(
-    readme: str,
-    weights: list[Path],
-    trained_on: str | None,
-    description: dict[str, Any] | None = None,
-    demo: bool = False,
+    readme: str, weights: list[Path], trained_on: str | None, description: dict[str, Any] | None = None
 ) -> str:
-    """A README whose section Weights says what the bundle holds; without weights, the README as it is.
-
-    Its section Performance is of the demo, and says so where the weights are not.
-    """
+    """A README whose section Weights says what the bundle holds, and whose section Performance says that it is of the
+    demo; without weights, the README as it is."""
     if not weights:
         return readme
     section = f"## Weights\nTrained on: {trained_on or NOT_TOLD}.\n"
@@ -264,7 +235,7 @@ def with_weights(
     changed, count = re.subn(r"(?ms)^## Weights\n.*?(?=^#)", lambda _: section + "\n", readme)
     if count != 1:
         raise ExportError(f"docs/README.md has {count} sections '## Weights', where the weights are told: it needs one")
-    return changed if demo else changed.replace("\n## Performance\n", f"\n## Performance\n{OF_THE_DEMO}\n\n")
+    return changed.replace("\n## Performance\n", f"\n## Performance\n{OF_THE_DEMO}\n\n")
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -380,7 +351,7 @@ def export(
             fit_metadata(metadata, description["settings"], trained_on)
             (work / "configs" / "metadata.json").write_text(json.dumps(metadata, indent=4) + "\n")
         readme = (bundle / "docs" / "README.md").read_text()
-        readme = with_weights(readme, weights, trained_on, description, is_demo(bundle, description))
+        readme = with_weights(readme, weights, trained_on, description)
         (work / "docs" / "README.md").write_text(readme)
         (work / "README.md").write_text(CARD + readme)
         (work / "requirements.txt").write_text(requirements(metadata))

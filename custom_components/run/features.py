@@ -424,7 +424,7 @@ def _tidy(claims: Claims) -> None:
     for file in claims.folder.glob("*/.*.tmp.*.npy"):
         temporary.setdefault(file.name.partition(".tmp.")[2].rpartition("-")[0], []).append(file)
     for stem in {*temporary, *claims.left()}:
-        if claims.take(stem) and stem in claims.held:
+        if claims.take(stem) and stem in claims.held:  # a disk without locks says nothing of who lives
             for file in temporary.get(stem, ()):
                 file.unlink(missing_ok=True)
             claims.release(stem)

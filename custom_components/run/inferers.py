@@ -105,18 +105,17 @@ class ReadableLoader:
         self._what = "read"
         given = {item["name"] for item in self.dataset.data if "name" in item}
         names = set(given)
-        bar = tqdm(desc=self.description, unit="scan", total=len(self.dataset))
-        for item, name, failure in self._attempts(bar):
-            bar.update()
-            if failure is None and name not in given:  # its name is the file's, by LoadCTd
-                if item["name"] in names:
-                    failure = f"{name} has the name of another scan, {item['name']}: give each item a name", ""
-                names.add(item["name"])
-            if failure is None:
-                yield list_data_collate([item])
-            else:
-                self._pass_over(name, *failure)
-        bar.close()
+        with tqdm(desc=self.description, unit="scan", total=len(self.dataset)) as bar:
+            for item, name, failure in self._attempts(bar):
+                if failure is None and name not in given:  # its name is the file's, by LoadCTd
+                    if item["name"] in names:
+                        failure = f"{name} has the name of another scan, {item['name']}: give each item a name", ""
+                    names.add(item["name"])
+                if failure is None:
+                    yield list_data_collate([item])
+                else:
+                    self._pass_over(name, *failure)
+                bar.update()  # it is done now, and not when it was read
 
     def _attempts(self, bar: tqdm) -> Iterator[tuple[Any, str, tuple[str, str] | None]]:
         """What :func:`attempt` says of each item, in their order, though a worker be killed, or hang."""

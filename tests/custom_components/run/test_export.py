@@ -20,13 +20,11 @@ import torch
 import yaml
 from custom_components.run.description import describe
 from custom_components.run.export import (
-    DEMO_DATA,
     OF_THE_DEMO,
     ExportError,
     components,
     content_hash,
     export,
-    is_demo,
     with_weights,
     write_zip,
 )
@@ -286,27 +284,11 @@ def test_an_export_claims_no_data_that_its_weights_have_not_seen(name: str, tmp_
         assert f"{', '.join(OWN[name]['classes'])} in chest CT." in metadata["description"]
 
 
-@pytest.mark.parametrize("name", BUNDLES)
-def test_weights_are_the_demos_by_their_recipe_and_its_phantoms(name: str) -> None:
-    bundle = REPOSITORY / "bundles" / name
-    configs = [json.loads((bundle / "configs" / f"{part}.json").read_text()) for part in ("train", "demo")]
-    demo = configs[0] | configs[1]
-    rate = demo.get("learning_rates", [demo["learning_rate"]])[-1]
-    recipe = {key: demo[key] for key in ("seed", "data_fraction", "flip_prob")}
-    recipe |= {"learning_rate": rate, "data": DEMO_DATA[name], "text_encoder": "a fingerprint"}
-    settings = {"text_encoder": demo.get("text_encoder"), "hidden_size": 96}
-    assert is_demo(bundle, {"recipe": recipe, "settings": settings})
-    for changed in ({"data": "16 items, 0"}, {"learning_rate": 0.5}, {"seed": 7}, {"flip_prob": [0.5, 0.0, 0.0]}):
-        assert not is_demo(bundle, {"recipe": recipe | changed, "settings": settings}), changed
-    assert not is_demo(bundle, None) and not is_demo(bundle, {"settings": settings})
-
-
-def test_performance_is_told_to_be_the_demos_beside_other_weights(bundle: Path, tmp_path: Path) -> None:
+def test_performance_is_told_to_be_the_demos(bundle: Path, tmp_path: Path) -> None:
     weights(bundle)
     readme = (bundle / "docs" / "README.md").read_text()
     told = with_weights(readme, [bundle / "models" / "model.pt"], None)
     assert f"\n## Performance\n{OF_THE_DEMO}\n\nMeasured here" in told
-    assert OF_THE_DEMO not in with_weights(readme, [bundle / "models" / "model.pt"], None, demo=True)
     assert OF_THE_DEMO not in with_weights(readme, [], None)
 
 

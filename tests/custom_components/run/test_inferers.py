@@ -110,6 +110,13 @@ def test_a_worker_that_is_killed_costs_its_scan_alone(num_workers, capsys):
         loader.report()
 
 
+def test_the_bar_counts_what_is_done(capsys):
+    """It stood at 1/1 while the only scan was segmented."""
+    for _ in ReadableLoader(Dataset([{"name": "scan", "image": 1}])):
+        assert "1/1" not in capsys.readouterr().err
+    assert "1/1" in capsys.readouterr().err
+
+
 def hanging(value: int) -> torch.Tensor:
     if value == 3:
         time.sleep(600)
