@@ -7,6 +7,7 @@ beyond the region.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from custom_components.cpu import convolves_in_float32, instance_norm
@@ -52,32 +53,47 @@ class TrilinearUpBlock(nn.Module):
 class SimCroPUNETR(nn.Module):
     """UNETR (Hatamizadeh et al., WACV 2022) whose encoder is SimCroP's, as the authors fine-tune it.
 
-    Skips are the raw outputs of three blocks (4, 7 and 10 of 12, counting from 1), or of the deeper ones where patches
-    are below 8 voxels along an axis; the bottleneck is the normed output of the last. Residual units, instance norm
-    without affine, LeakyReLU 0.01.
+    Skips are the raw outputs of three blocks, or of two or one where patches are below 8 voxels along an axis; the
+    bottleneck is the normed output of the last. Residual units, instance norm without affine, LeakyReLU 0.01.
 
     Args:
         encoder: without class token, so that every parameter gets a gradient; its ``img_size`` is the region.
         out_channels: classes, background included.
         feature_size: channels at full resolution; doubles with each stage down.
+        skip_layers: the blocks that skips come from, counted from 1, one for each stage, the finest first; 0 is what
+            :meth:`custom_components.vit.SimCroPEncoder.describe` gives, where a patch's tokens are about that patch
+            alone. None, as published, for those at a quarter, half and three quarters of the depth: 4, 7 and 10 of 12.
 
     Raises:
-        InputError: the encoder has a class token, which no stage of the UNETR would read.
+        InputError: the encoder has a class token, which no stage of the UNETR would read; or ``skip_layers`` are not
+            one block that there is for each stage.
     """
 
-    def __init__(self, encoder: SimCroPEncoder, out_channels: int, feature_size: int = 16) -> None:
+    def __init__(
+        self,
+        encoder: SimCroPEncoder,
+        out_channels: int,
+        feature_size: int = 16,
+        skip_layers: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if encoder.num_prefix_tokens:
             raise InputError("the UNETR's encoder has a class token that nothing reads: give class_token false")
         self.encoder = encoder
         self.grid = encoder.grid
         depth = len(encoder.blocks)
-        self.skips = (depth // 4, depth // 2, 3 * depth // 4)  # indices of hidden states: block 4 of 12 is index 3
         hidden, size = encoder.hidden_size, feature_size
         in_channels = encoder.patch_embed.proj.in_channels
         self.encoder1 = UnetrBasicBlock(3, in_channels, size, 3, 1, NORM, res_block=True)
         # x2 stages until the shortest axis of a patch is at the voxels
         stages = max(1, min(3, int(math.log2(min(encoder.patch_size)))))
+        published = [depth // 4 + 1, depth // 2 + 1, 3 * depth // 4 + 1][-stages:]
+        self.skip_layers = published if skip_layers is None else list(skip_layers)
+        if len(self.skip_layers) != stages or not all(0 <= layer <= depth for layer in self.skip_layers):
+            raise InputError(
+                f"skip_layers {self.skip_layers}: patches of {encoder.patch_size} make {stages} stages, and each takes "
+                f"one of 0 to num_layers {depth}: give so many, or null"
+            )
         up = dict(kernel_size=3, stride=1, upsample_kernel_size=2, norm_name=NORM, conv_block=True, res_block=True)
         widths = [hidden, *(size << stages - i for i in range(stages))]  # from the token grid up
         absent = [None] * (3 - stages)
@@ -94,21 +110,23 @@ class SimCroPUNETR(nn.Module):
         gx, gy, gz = self.grid
         return tokens.reshape(tokens.shape[0], gx, gy, gz, tokens.shape[2]).permute(0, 4, 1, 2, 3)
 
-    def decode(self, volume: Tensor, tokens: Tensor, hidden_states: list[Tensor]) -> Tensor:
-        """Logits from what the encoder returns."""
-        shallow, middle, deep = self.skips
-        x = self.decoder5(self.feature_map(tokens), self.encoder4(self.feature_map(hidden_states[deep])))
+    def decode(self, volume: Tensor, tokens: Tensor, skips: list[Tensor]) -> Tensor:
+        """Logits from the encoder's last tokens, and those of ``skip_layers``."""
+        x = self.decoder5(self.feature_map(tokens), self.encoder4(self.feature_map(skips[-1])))
         if self.decoder4 is not None:
-            x = self.decoder4(x, self.encoder3(self.feature_map(hidden_states[middle])))
+            x = self.decoder4(x, self.encoder3(self.feature_map(skips[-2])))
         if self.decoder3 is not None:
-            x = self.decoder3(x, self.encoder2(self.feature_map(hidden_states[shallow])))
+            x = self.decoder3(x, self.encoder2(self.feature_map(skips[-3])))
         return self.out(self.decoder2(x, self.encoder1(volume)))
 
     def forward(self, volume: Tensor) -> Tensor:
         """``[B, in_channels, X, Y, Z]``, HU scaled to [-1, 1] -> logits ``[B, out_channels, X, Y, Z]``."""
-        tokens, hidden_states = self.encoder(volume)
+        described = self.encoder.describe(volume)
+        tokens, hidden_states = self.encoder.transform(self.encoder.embed(volume, None, described))
+        layers = [described] + hidden_states
+        skips = [layers[layer] for layer in self.skip_layers]
         if not torch.jit.is_scripting():
             if convolves_in_float32(volume.device):
                 with torch.autocast("cpu", enabled=False):
-                    return self.decode(volume.float(), tokens.float(), [state.float() for state in hidden_states])
-        return self.decode(volume, tokens, hidden_states)
+                    return self.decode(volume.float(), tokens.float(), [skip.float() for skip in skips])
+        return self.decode(volume, tokens, skips)

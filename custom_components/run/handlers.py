@@ -6,6 +6,7 @@ import shutil
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,15 +26,33 @@ from tqdm import tqdm
 logger = logging.getLogger(__name__)
 
 
-def decay_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(
+    network: nn.Module, weight_decay: float, learning_rates: Mapping[str, float] | None = None
+) -> list[dict[str, Any]]:
     """AdamW parameter groups: no weight decay on biases, norms and tokens (all that is not a matrix), as MAE has it.
 
-    Frozen parameters are left out.
+    Frozen parameters are left out. ``learning_rates`` maps the beginnings of parameters' names to a peak learning rate
+    of their own; all others have the optimiser's.
+
+    Raises:
+        InputError: no parameter that is trained has a name that begins so.
     """
-    trained = [p for p in network.parameters() if p.requires_grad]
+    trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    groups = []
+    for start, rate in (learning_rates or {}).items():
+        found = [trained.pop(name) for name in list(trained) if name.startswith(start)]
+        if not found:
+            raise InputError(
+                f"learning_rates names {start!r}, and no parameter that is trained begins so: name another"
+            )
+        groups += [group | {"lr": rate} for group in _decay_groups(found, weight_decay)]
+    return _decay_groups(list(trained.values()), weight_decay) + groups
+
+
+def _decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
     # a class or mask token is [1, 1, C]: a vector by nature
-    decay = [p for p in trained if p.squeeze().ndim > 1]
-    no_decay = [p for p in trained if p.squeeze().ndim <= 1]
+    decay = [p for p in parameters if p.squeeze().ndim > 1]
+    no_decay = [p for p in parameters if p.squeeze().ndim <= 1]
     return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
 
 

@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=2 python -m tests.benchmarks.classify --out classify.json
 
-Encoding is timed beside MONAI's own ViT of the same size, each in a process of its own. The ratio of cached to online
-features for CT-RATE's 1 % schedule is extrapolated from the pieces that are measured here, with the arithmetic printed:
-the whole would take days.
+Encoding is timed beside MONAI's own ViT of the same size, and the published architecture of stock parts (``stock``),
+each in a process of its own. The ratio of cached to online features for CT-RATE's 1 % schedule is extrapolated from the
+pieces that are measured here, with the arithmetic printed: the whole would take days.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ from tests.benchmarks.measure import (
     print_table,
     write_json,
 )
+from tests.benchmarks.stock import StockEncoder
 
 CONFIGS = Path(__file__).parents[2] / "bundles" / "classify" / "configs"
 SIZE = (224, 224, 112)
@@ -57,6 +58,9 @@ def encode(
         keep_freed(device())
         network = LinearProbe(SimCroPEncoder(**sizes or {}), NUM_CLASSES)
         forward = network.features
+    elif contender == "stock":
+        network = StockEncoder()
+        forward = lambda volume: network(volume)[:, 1:].mean(1)  # noqa: E731
     else:
         network = ViT(1, SIZE, (16, 16, 8), pos_embed_type="sincos", classification=False)
         forward = lambda volume: network(volume)[0].mean(1)  # noqa: E731
@@ -184,7 +188,7 @@ def main() -> None:
     rates = {precision: alone(matmul_rate, precision)["flops"] for precision in DTYPES}
     encoding = {
         contender: {precision: alone(encode, contender, precision) for precision in DTYPES}
-        for contender in ("simcrop", "monai_vit")
+        for contender in ("simcrop", "stock", "monai_vit")
     }
     rows = [
         (contender, precision, entry["seconds"], entry["peak_gib"], PUBLISHED_SECONDS / entry["seconds"])

@@ -41,6 +41,7 @@ from tests.benchmarks.measure import (
     print_table,
     write_json,
 )
+from tests.benchmarks.stock import LENGTH, StockSimCroP
 
 TRAIN = Path(__file__).parents[2] / "bundles" / "pretrain" / "configs" / "train.json"
 BATCH_SIZES, PRECISIONS = (1, 2), ("fp32", "bf16")
@@ -165,6 +166,33 @@ def monai_step(batch_size: int, img_size: tuple[int, ...], patch_size: tuple[int
         pred, mask = network(volume)
         error = (pred - patchify(volume, patch_size)).square().mean(-1)
         ((error * mask).sum() / mask.sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"seconds": median_seconds(step, repeats)}
+
+
+def stock_step(text_encoder: str, precision: str, batch_size: int, repeats: int) -> dict[str, Any]:
+    """The published architecture of stock parts, see :mod:`tests.benchmarks.stock`: all branches."""
+    parser = parse(text_encoder, precision, {})
+    torch.manual_seed(0)
+    network = StockSimCroP(text_encoder, parser.get_parsed_content("loss")).to(device()).train()
+    trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1.5e-4, betas=(0.9, 0.95), weight_decay=0.05)
+    batch = make_batch(parser, batch_size)
+
+    def padded(ids: Tensor, value: int) -> Tensor:
+        return torch.nn.functional.pad(ids, (0, LENGTH - ids.shape[1]), value=value)
+
+    arguments = (
+        batch["image"], padded(batch["findings_ids"], 0), padded(batch["token_sentence"], -1), batch["sentence_hash"],
+        padded(batch["report_ids"], 0),
+    )  # fmt: skip
+
+    def step() -> None:
+        with torch.autocast(device().type, torch.bfloat16, enabled=precision == "bf16"):
+            loss = network(*arguments)
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 SIZES = {"hidden_size": 24, "mlp_dim": 32, "num_layers": 4, "num_heads": 2}
 
 
-def make(img_size=(32, 48, 16), patch_size=(16, 16, 8), out_channels=3, **keys) -> SimCroPUNETR:
+def make(img_size=(32, 48, 16), patch_size=(16, 16, 8), out_channels=3, skip_layers=None, **keys) -> SimCroPUNETR:
     torch.manual_seed(0)
     encoder = SimCroPEncoder(img_size=img_size, patch_size=patch_size, class_token=False, **SIZES | keys)
-    return SimCroPUNETR(encoder, out_channels, feature_size=4)
+    return SimCroPUNETR(encoder, out_channels, feature_size=4, skip_layers=skip_layers)
 
 
 @pytest.mark.parametrize(
@@ -49,15 +49,16 @@ def test_no_map_grows_beyond_the_region(img_size: tuple, patch_size: tuple, stag
 
 def test_skips_of_the_published_depth() -> None:
     network = SimCroPUNETR(SimCroPEncoder(img_size=(96, 96, 48), class_token=False, hidden_size=24, mlp_dim=8), 4)
-    assert network.skips == (3, 6, 9)  # outputs of blocks 4, 7 and 10, counting from 1
+    assert network.skip_layers == [4, 7, 10]
     assert network.grid == (6, 6, 6)
 
 
-def test_wiring_against_the_blocks_by_hand() -> None:
+@pytest.mark.parametrize("skip_layers", [None, [0, 3, 1]])
+def test_wiring_against_the_blocks_by_hand(skip_layers: list[int] | None) -> None:
     """Raw outputs of three blocks as skips, the normed last as bottleneck, trilinear before the biased convolution."""
-    network = make().eval()
+    network = make(skip_layers=skip_layers, hu_bins=4).eval()
     volume = torch.randn(1, 1, 32, 48, 16)
-    tokens, states = network.encoder.embed(volume), []
+    tokens, states = network.encoder.embed(volume), [network.encoder.describe(volume)]
     for block in network.encoder.blocks:
         tokens = block(tokens)
         states.append(tokens)
@@ -68,9 +69,10 @@ def test_wiring_against_the_blocks_by_hand() -> None:
             out[:, :, n // 6, n // 2 % 3, n % 2] = x[:, n]
         return out
 
-    x = network.decoder5(grid(network.encoder.norm(states[3])), network.encoder4(grid(states[3])))
-    x = network.decoder4(x, network.encoder3(grid(states[2])))
-    x = network.decoder3(x, network.encoder2(grid(states[1])))
+    fine, middle, coarse = skip_layers or [2, 3, 4]
+    x = network.decoder5(grid(network.encoder.norm(states[4])), network.encoder4(grid(states[coarse])))
+    x = network.decoder4(x, network.encoder3(grid(states[middle])))
+    x = network.decoder3(x, network.encoder2(grid(states[fine])))
     assert x.shape[2:] == (16, 24, 16)
     up = F.interpolate(x, (32, 48, 16), mode="trilinear", align_corners=False)
     assert network.decoder2.conv.bias is not None and network.decoder2.conv.kernel_size == (3, 3, 3)
@@ -110,6 +112,12 @@ def test_every_parameter_gets_a_gradient() -> None:
     network = make(hu_bins=4)
     network(torch.randn(1, 1, 32, 48, 16)).square().mean().backward()
     assert [name for name, p in network.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("skip_layers", [[1, 2], [0, 1, 5], [-1, 1, 2]])
+def test_skips_that_do_not_fit_are_refused(skip_layers: list[int]) -> None:
+    with pytest.raises(InputError, match="skip_layers .* 3 stages, .* 0 to num_layers 4"):
+        make(skip_layers=skip_layers)
 
 
 def test_a_class_token_is_refused() -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from custom_components.errors import InputError
 from custom_components.losses import MaskedReportLoss, MaskedVolumeLoss, SimCroPLoss, SimilarityAlignmentLoss
 from custom_components.run.handlers import HeldOutLoss, LossParts, TrainingProgress, decay_groups
 from hypothesis import given, settings
@@ -31,6 +32,19 @@ def test_weight_decay_spares_biases_norms_and_tokens_and_groups_hold_all_that_tr
     for name in decayed | spared:
         small = name.endswith("bias") or "cls_token" in name or "mask_token" in name or name in norms
         assert (name in spared) == small, name
+
+
+def test_some_parameters_have_a_learning_rate_of_their_own(network):
+    model = network()
+    groups = decay_groups(model, 0.05, {"encoder.blocks": 0.1, "encoder.": 0.2})
+    rate = {p: group.get("lr") for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            wanted = 0.1 if name.startswith("encoder.blocks") else 0.2 if name.startswith("encoder.") else None
+            assert rate[p] == wanted, name
+    torch.optim.AdamW(groups, lr=0.3)  # refuses a parameter in two groups
+    with pytest.raises(InputError, match="'encoder.block_', and no parameter"):
+        decay_groups(model, 0.05, {"encoder.block_": 0.1})
 
 
 class Volume(nn.Module):
