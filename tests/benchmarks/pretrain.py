@@ -1,4 +1,5 @@
-"""Whole pre-training steps at published size, beside MONAI's masked autoencoder and the machine's matrix product.
+"""Whole pre-training steps at published size, beside the published architecture of stock parts, MONAI's masked
+autoencoder, and the machine's matrix product.
 
     python -m tests.benchmarks.pretrain --out FILE.json
 
@@ -395,7 +396,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_text_encoder(folder)
         write_volume(Path(folder))
-        contenders = len(args.batch_sizes) * (1 + len(args.precisions)) + 2 * len(args.precisions) + len(PIPELINES)
+        stocked = () if args.keys else args.precisions  # stock parts have the published size alone
+        steps = 1 + len(args.precisions) + len(stocked)
+        contenders = len(args.batch_sizes) * steps + 2 * len(args.precisions) + len(PIPELINES)
         bar = tqdm(total=contenders, unit="contender")
 
         def contend(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
@@ -409,6 +412,7 @@ def main() -> None:
             p: {b: contend(simcrop_step, folder, p, b, args.repeats, args.keys) for b in args.batch_sizes}
             for p in args.precisions
         }
+        stock = {p: {b: contend(stock_step, folder, p, b, args.repeats) for b in args.batch_sizes} for p in stocked}
         parts = {
             p: contend(breakdown, folder, p, args.batch_sizes[0], args.repeats, args.keys)["parts"]
             for p in args.precisions
@@ -425,6 +429,7 @@ def main() -> None:
         "matmul_share": table(lambda p, b: sum(ours[p][b]["flops"].values()) / ours[p][b]["seconds"] / peak[p]),
         "matmul_tflops_per_second": {p: peak[p] / 1e12 for p in args.precisions},
         "simcrop": ours,
+        "stock": stock,
         "monai_mae_fp32": monai,
         "breakdown": parts,
         "loading": loaders,
@@ -441,6 +446,11 @@ def main() -> None:
     rows = [
         ("MONAI MaskedAutoEncoderViT", "fp32", b, m["seconds"], m["peak_gib"], "", "", "") for b, m in monai.items()
     ]
+    for p, found in stock.items():
+        rows += [
+            ("published architecture, stock parts", p, b, m["seconds"], m["peak_gib"], "", "", "")
+            for b, m in found.items()
+        ]
     for p in args.precisions:
         for b, m in ours[p].items():
             ratios = [
@@ -449,9 +459,15 @@ def main() -> None:
             rows.append(("SimCroP, all branches", p, b, m["seconds"], m["peak_gib"], *ratios))
     print_table(
         "training steps",
-        ("contender", "precision", "batch", "s", "peak GiB", "time ratio", "memory ratio", "matmul share"),
+        ("contender", "precision", "batch", "s", "peak GiB", "time / MONAI", "memory / MONAI", "matmul share"),
         rows,
     )
+    rows = [
+        (p, b, ours[p][b]["seconds"] / m["seconds"], ours[p][b]["peak_gib"] / m["peak_gib"])
+        for p, found in stock.items()
+        for b, m in found.items()
+    ]
+    print_table("SimCroP / stock parts", ("precision", "batch", "time ratio", "memory ratio"), rows)
     for p, found in parts.items():
         rows = [(name, t["forward"], t.get("backward", "")) for name, t in found.items()]
         print_table(f"{p}, batch {args.batch_sizes[0]}, seconds", ("part", "forward", "backward"), rows)
