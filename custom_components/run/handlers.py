@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 import shutil
 import sys
 import time
@@ -31,19 +32,19 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """AdamW parameter groups: no weight decay on biases, norms and tokens (all that is not a matrix), as MAE has it.
 
-    Frozen parameters are left out. ``learning_rates`` maps the beginnings of parameters' names to a peak learning rate
-    of their own; all others have the optimiser's.
+    Frozen parameters are left out. ``learning_rates`` maps patterns of what parameters' names begin with, as ``re.match``
+    takes them, to a peak learning rate; all others have the optimiser's.
 
     Raises:
-        InputError: no parameter that is trained has a name that begins so.
+        InputError: no parameter that is trained, and that no pattern before took, has such a name.
     """
     trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
     groups = []
-    for start, rate in (learning_rates or {}).items():
-        found = [trained.pop(name) for name in list(trained) if name.startswith(start)]
+    for pattern, rate in (learning_rates or {}).items():
+        found = [trained.pop(name) for name in list(trained) if re.match(pattern, name)]
         if not found:
             raise InputError(
-                f"learning_rates names {start!r}, and no parameter that is trained begins so: name another"
+                f"learning_rates names {pattern!r}, and no parameter that is trained begins so: name another"
             )
         groups += [group | {"lr": rate} for group in _decay_groups(found, weight_decay)]
     return _decay_groups(list(trained.values()), weight_decay) + groups
