@@ -32,8 +32,8 @@ def decay_groups(
 ) -> list[dict[str, Any]]:
     """AdamW parameter groups: no weight decay on biases, norms and tokens (all that is not a matrix), as MAE has it.
 
-    Frozen parameters are left out. ``learning_rates`` maps patterns of what parameters' names begin with, as ``re.match``
-    takes them, to a peak learning rate; all others have the optimiser's.
+    Frozen parameters are left out. ``learning_rates`` maps patterns of what parameters' names begin with (``re.match``)
+    to a peak learning rate; all others have the optimiser's.
 
     Raises:
         InputError: no parameter that is trained, and that no pattern before took, has such a name.
