@@ -207,7 +207,7 @@ WRONG = [
     ("classify", DEMO, {"validation_share": 1.0}, ["validation_share", "below 1"]),
     ("classify", DEMO, {"select_by": "auc"}, ["select_by", "auroc"]),
     ("classify", DEMO, {"schedules": {"1.0": {"max_steps": "many"}}}, ["schedules#1.0#max_steps"]),
-    ("segment", DEMO, {"val_interval": 30}, ["val_interval", "30", "max_epochs", "10"]),
+    ("segment", DEMO, {"val_interval": 60}, ["val_interval", "60", "max_epochs", "30"]),
     ("segment", DEMO, {"overlap": 1.0}, ["overlap", "below 1"]),
     ("segment", ["inference"], {"sw_batch_size": 0}, ["sw_batch_size"]),
     ("segment", ["prepare"], {"num_workers": 0}, ["num_workers", "null"]),
