@@ -474,6 +474,7 @@ LUNG = ["left lung", "right lung", "trachea"]
 OVERFIT = {
     "datalist": "dataset.json", "classes": LUNG, "label_values": {}, "class_groups": {}, "pretrained": None,
     "img_size": [48, 48, 16], "patch_size": [8, 8, 4], "feature_size": 8, "hidden_size": 48, "mlp_dim": 96,
+    "skip_layers": None,
     "num_samples": 4, "warmup_epochs": 0, "learning_rate": 0.003,
     "num_layers": 3, "num_heads": 2, "hu_bins": 32, "scale_space": [4.0, 8.0, 14.0], "statistics_mlp_dim": 96,
     "batch_size": 1, "loss#weight": None, "loss#lambda_dice": 1.0,
