@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -9,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from custom_components.errors import InputError
+from custom_components.run.handlers import decay_groups
 from custom_components.run.weights import load_for_region
 from custom_components.unetr import InstanceNorm, SimCroPUNETR
 from custom_components.vit import SimCroPEncoder, simcrop_positions, sincos3d_positions
 from torch import nn
 from torch.nn import functional as F
 
+BUNDLES = Path(__file__).parents[2] / "bundles"
 SIZES = {"hidden_size": 24, "mlp_dim": 32, "num_layers": 4, "num_heads": 2}
 
 
@@ -118,6 +121,15 @@ def test_every_parameter_gets_a_gradient() -> None:
 def test_skips_that_do_not_fit_are_refused(skip_layers: list[int]) -> None:
     with pytest.raises(InputError, match="skip_layers .* 3 stages, .* 0 to num_layers 4"):
         make(skip_layers=skip_layers)
+
+
+def test_the_encoders_learning_rate_is_of_the_encoder_alone() -> None:
+    """Not of the UNETR's own blocks, named encoder1 to encoder4."""
+    train = json.loads((BUNDLES / "segment" / "configs" / "train.json").read_text())
+    (pattern,) = train["optimizer"]["params"]["learning_rates"]
+    network = make()
+    slow = {p for group in decay_groups(network, 0.0, {pattern: 0.1}) if "lr" in group for p in group["params"]}
+    assert slow == set(network.encoder.parameters())
 
 
 def test_a_class_token_is_refused() -> None:
