@@ -74,7 +74,8 @@ def step(name: str, precision: str, repeats: int, sizes: Mapping[str, Any] | Non
     content = ConfigParser(config=ConfigParser.load_config_file(INFERENCE.with_name("train.json")))
     loss = content.get_parsed_content("loss")
     network, region = make(name, sizes).train(), (sizes or {}).get("img_size", REGION)
-    optimizer = torch.optim.AdamW(decay_groups(network, 1e-5), lr=1e-4, fused=name == "simcrop" or None)
+    fused = True if name == "simcrop" else None  # as train.json has it, and torch's default
+    optimizer = torch.optim.AdamW(decay_groups(network, 1e-5), lr=1e-4, fused=fused)
     volume = torch.randn(4, 1, *region, device=device())
     label = torch.randint(0, 4, (4, 1, *region), device=device())
 

@@ -25,12 +25,12 @@ def blocks(layers: int, width: int, heads: int, mlp: int) -> nn.Sequential:
 
 
 class StockEncoder(nn.Module):
-    """ViT-B of published size on a volume of ``grid`` patches."""
+    """ViT-B of published size, on 224 x 224 x 112 voxels."""
 
-    def __init__(self, grid: tuple[int, int, int] = (14, 14, 14), patch_size: tuple[int, int, int] = (16, 16, 8)):
+    def __init__(self) -> None:
         super().__init__()
-        self.num_patches = grid[0] * grid[1] * grid[2]
-        self.proj = nn.Conv3d(1, 768, patch_size, patch_size)
+        self.num_patches = 14**3
+        self.proj = nn.Conv3d(1, 768, (16, 16, 8), (16, 16, 8))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, 768))
         self.register_buffer("pos_embed", torch.randn(1, self.num_patches, 768))
         self.blocks = blocks(12, 768, 12, 3072)
@@ -46,10 +46,10 @@ class StockEncoder(nn.Module):
 class StockSimCroP(nn.Module):
     """A whole pre-training step up to its loss: masked modelling, alignment, report."""
 
-    def __init__(self, text_encoder: str, loss: SimCroPLoss, mask_ratio: float = 0.75) -> None:
+    def __init__(self, text_encoder: str, loss: SimCroPLoss) -> None:
         super().__init__()
         self.encoder = StockEncoder()
-        self.num_masked = round(self.encoder.num_patches * mask_ratio)
+        self.num_masked = round(self.encoder.num_patches * 0.75)
         self.embed = nn.Linear(768, 768)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, 768))
         self.decoder = blocks(4, 768, 16, 3072)

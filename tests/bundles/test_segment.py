@@ -320,6 +320,14 @@ def test_resuming_on_another_encoder_is_refused(
     refuses(TRAIN, keys, "checkpoint.pt", "another recipe", "pretrained was ", "and is", run_id="training")
 
 
+def test_resuming_with_other_skips_is_refused(run_here: Callable, refuses: Callable, cohort: dict) -> None:
+    """Tensors have the same shapes with either."""
+    keys = cohort | {"max_epochs": 1, "evaluate_after_training": False, "pretrained": None}
+    run_here(TRAIN, "training", **keys)
+    keys |= {"skip_layers": [0, 1], "max_epochs": 2}
+    refuses(TRAIN, keys, "checkpoint.pt", "another recipe", "skip_layers was ", "and is", run_id="training")
+
+
 def test_inference_keeps_the_scans_geometry_in_any_format(found: Path) -> None:
     assert sorted(p.name for p in found.iterdir()) == ["chest", "turned", "volumes.csv"]
     array, affine = real(CT)
