@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")  # as torch.cpu.get_capabilities names them, the faster first
 WATCH, IDLE = "watch over the cores", "idle OpenMP team"
-WHOLE = 384  # keys from which attention by whole products is faster than the fused kernel, in bfloat16 without AMX
+WHOLE = 384  # keys from which whole products are the faster way
 BUSY, FREE = 30.0, 10.0  # percent of the time: a run alone, whose threads spin, makes about 1
 SECONDS_BETWEEN_LOOKS = 3.0
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of malloc.h (glibc)
@@ -135,36 +135,29 @@ def _idle(openmp: ctypes.CDLL, team: int, end: threading.Event) -> None:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """``scaled_dot_product_attention`` of ``[B, heads, N, C]``; on CPUs in bfloat16 made of faster parts."""
+    """``scaled_dot_product_attention`` of ``[B, heads, N, C]``; on CPUs in bfloat16, faster ways forth and back."""
     if not torch.jit.is_scripting():
         if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-            return CPUAttention.apply(q, k, v) if q.requires_grad else _attend(q, k, v)[0]
+            if q.requires_grad:
+                return CPUAttention.apply(q, k, v)
+            if k.shape[2] >= WHOLE and bfloat16_units() == "avx512_bf16":
+                return by_whole_products(q, k, v)
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention in bfloat16, and the logarithm of its softmax's denominator ``[B, heads, N]`` float32.
+def by_whole_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention in bfloat16, head by head: without AMX, the fused kernel's small blocks are as slow as in float32.
 
-    The fused kernel multiplies blocks as it does in float32, unless the CPU has AMX: long sequences are faster by whole
-    products, head by head.
+    Rounding the logits costs about as much as that of q and k did, too much for gradients: training is not done so.
     """
-    if k.shape[2] < WHOLE or bfloat16_units() != "avx512_bf16":
-        # what F.scaled_dot_product_attention calls on CPUs; it alone returns that logarithm
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
     scaled = q * q.shape[-1] ** -0.5
-    # about each row's maximum, read from some keys: without it the rounding of large logits would double the error
+    # minus about each row's maximum, read from some keys: what counts most is then small, and rounded least
     about = (scaled @ k[:, :, ::16].mT).amax(-1, keepdim=True).float()
     rows, columns = _minus(scaled, about), F.pad(k, (0, 2), value=1.0)
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)  # as the next layer reads it
-    log_sum = torch.empty_like(about)
     for head in itertools.product(range(q.shape[0]), range(q.shape[1])):
-        weights = (rows[head] @ columns[head].T).exp_()
-        total = weights.sum(-1, keepdim=True, dtype=torch.float32)
-        out[head] = (weights @ v[head]) / total
-        log_sum[head] = about[head] + total.log()
-    if not log_sum.isfinite().all():  # a logit lay more than 88 above those keys'
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return out, log_sum.squeeze(-1)
+        out[head] = (rows[head] @ columns[head].T).softmax(-1) @ v[head]
+    return out
 
 
 class CPUAttention(torch.autograd.Function):
@@ -176,7 +169,8 @@ class CPUAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, log_sum = _attend(q, k, v)
+        # what F.scaled_dot_product_attention calls on CPUs; it alone returns the logarithm of the softmax's denominator
+        out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
         ctx.save_for_backward(q, k, v, out, log_sum)
         return out
 
