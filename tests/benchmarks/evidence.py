@@ -308,11 +308,10 @@ class Plan:
         return "classify", ("train.json", "demo.json"), keys
 
     def _supervised(self, variant: str, seed: int) -> tuple[str, Sequence[str], dict[str, Any]]:
-        """From scratch, with the steps, batches and learning rate of pre-training."""
+        """From scratch, with the steps and batches of pre-training, and the learning rate of its blocks."""
         parser = configured("pretrain", OVERLAYS, self._pretrain_keys(variant, seed))
-        batch, epochs, warmup, rate = (
-            parser.get_parsed_content(key) for key in ("batch_size", "max_epochs", "warmup_epochs", "learning_rate")
-        )
+        names = ("batch_size", "max_epochs", "warmup_epochs", "block_learning_rate")
+        batch, epochs, warmup, rate = (parser.get_parsed_content(name) for name in names)
         steps = math.ceil(self.num_train / batch)
         keys = {
             "dataset_dir": str(self.cohort),

@@ -104,7 +104,7 @@ def test_supervised_ceiling_has_the_budget_of_pretraining(tmp_path: Path) -> Non
     source = configured("pretrain", OVERLAYS, {})
     steps = -(-source["dataset_dir#num_train"] // source["batch_size"]) * source["max_epochs"]
     assert (config["max_steps"], config["batch_size"]) == (steps, source["batch_size"])
-    assert config["learning_rate"] == source["learning_rate"]
+    assert config["learning_rate"] == source.get_parsed_content("block_learning_rate") < source["learning_rate"]
     assert config["frozen"] is False and config["pretrained"] is None and config["data_fraction"] == 1.0
 
 
