@@ -697,7 +697,7 @@ def report(out: Path, made_of: str, docs: Path | None = None) -> None:
 
     folder = out if docs is None else docs.parent
     figures: dict[str, Path] = {}
-    if any(set(BARS) & set(found) for seeds in results.values() for found in seeds.values()):
+    if len(results) > 1 and any(set(BARS) & set(found) for seeds in results.values() for found in seeds.values()):
         caption = "ablation: bars from chance to the mean of seeds, a dot for each seed"
         figures[caption] = folder / "evidence_ablation.png"
         bars(results, figures[caption])
