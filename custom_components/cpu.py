@@ -146,9 +146,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def by_whole_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in bfloat16, head by head: without AMX, the fused kernel's small blocks are as slow as in float32.
+    """Attention of ``[B, heads, N, C]`` bfloat16, head by head: softmax(q k^T / sqrt(C)) v.
 
-    Rounding the logits costs about as much as that of q and k did, too much for gradients: training is not done so.
+    Without AMX, the fused kernel's small blocks are as slow as in float32. Rounding the logits costs about as much as
+    that of q and k did, too much for gradients: training is not done so.
     """
     scaled = q * q.shape[-1] ** -0.5
     # minus about each row's maximum, read from some keys: what counts most is then small, and rounded least

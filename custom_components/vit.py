@@ -217,7 +217,7 @@ class PatchStatistics(nn.Module):
 
     def compute(self, volumes: Tensor) -> Tensor:
         # on a CPU volume by volume, which its caches hold: the same numbers in half of the time
-        at_once = 1 if volumes.device.type == "cpu" else max(1, len(volumes))
+        at_once = 1 if volumes.device.type == "cpu" else len(volumes)
         computed: list[Tensor] = []
         for volume in volumes.split(at_once):
             statistics: list[Tensor] = []

@@ -303,29 +303,32 @@ def test_attention_of_the_last_tokens_is_a_slice_of_that_of_all(first):
 
 @given(st.integers(1, 2), st.integers(1, 3), st.integers(1, 40), st.integers(1, 40), st.sampled_from([3, 16]))
 @example(1, 1, 34, 1, 3)
+@example(1, 1, 1, 9, 3)
 @settings(max_examples=20, deadline=None)
 def test_bfloat16_attention_on_cpus_has_the_gradients_of_the_formula(batch, heads, queries, keys, channels):
     torch.manual_seed(0)
     shapes = [(batch, heads, tokens, channels) for tokens in (queries, keys, keys)]
     low = [torch.randn(shape).mul(2).bfloat16().requires_grad_() for shape in shapes]
     exact = [x.detach().double().requires_grad_() for x in low]
-    logits = exact[0] @ exact[1].mT / math.sqrt(channels)
-    weights = logits.softmax(-1)
+    weights = (exact[0] @ exact[1].mT / math.sqrt(channels)).softmax(-1)
     grad = torch.randn(shapes[0]).bfloat16()
     (weights @ exact[2]).backward(grad.double())
     output = attention(*low)
     assert type(output.grad_fn).__name__ == "CPUAttentionBackward"
-    # a rounding is 2^-9 of a number; that of a logit, as it is or minus the highest, is an error of its weight
-    rounding = 2**-8 * (4 + 2 * logits.abs().max().item())
-    with torch.no_grad():
-        absolute = [x.abs() for x in (*exact, grad.double())]
-        of_weights = absolute[3] @ absolute[2].mT
-        slopes = weights * (of_weights + (weights * of_weights).sum(-1, keepdim=True)) / math.sqrt(channels)
-        sums = [slopes @ absolute[1], slopes.mT @ absolute[0], weights.mT @ absolute[3]]
-        assert ((output - weights @ exact[2]).abs() <= rounding * (weights @ absolute[2])).all()
+    torch.testing.assert_close(output.double(), (weights @ exact[2]).detach(), atol=0.03, rtol=0.03)
     output.backward(grad)
-    for x, reference, terms in zip(low, exact, sums, strict=True):  # of terms, however small their sum comes out
-        assert ((x.grad - reference.grad).abs() <= rounding * (terms + 0.001 * terms.max())).all()
+    with torch.no_grad():  # the same sums without signs
+        q, k, v, g = (x.abs() for x in (*exact, grad.double()))
+        slopes = g @ v.mT
+        slopes = weights * (slopes + (weights * slopes).sum(-1, keepdim=True)) / math.sqrt(channels)
+        unsigned = slopes @ k, slopes.mT @ q, weights.mT @ g
+    for x, reference, size, terms in zip(low, exact, unsigned, (keys, queries, queries), strict=True):
+        error, right = (x.grad.double() - reference.grad).norm(), reference.grad.norm()
+        # rounding of one number is 2^-9; that of a sum grows with the root of its terms
+        noise = 0.02 * max(1.0, math.sqrt(terms / 16)) * math.sqrt(x.numel())
+        if right < 0.01 * size.norm():  # terms cancel, as those of queries and keys do with one key: noise is all
+            noise = 2**-7 * size.norm()
+        assert error <= 0.03 * right + noise
 
 
 @pytest.mark.parametrize("size", [0.3, 1.0, 4.0])
@@ -341,6 +344,7 @@ def test_attention_by_whole_products_errs_about_as_much_as_the_rounding_of_its_i
 
 
 def test_attention_by_whole_products_sees_a_key_far_above_those_that_it_first_looked_at():
+    torch.manual_seed(0)
     q, k, v = (torch.randn(1, 1, 40, 16).bfloat16() for _ in range(3))
     k[0, 0, 5] = 1000 * q[0, 0, 7]  # not one of every sixteen
     assert torch.equal(by_whole_products(q, k, v)[0, 0, 7], v[0, 0, 5])
