@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from operator import itemgetter
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from monai.engines import SupervisedEvaluator
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 from torch.utils.data import Sampler
+from torch.utils.data._utils import signal_handling
 from tqdm import tqdm
 
 
@@ -126,27 +128,34 @@ class ReadableLoader:
             return iter(WatchedDataLoader(places, num_workers, self.timeout_minutes, **options))
 
         left = list(range(len(self.dataset)))
-        while left:
-            try:
-                for answer in attempts(left, self.num_workers):
-                    del left[0]
-                    with _untroubled():
-                        yield answer
-            except InputError as error:  # of a worker that hangs, at the next in turn
-                answer = None, _name(self.dataset, left[0]), (str(error), "")
-                del left[0]
-                yield answer
-            except RuntimeError as error:  # torch's, of a worker that is no more
-                if "DataLoader worker" not in str(error):
-                    raise
-                # which scan it had, torch does not say: the next in turn, if it costs a worker of its own too
+        answers, alone = None, False
+        with _deaths() as deaths:
+            while left:
+                name = _name(self.dataset, left[0])
+                if answers is None:
+                    answers = attempts(left[:1], 1) if alone else attempts(left, self.num_workers)
                 try:
-                    answer = next(attempts(left[:1], 1))
-                except RuntimeError:
-                    name = _name(self.dataset, left[0])
+                    deaths.told = True
+                    signal_handling._error_if_any_worker_fails()  # of one that died while the last scan was processed
+                    answer = next(answers, None)
+                    deaths.told = False
+                except InputError as error:  # of a worker that hangs, at the next in turn
+                    deaths.told, answers = False, None
+                    answer = None, name, (str(error), "")
+                except Exception as error:
+                    deaths.told, answers = False, None
+                    if not _of_a_death(error):
+                        raise
+                    if not alone:  # which scan it had, torch does not say: the next in turn, if it costs one more
+                        alone = True
+                        continue
                     answer = None, name, (f"{name} {KILLED}", "")
+                if answer is None and not alone:
+                    return  # what there was left, others take
                 del left[0]
-                with _untroubled():
+                if alone:
+                    answers, alone = None, False
+                if answer is not None:
                     yield answer
 
     def _attempt(self, place: dict[str, Any]) -> tuple[Any, str, tuple[str, str] | None]:
@@ -216,16 +225,32 @@ KILLED = (
 
 
 @contextmanager
-def _untroubled() -> Iterator[None]:
-    """While a scan is processed, the death of a worker, which reads another, waits: torch would raise it here."""
+def _deaths() -> Iterator[SimpleNamespace]:
+    """Of workers, torch tells by an error at any line of the main thread: here only while ``told`` is set to True.
+
+    So no scan is lost that was read, and none interrupted that is processed. In other threads torch looks for the dead
+    while it waits.
+    """
+    deaths = SimpleNamespace(told=False)
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield deaths
         return
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+    def tell(signum: int, frame: FrameType | None) -> None:
+        if deaths.told:
+            signal_handling._error_if_any_worker_fails()
+
+    signal_handling._set_SIGCHLD_handler()  # which loaders set once in a process, over ours else
+    before = signal.signal(signal.SIGCHLD, tell)
     try:
-        yield
+        yield deaths
     finally:
         signal.signal(signal.SIGCHLD, before)
+
+
+def _of_a_death(error: Exception) -> bool:
+    """Whether it is torch's of a worker that is no more, or that of a connection to one that is about to be."""
+    return isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) or "DataLoader worker (pid" in str(error)
 
 
 def _name(dataset: Dataset, index: int) -> str:

@@ -212,7 +212,8 @@ def version(folder: Path) -> str:
 
 
 class OneLineErrors:
-    """A ``sys.excepthook`` that prints an :class:`InputError`, a full disk or a signal as one line, else all there is.
+    """A ``sys.excepthook`` that prints an :class:`InputError` as one line, and so a full disk, a data loader's worker
+    that is no more, and a signal; else all there is.
 
     The exit code is 1, and after a signal ``TRY_AGAIN``. Under torchrun, a process that fails ends at once, so that the
     others do not wait for it. Ranks above 0 wait a moment before they print, so that rank 0 alone reports what goes
@@ -220,6 +221,8 @@ class OneLineErrors:
     """
 
     PATTERN = re.compile(rf"^(?:.*\.)?{InputError.__name__}: (.+)$", re.MULTILINE)
+    DISK = re.compile(rf"^OSError: (\[Errno (?:{errno.ENOSPC}|{errno.EDQUOT})\].*)$", re.MULTILINE)
+    DEATH = re.compile(r"^RuntimeError: DataLoader worker \(pid\D+(\d+).*?\) (.+?)(?:\. |\.?$)", re.MULTILINE)
     SECONDS_BEHIND_RANK_ZERO = 5.0  # torchrun ends the others within one
 
     def __init__(self) -> None:
@@ -268,13 +271,19 @@ class OneLineErrors:
     def message(self, error: BaseException) -> str | None:
         """The line that says what to do, or None where there is none."""
         # a data loader's worker sends its exception as text, so the text is what can be searched
-        if found := self.PATTERN.findall("".join(traceback.format_exception(error))):
+        text = "".join(traceback.format_exception(error))
+        if found := self.PATTERN.findall(text):
             return found[-1]  # a worker's own stands behind "InputError: Caught InputError in DataLoader worker"
         cause: BaseException | None = error
         while cause is not None:
             if isinstance(cause, InputError):  # by another name
                 return str(cause)
-            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                return f"the disk is full ({cause}): free space in models_dir and output_dir and start the same again"
             cause = cause.__cause__ or cause.__context__
+        if found := self.DISK.search(text):
+            return f"the disk is full ({found[1]}): free space in models_dir and output_dir and start the same again"
+        if found := self.DEATH.search(text):
+            return (
+                f"process {found[1]}, a data loader's worker, {found[2]}, as it is where memory runs out: give fewer "
+                "num_workers; the same command goes on from the last checkpoint"
+            )
         return None

@@ -5,17 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import time
+from collections.abc import Callable
+from multiprocessing import resource_sharer
+from types import FrameType
 
 import pytest
 import torch
 from custom_components.errors import InputError
+from custom_components.run import inferers, seeded
 from custom_components.run.inferers import AutocastInferer, ReadableLoader, WindowInferer
 from monai.data import Dataset
 from monai.engines import SupervisedEvaluator
 from monai.inferers import sliding_window_inference
 from monai.transforms import Compose, Lambda, Lambdad
 from torch import Tensor, nn
+from torch.utils.data._utils import signal_handling
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -110,6 +116,63 @@ def test_a_worker_that_is_killed_costs_its_scan_alone(num_workers, capsys):
         loader.report()
 
 
+def closing(value: int) -> torch.Tensor:
+    """Scan 3 closes its worker's connections, as the system does of one that it kills, some time before its end."""
+    if value == 3:
+        resource_sharer.stop()
+        time.sleep(1)
+    return deadly(value)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_scan_that_a_dying_worker_has_read_is_done(num_workers):
+    """Its voxels come through a connection, which was reset."""
+    items = [{"name": f"scan{value}", "image": value} for value in (1, 2, 4, 3, 5, 6)]
+    loader = ReadableLoader(Dataset(items, Compose([Lambdad("image", closing)])), num_workers)
+    done = []
+    for batch in loader:
+        time.sleep(0.3)
+        done += batch["name"]
+    assert done == ["scan1", "scan2", "scan4", "scan5", "scan6"]
+    assert [name for name, _ in loader.failures] == ["scan3"]
+
+
+def test_no_scan_is_lost_wherever_a_death_is_told(monkeypatch, capsys):
+    """Torch raises an error at any line: here at each in turn of those that hand scans on, while there are workers."""
+    begun, dies, lines, done, process = False, 0, 0, [], os.getpid()
+
+    def fail() -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def trace(frame: FrameType, event: str, _) -> Callable | None:
+        nonlocal begun, lines
+        code = frame.f_code
+        begun |= code is seeded.WatchedDataLoader.__iter__.__code__
+        if code.co_filename not in (inferers.__file__, seeded.__file__) or os.getpid() != process:
+            return None
+        if event == "line" and begun and len(done) < 3:
+            lines += 1
+            if lines == dies and callable(handler := signal.getsignal(signal.SIGCHLD)):
+                with monkeypatch.context() as patch:
+                    patch.setattr(signal_handling, "_error_if_any_worker_fails", fail)
+                    handler(signal.SIGCHLD, frame)
+        return trace
+
+    while dies <= lines:
+        begun, dies, lines, done = False, dies + 1, 0, []
+        loader, tracer = scans(1, 2, 3, num_workers=1), sys.gettrace()
+        sys.settrace(trace)
+        try:
+            for batch in loader:
+                done += batch["name"]
+        finally:
+            sys.settrace(tracer)
+        assert done == ["scan1", "scan2", "scan3"], dies
+        assert not loader.failures, dies
+    capsys.readouterr()
+    assert dies > 50
+
+
 def test_the_bar_counts_what_is_done(capsys):
     """It stood at 1/1 while the only scan was segmented."""
     for _ in ReadableLoader(Dataset([{"name": "scan", "image": 1}])):
@@ -160,6 +223,20 @@ def test_a_scan_that_the_network_fails_at_does_not_stop_the_next(capsys):
     assert "skipped: scan4: not enough memory" in printed
     with pytest.raises(InputError, match="3 of 5 scans could not be read or processed"):
         loader.report()
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_full_disk_is_no_scans_fault(num_workers):
+    """In a worker too, whose errors torch tells in words like those of its death."""
+
+    def full(value: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    items = [{"name": "scan1", "image": 1}, {"name": "scan2", "image": 2}]
+    loader = ReadableLoader(Dataset(items, Compose([Lambdad("image", full)])), num_workers)
+    with pytest.raises((OSError, RuntimeError), match=r"applying transform|No space left on device"):
+        list(loader)
+    assert not loader.failures
 
 
 def test_a_full_disk_ends_the_run():

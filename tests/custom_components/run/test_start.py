@@ -5,7 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.util
 import logging
+import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -218,12 +221,20 @@ def test_a_process_that_ends_in_an_input_error_has_exit_code_one(tmp_path):
     assert (tmp_path / "bug").read_text().startswith("KeyError: 'a bug'\n\nThe above exception was the direct cause")
 
 
-def test_a_full_disk_is_told_wherever_it_is_met(monkeypatch, capsys):
-    def write() -> None:
-        with open("/dev/full", "w") as file:
-            file.write("events")
+def write() -> None:
+    with open("/dev/full", "w") as file:
+        file.write("events")
 
-    assert told(write, monkeypatch, capsys).startswith("error: the disk is full ([Errno 28] No space left on device)")
+
+@pytest.mark.parametrize("case", [write, lambda: load(Scans(write))], ids=["plain", "in a worker"])
+def test_a_full_disk_is_told_wherever_it_is_met(case, monkeypatch, capsys):
+    assert told(case, monkeypatch, capsys).startswith("error: the disk is full ([Errno 28] No space left on device)")
+
+
+def test_a_worker_that_is_killed_is_told_in_one_line(monkeypatch, capsys):
+    shown = told(lambda: load(Scans(lambda: os.kill(os.getpid(), signal.SIGKILL))), monkeypatch, capsys)
+    assert re.fullmatch(r"error: process \d+, a data loader's worker, is killed by signal: Killed, as .+\n", shown)
+    assert "give fewer num_workers" in shown
 
 
 def test_log_lines_go_above_the_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
