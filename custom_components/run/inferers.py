@@ -131,7 +131,6 @@ class ReadableLoader:
         answers, alone = None, False
         with _deaths() as deaths:
             while left:
-                name = _name(self.dataset, left[0])
                 if answers is None:
                     answers = attempts(left[:1], 1) if alone else attempts(left, self.num_workers)
                 try:
@@ -141,7 +140,7 @@ class ReadableLoader:
                     deaths.told = False
                 except InputError as error:  # of a worker that hangs, at the next in turn
                     deaths.told, answers = False, None
-                    answer = None, name, (str(error), "")
+                    answer = None, _name(self.dataset, left[0]), (str(error), "")
                 except Exception as error:
                     deaths.told, answers = False, None
                     if not _of_a_death(error):
@@ -149,6 +148,7 @@ class ReadableLoader:
                     if not alone:  # which scan it had, torch does not say: the next in turn, if it costs one more
                         alone = True
                         continue
+                    name = _name(self.dataset, left[0])
                     answer = None, name, (f"{name} {KILLED}", "")
                 if answer is None and not alone:
                     return  # what there was left, others take

@@ -173,9 +173,10 @@ class Run:
         return [sys.executable, "-m", "monai.bundle", "run", "--config_file", files, *given]
 
     def settings(self) -> str:
-        """A hash of the config and the keys: a result of other settings is not this run's."""
+        """A hash of the config and the keys, wherever the repository is: a result of others is not this run's."""
         config = configured(self.bundle, self.overlays, self.keys).config
-        return hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:16]
+        text = json.dumps(config, sort_keys=True, default=str).replace(str(REPOSITORY), "")
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def epochs(self) -> int | None:
         """Of a pre-training."""
@@ -603,18 +604,16 @@ def markdown(results: Results, made_of: str, figures: Mapping[str, Path], folder
     return "\n\n".join(parts) + "\n"
 
 
-BEGIN, END = "<!-- evidence: begin -->", "<!-- evidence: end -->"
-
-
-def between_markers(document: str, content: str) -> str:
-    """A document with what stands between its two markers replaced."""
-    head, _, rest = document.partition(BEGIN)
-    _, found, tail = rest.partition(END)
+def between_markers(document: str, name: str, content: str) -> str:
+    """A document with what stands between the two markers of this name replaced."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, _, rest = document.partition(begin)
+    _, found, tail = rest.partition(end)
     if not found:
         raise SystemExit(
-            f"error: the document given as --docs lacks {BEGIN} or, behind it, {END}: put them where the tables go"
+            f"error: the document given as --docs lacks {begin} or, behind it, {end}: put them where the tables go"
         )
-    return f"{head}{BEGIN}\n{content}{END}{tail}"
+    return f"{head}{begin}\n{content}{end}{tail}"
 
 
 # Okabe and Ito's, which colour-blind readers tell apart
@@ -665,11 +664,11 @@ def learning_curves(results: Results, epochs: Mapping[str, int], path: Path) -> 
     figure.savefig(path, dpi=120)
 
 
-def report(out: Path, made_of: str, docs: Path | None = None) -> None:
+def report(out: Path, made_of: str, docs: Path | None = None, name: str = "evidence") -> None:
     """Write `evidence.json`, `evidence.csv`, `evidence.md` and the figures to `out`, of all results that it holds.
 
-    `made_of` says what the runs were; `docs` is a document with the two markers, which gets the tables too; the
-    figures then go to its folder.
+    `made_of` says what the runs were; `docs` is a document with the two markers of `name`, which gets the tables too;
+    the figures then go to its folder, with names that begin with `name`.
     """
     results = read_results(out)
     if not results:
@@ -699,21 +698,18 @@ def report(out: Path, made_of: str, docs: Path | None = None) -> None:
     figures: dict[str, Path] = {}
     if len(results) > 1 and any(set(BARS) & set(found) for seeds in results.values() for found in seeds.values()):
         caption = "ablation: bars from chance to the mean of seeds, a dot for each seed"
-        figures[caption] = folder / "evidence_ablation.png"
+        figures[caption] = folder / f"{name}_ablation.png"
         bars(results, figures[caption])
     curve = {variant: epochs for variant in CURVE if variant in results and (epochs := epochs_of(out, variant))}
     if REFERENCE in curve and len(curve) > 1:
-        figures["learning curves by finding"] = folder / "evidence_curves.png"
+        figures["learning curves by finding"] = folder / f"{name}_curves.png"
         learning_curves(results, curve, figures["learning curves by finding"])
-    looked = sorted(Path(out, "runs", REFERENCE).glob("*/pretrain/eval/sentences.png"))
-    if looked:
-        caption = "where the recommended recipe looked, and where the finding was, first of each finding"
-        figures[caption] = folder / "evidence_sentences.png"
-        shutil.copy(looked[0], figures[caption])
     (out / "evidence.md").write_text(markdown(results, made_of, figures, out))
     if docs is not None:
         with replacing(docs) as temporary:
-            temporary.write_text(between_markers(docs.read_text(), markdown(results, made_of, figures, docs.parent)))
+            temporary.write_text(
+                between_markers(docs.read_text(), name, markdown(results, made_of, figures, docs.parent))
+            )
     print(f"written: {out / 'evidence.json'}, .csv, .md" + (f"; {docs}" if docs else ""))
 
 
@@ -736,6 +732,7 @@ def main() -> None:
     parser.add_argument("--cohort_seed", type=int, default=42, help="of the phantoms")
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side, which share the cores")
     parser.add_argument("--docs", type=Path, help="document whose tables, between two markers, are replaced")
+    parser.add_argument("--name", default="evidence", help="of the markers, <!-- NAME: begin -->, and of the figures")
     parser.add_argument("--list", action="store_true", help="list variants and what is done, and run nothing")
     parser.add_argument("--num_train", type=int, help="volumes to train on; the demo's without it")
     parser.add_argument("--num_valid", type=int, help="volumes to evaluate on; the demo's without it")
@@ -761,7 +758,7 @@ def main() -> None:
     refuse_other_settings(runs)
     plan.write_cohorts(runs)
     failures = run_all(chains, given.jobs)
-    report(plan.out, str(plan), given.docs)
+    report(plan.out, str(plan), given.docs, given.name)
     sys.exit(1 if failures else 0)
 
 

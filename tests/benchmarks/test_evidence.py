@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -16,8 +17,6 @@ from scipy import stats
 
 from tests.benchmarks import evidence
 from tests.benchmarks.evidence import (
-    BEGIN,
-    END,
     OVERLAYS,
     REFERENCE,
     VARIANTS,
@@ -182,19 +181,21 @@ def test_report_of_results_made_by_hand(tmp_path: Path) -> None:
     leave(tmp_path, "epochs_4", 0, "pretrain", pretrained(0.6, 0.5), epochs=4)
     docs = tmp_path / "docs" / "page.md"
     docs.parent.mkdir()
-    docs.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    report(tmp_path, "the cohort", docs)
-    report(tmp_path, "the cohort", docs)  # a second time changes nothing
+    begin, end = "<!-- short: begin -->", "<!-- short: end -->"
+    others = "<!-- evidence: begin -->\nother runs\n<!-- evidence: end -->\n"
+    docs.write_text(f"{others}{begin}\nold\n{end}\nafter\n")
+    report(tmp_path, "the cohort", docs, "short")
+    report(tmp_path, "the cohort", docs, "short")  # a second time changes nothing
     text = docs.read_text()
-    assert text.startswith(f"before\n{BEGIN}\n") and text.endswith(f"{END}\nafter\n") and "old" not in text
+    assert text.startswith(f"{others}{begin}\n") and text.endswith(f"{end}\nafter\n") and "old" not in text
     assert "the cohort; seeds of training 0, 1, 2." in text
     # means over findings, one of which is 1.0 throughout
     assert "| recommended | 0.950 (0.900 to 1.000) | 0.500 (0.500 to 0.500) |" in text
     half = stats.t.ppf(0.975, 2) * 0.05 / 3**0.5
     assert f"| MIM + alignment, negatives: report | -0.150 ± {half:.3f} (-0.200 to -0.100) |" in text
     assert "| probe" not in text and "| side |" not in text  # nobody ran it
-    for name in ("ablation", "curves"):
-        assert (docs.parent / f"evidence_{name}.png").stat().st_size > 5000 and f"(evidence_{name}.png)" in text
+    for name in ("short_ablation", "short_curves"):
+        assert (docs.parent / f"{name}.png").stat().st_size > 5000 and f"({name}.png)" in text
     found = json.loads((tmp_path / "evidence.json").read_text())
     assert found["values"][REFERENCE]["2"]["presence AUC"] == 1.0
     paired = found["minus_recommended"]["mim_align_report"]["presence AUC"]
@@ -214,9 +215,10 @@ def test_report_wants_markers(tmp_path: Path) -> None:
     assert page.read_text() == "no marker\n"
 
 
-def test_page_has_its_markers() -> None:
+@pytest.mark.parametrize("name", ["evidence", "evidence_short"])
+def test_page_has_its_markers(name: str) -> None:
     page = (evidence.BUNDLES / "pretrain" / "docs" / "evidence.md").read_text()
-    assert page.index(BEGIN) < page.index(END)
+    assert "replaced" in evidence.between_markers(page, name, "replaced")
 
 
 class Scripted(Run):
@@ -258,6 +260,17 @@ def test_what_is_done_is_not_done_again_and_a_failure_stops_its_chain_alone(
         refuse_other_settings(chain("random", max_epochs=3))
 
 
+def test_results_hold_wherever_the_repository_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (run,) = Plan(tmp_path / "out").runs("random", 0, ())
+    here = run.settings()
+    shutil.copytree(
+        evidence.BUNDLES / "pretrain" / "configs", tmp_path / "elsewhere" / "bundles" / "pretrain" / "configs"
+    )
+    monkeypatch.setattr(evidence, "REPOSITORY", tmp_path / "elsewhere")
+    monkeypatch.setattr(evidence, "BUNDLES", tmp_path / "elsewhere" / "bundles")
+    assert run.settings() == here
+
+
 def run_evidence(*arguments: str | Path) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "tests.benchmarks.evidence", *map(str, arguments)]
     return subprocess.run(command, cwd=evidence.REPOSITORY, capture_output=True, text=True)
@@ -292,7 +305,7 @@ def test_two_variants_through_the_command_line(tiny: Path) -> None:
     first, second = (result(tiny, variant, "pretrain")["metrics"] for variant in ("recommended", "no_signal"))
     assert first["presence_auc"] != second["presence_auc"]
     assert first["masked_voxel_mse"]["baseline"] == second["masked_voxel_mse"]["baseline"]
-    for name in ("evidence.md", "evidence_ablation.png", "evidence_sentences.png", "evidence.csv"):
+    for name in ("evidence.md", "evidence_ablation.png", "evidence.csv"):
         assert (tiny / name).stat().st_size > 0
     assert not list(tiny.rglob("checkpoint*.pt")) and len(list(tiny.rglob("encoder.pt"))) == 2
 

@@ -116,6 +116,15 @@ def test_a_worker_that_is_killed_costs_its_scan_alone(num_workers, capsys):
         loader.report()
 
 
+def test_scans_that_others_take_are_not_named_for_a_death() -> None:
+    items = [{"name": f"scan{value}", "image": value} for value in (1, 2, 3, 4, 5)]
+    loader = ReadableLoader(
+        Dataset(items, Compose([Lambdad("image", deadly)])), 1, take=lambda index: index not in (0, 3)
+    )
+    assert [name for batch in loader for name in batch["name"]] == ["scan2", "scan5"]
+    assert [name for name, _ in loader.failures] == ["scan3"]
+
+
 def closing(value: int) -> torch.Tensor:
     """Scan 3 closes its worker's connections, as the system does of one that it kills, some time before its end."""
     if value == 3:
