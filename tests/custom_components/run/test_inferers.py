@@ -117,7 +117,7 @@ def test_a_worker_that_is_killed_costs_its_scan_alone(num_workers, capsys):
 
 
 def test_scans_that_others_take_are_not_named_for_a_death() -> None:
-    items = [{"name": f"scan{value}", "image": value} for value in (1, 2, 3, 4, 5)]
+    items = [{"name": f"scan{value}", "image": value} for value in (1, 3, 2, 4, 5)]
     loader = ReadableLoader(
         Dataset(items, Compose([Lambdad("image", deadly)])), 1, take=lambda index: index not in (0, 3)
     )
