@@ -646,17 +646,22 @@ def learning_curves(results: Results, epochs: Mapping[str, int], path: Path) -> 
     """Presence AUC and hits minus shuffled of each finding over epochs, each budget a run of its own."""
     figure = Figure(figsize=(10.5, 3.8), layout="constrained")
     panels = figure.subplots(1, 2)
+    measured = [name for found in results[REFERENCE].values() for name in found]
+    findings = dict.fromkeys(
+        name.removeprefix(f"{PRESENCE}: ") for name in measured if name.startswith(f"{PRESENCE}: ")
+    )
+    styles = [{"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]} for i in range(len(findings))]
     for axes, title in zip(panels, (PRESENCE, HITS), strict=True):
-        measured = [name for found in results[REFERENCE].values() for name in found if name.startswith(f"{title}: ")]
-        for i, name in enumerate(dict.fromkeys(measured)):
+        for finding, style in zip(findings, styles, strict=True):
             points = [
-                (epochs[variant], value) for variant in epochs for value in values_of(results[variant], name).values()
+                (epochs[variant], value)
+                for variant in epochs
+                for value in values_of(results[variant], f"{title}: {finding}").values()
             ]
-            style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)]}
-            axes.plot(*zip(*points, strict=True), linestyle="", markersize=4, alpha=0.5, **style)
+            axes.plot(*np.reshape(points, (-1, 2)).T, linestyle="", markersize=4, alpha=0.5, **style)
             budgets = sorted({budget for budget, _ in points})
             means = [np.mean([value for at, value in points if at == budget]) for budget in budgets]
-            axes.plot(budgets, means, label=name.removeprefix(f"{title}: "), **style)
+            axes.plot(budgets, means, label=finding, **style)
         axes.axhline(CHANCE[title], color="grey", linestyle=":", label="chance")
         axes.set(xlabel="epochs of training", ylabel=title, xticks=sorted(set(epochs.values())))
         axes.grid(alpha=0.3)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from custom_components.data import phantom
 from custom_components.run.weights import save_weights
+from matplotlib.figure import Figure
 from scipy import stats
 
 from tests.benchmarks import evidence
@@ -204,6 +205,21 @@ def test_report_of_results_made_by_hand(tmp_path: Path) -> None:
     rows = list(csv.DictReader((tmp_path / "evidence.csv").open()))
     chosen = [row for row in rows if row["variant"] == REFERENCE and row["measure"] == "presence AUC"]
     assert [float(row["value"]) for row in chosen] == pytest.approx([0.9, 0.95, 1.0])
+
+
+def test_a_finding_has_one_colour_in_all_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Presence and hits list findings in orders of their own."""
+    measured = {f"presence AUC: {name}": 0.9 for name in "ABC"} | {f"hits minus shuffled: {name}": 0.5 for name in "CA"}
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    evidence.learning_curves(
+        {REFERENCE: {0: measured}, "epochs_4": {0: measured}}, {REFERENCE: 20, "epochs_4": 4}, tmp_path
+    )
+    presence, hits = (
+        {line.get_label(): (line.get_color(), line.get_marker()) for line in axes.lines if len(line.get_label()) == 1}
+        for axes in drawn[0].axes
+    )
+    assert presence == hits and len(set(presence.values())) == 3
 
 
 def test_report_wants_markers(tmp_path: Path) -> None:
