@@ -701,7 +701,9 @@ def report(out: Path, made_of: str, docs: Path | None = None, name: str = "evide
 
     folder = out if docs is None else docs.parent
     figures: dict[str, Path] = {}
-    if len(results) > 1 and any(set(BARS) & set(found) for seeds in results.values() for found in seeds.values()):
+    if set(results) - set(CURVE) and any(
+        set(BARS) & set(found) for seeds in results.values() for found in seeds.values()
+    ):
         caption = "ablation: bars from chance to the mean of seeds, a dot for each seed"
         figures[caption] = folder / f"{name}_ablation.png"
         bars(results, figures[caption])
