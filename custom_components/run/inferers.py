@@ -249,8 +249,13 @@ def _deaths() -> Iterator[SimpleNamespace]:
 
 
 def _of_a_death(error: Exception) -> bool:
-    """Whether it is torch's of a worker that is no more, or that of a connection to one that is about to be."""
-    return isinstance(error, (ConnectionError, EOFError, FileNotFoundError)) or "DataLoader worker (pid" in str(error)
+    """Whether it is torch's of a worker that is no more, or that of a connection to one that is about to be.
+
+    A connection names no file; an error of the disk, which ``take`` may meet, does.
+    """
+    if isinstance(error, (ConnectionError, EOFError, FileNotFoundError)):
+        return getattr(error, "filename", None) is None
+    return "DataLoader worker (pid" in str(error)
 
 
 def _name(dataset: Dataset, index: int) -> str:

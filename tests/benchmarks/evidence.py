@@ -763,6 +763,8 @@ def main() -> None:
         return
     runs = [run for chain in chains for run in chain]
     refuse_other_settings(runs)
+    if given.docs is not None:
+        between_markers(given.docs.read_text(), given.name, "")  # ends here, and not after hours, where there are none
     plan.write_cohorts(runs)
     failures = run_all(chains, given.jobs)
     report(plan.out, str(plan), given.docs, given.name)

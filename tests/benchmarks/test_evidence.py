@@ -292,6 +292,12 @@ def run_evidence(*arguments: str | Path) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=evidence.REPOSITORY, capture_output=True, text=True)
 
 
+def test_a_page_without_markers_ends_before_the_first_run(tmp_path: Path) -> None:
+    done = run_evidence("--out", tmp_path, "--variants", "random", "--docs", evidence.REPOSITORY / "README.md", *TINY)
+    assert done.returncode == 1 and done.stderr.startswith("error: the document given as --docs lacks <!-- evidence:")
+    assert not list(tmp_path.iterdir())
+
+
 def result(out: Path, variant: str, stage: str, seed: int = 0) -> dict[str, Any]:
     return json.loads((out / "runs" / variant / f"seed_{seed}" / stage / "result.json").read_text())
 

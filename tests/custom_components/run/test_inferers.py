@@ -125,6 +125,14 @@ def test_scans_that_others_take_are_not_named_for_a_death() -> None:
     assert [name for name, _ in loader.failures] == ["scan3"]
 
 
+def test_a_folder_that_is_gone_is_no_scans_fault(tmp_path) -> None:
+    loader = scans(1, 2, num_workers=1)
+    loader.take = lambda index: (tmp_path / "gone" / str(index)).touch() is None
+    with pytest.raises(FileNotFoundError, match="gone"):
+        list(loader)
+    assert not loader.failures
+
+
 def closing(value: int) -> torch.Tensor:
     """Scan 3 closes its worker's connections, as the system does of one that it kills, some time before its end."""
     if value == 3:
