@@ -588,6 +588,9 @@ def markdown(results: Results, made_of: str, figures: Mapping[str, Path], folder
         parts += ["#### Minus the recommended recipe" + ("" if one else ", paired by seed")]
         parts += [] if one else ["±: half the width of the 95 % interval of the mean (Student's t over seeds)."]
         parts += [by_variant(results, PAIRED, paired)]
+    for caption, path in figures.items():
+        parts.append(f"![{caption}]({os.path.relpath(path, folder)})")
+    parts += ["<details>\n<summary>By finding; controls; time</summary>"]
     for title in (PRESENCE, HITS):
         names = list(
             dict.fromkeys(name for found in reference.values() for name in found if name.startswith(f"{title}: "))
@@ -598,9 +601,7 @@ def markdown(results: Results, made_of: str, figures: Mapping[str, Path], folder
     if controls and reference:
         rows = [[name, cell(list(values_of(reference, name).values()))] for name in controls]
         parts += ["#### Controls beside the recommended recipe", table(["", "value"], [row for row in rows if row[1]])]
-    parts += ["#### Time", by_variant(results, {"minutes for a run": TIME}, absolute)]
-    for caption, path in figures.items():
-        parts.append(f"![{caption}]({os.path.relpath(path, folder)})")
+    parts += ["#### Time", by_variant(results, {"minutes for a run": TIME}, absolute), "</details>"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -621,9 +622,15 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#0
 MARKERS = "osD^vPX"
 
 
-def bars(results: Results, path: Path) -> None:
-    """A panel per measure, a bar per variant, from chance to the mean, and a dot for each seed."""
-    shown = [name for name in BARS if any(values_of(seeds, name) for seeds in results.values())]
+def bars(results: Results, path: Path) -> bool:
+    """A panel per measure that compares variants, a bar per variant, from chance to the mean, a dot for each seed.
+
+    Returns whether there was any such measure, and so a figure.
+    """
+    having = {name: sum(bool(values_of(seeds, name)) for seeds in results.values()) for name in BARS}
+    shown = [name for name in BARS if having[name] >= min(2, len(results))]
+    if not shown:
+        return False
     figure = Figure(figsize=(3.2 + 3.0 * len(shown), 1.2 + 0.26 * len(results)), layout="constrained")
     variants = list(results)[::-1]
     for axes, measure in zip(figure.subplots(1, len(shown), squeeze=False, sharey=True)[0], shown, strict=True):
@@ -640,6 +647,7 @@ def bars(results: Results, path: Path) -> None:
         axes.grid(axis="x", alpha=0.3)
         axes.set_yticks(range(len(variants)), [VARIANTS[variant].title for variant in variants], fontsize=8)
     figure.savefig(path, dpi=120)
+    return True
 
 
 def learning_curves(results: Results, epochs: Mapping[str, int], path: Path) -> None:
@@ -701,12 +709,8 @@ def report(out: Path, made_of: str, docs: Path | None = None, name: str = "evide
 
     folder = out if docs is None else docs.parent
     figures: dict[str, Path] = {}
-    if set(results) - set(CURVE) and any(
-        set(BARS) & set(found) for seeds in results.values() for found in seeds.values()
-    ):
-        caption = "ablation: bars from chance to the mean of seeds, a dot for each seed"
-        figures[caption] = folder / f"{name}_ablation.png"
-        bars(results, figures[caption])
+    if set(results) - set(CURVE) and bars(results, path := folder / f"{name}_ablation.png"):
+        figures["ablation: bars from chance to the mean of seeds, a dot for each seed"] = path
     curve = {variant: epochs for variant in CURVE if variant in results and (epochs := epochs_of(out, variant))}
     if REFERENCE in curve and len(curve) > 1:
         figures["learning curves by finding"] = folder / f"{name}_curves.png"

@@ -207,6 +207,31 @@ def test_report_of_results_made_by_hand(tmp_path: Path) -> None:
     assert [float(row["value"]) for row in chosen] == pytest.approx([0.9, 0.95, 1.0])
 
 
+def test_bars_are_drawn_of_what_compares_variants(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *args, **kwargs: figures.append(self))
+    lesions = {"dice": {"16": {"pretrained": {"groups": {"lesions": {"mean": 0.3}}}}}}
+    for variant in (REFERENCE, "mim_align_report"):
+        leave(tmp_path, variant, 0, "pretrain", pretrained(0.8, 0.75))
+    leave(tmp_path, REFERENCE, 0, "segment", lesions)
+    report(tmp_path, "the cohort")
+    assert [axes.get_xlabel() for axes in figures[0].axes] == ["presence AUC", "hits minus shuffled"]
+    leave(tmp_path, "mim_align_report", 0, "segment", lesions)
+    report(tmp_path, "the cohort")
+    assert [axes.get_xlabel() for axes in figures[1].axes][-1] == "lesion Dice"
+
+
+def test_what_is_looked_up_is_folded(tmp_path: Path) -> None:
+    """The page is long: what answers the question stands open, also when it is folded."""
+    for variant in (REFERENCE, "mim_align_report"):
+        leave(tmp_path, variant, 0, "pretrain", pretrained(0.8, 0.75))
+    report(tmp_path, "the cohort")
+    open_part, _, folded = (tmp_path / "evidence.md").read_text().partition("<details>\n<summary>")
+    assert "#### Minus the recommended recipe" in open_part and "evidence_ablation.png" in open_part
+    assert "#### Presence AUC, by finding" in folded and "#### Time" in folded
+    assert "</summary>\n\n" in folded and folded.endswith("</details>\n")  # blank lines, or tables are not read
+
+
 def test_a_finding_has_one_colour_in_all_panels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Presence and hits list findings in orders of their own."""
     measured = {f"presence AUC: {name}": 0.9 for name in "ABC"} | {f"hits minus shuffled: {name}": 0.5 for name in "CA"}
