@@ -1,6 +1,7 @@
 """Forward passes: in bfloat16, by windows, and over scans of which some cannot be read."""
 
 import errno
+import itertools
 import math
 import signal
 import sys
@@ -9,7 +10,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from operator import itemgetter
 from types import FrameType, SimpleNamespace
 from typing import Any
@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from torch.utils.data._utils import signal_handling
 from tqdm import tqdm
+
+SECONDS_WITHOUT_BAR = 5.0
 
 
 class AutocastInferer(SimpleInferer):
@@ -51,33 +53,54 @@ class WindowInferer(SlidingWindowInferer):
     Args:
         roi_size: the network's region, in voxels. Smaller volumes are padded with air.
         slab_windows: windows along the last axis in one slab.
+        progress: show a bar of windows for a volume that takes longer than ``SECONDS_WITHOUT_BAR``.
         options: MONAI's, such as ``sw_batch_size`` and ``overlap``.
     """
 
-    def __init__(self, roi_size: Sequence[int], amp: bool = True, slab_windows: int = 8, **options: Any) -> None:
+    def __init__(
+        self, roi_size: Sequence[int], amp: bool = True, slab_windows: int = 8, progress: bool = False, **options: Any
+    ) -> None:
         super().__init__(roi_size, mode="gaussian", cval=-1.0, **options)
         self.forward = AutocastInferer(amp)
         self.slab_windows = slab_windows
+        self.bar_of_windows = progress  # MONAI's own would be one for each slab
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
         """``inputs [B, C, X, Y, Z]`` -> logits ``[B, classes, X, Y, Z]`` float16, a plain tensor."""
         inputs = inputs.as_tensor() if isinstance(inputs, MetaTensor) else inputs
         size, roi = inputs.shape[-1], self.roi_size[-1]
-        step = max(1, int(roi * (1 - self.overlap)))
-        rows = max(1, math.ceil((size - roi) / step) + 1)
+        *across, (step, rows) = map(self._places, inputs.shape[2:], self.roi_size)
         before = math.ceil(roi / step) - 1  # rows of windows that reach into a slab from the one before it
         # MONAI moves the last row back to the volume's end, into the row before it: it never is a slab of its own
         starts = [row for row in range(0, rows, self.slab_windows) if row == 0 or row < rows - max(before, 1)]
+        slabs = [(max(0, start - before), start, stop) for start, stop in itertools.pairwise([*starts, rows])]
+        windows = math.prod(count for _, count in across) * sum(stop - first for first, _, stop in slabs)
+        bar = tqdm(
+            total=windows * len(inputs), unit="window", leave=False, delay=SECONDS_WITHOUT_BAR,
+            disable=not self.bar_of_windows,
+        )  # fmt: skip
+
+        def forward(batch: Tensor) -> Tensor:
+            logits = self.forward(batch, network)
+            bar.update(len(batch))
+            return logits
+
         output: Tensor | None = None
-        for start, stop in zip(starts, [*starts[1:], rows], strict=True):
-            first = max(0, start - before) * step
-            last = size if stop == rows else (stop - 1) * step + roi
-            own = slice(start * step, size if stop == rows else stop * step)
-            logits = super().__call__(inputs[..., first:last], partial(self.forward, network=network))
-            if output is None:
-                output = logits.new_empty((*logits.shape[:2], *inputs.shape[2:]), dtype=torch.float16)
-            output[..., own] = logits[..., own.start - first : own.stop - first]
+        with bar:
+            for first_row, start, stop in slabs:
+                first = first_row * step
+                last = size if stop == rows else (stop - 1) * step + roi
+                own = slice(start * step, size if stop == rows else stop * step)
+                logits = super().__call__(inputs[..., first:last], forward)
+                if output is None:
+                    output = logits.new_empty((*logits.shape[:2], *inputs.shape[2:]), dtype=torch.float16)
+                output[..., own] = logits[..., own.start - first : own.stop - first]
         return output
+
+    def _places(self, size: int, roi: int) -> tuple[int, int]:
+        """Step and number of windows along an axis, as MONAI has them."""
+        step = max(1, int(roi * (1 - self.overlap)))
+        return step, max(1, math.ceil((size - roi) / step) + 1)
 
 
 @dataclass

@@ -22,6 +22,7 @@ from monai.inferers import sliding_window_inference
 from monai.transforms import Compose, Lambda, Lambdad
 from torch import Tensor, nn
 from torch.utils.data._utils import signal_handling
+from tqdm import tqdm
 
 
 @pytest.mark.parametrize(("amp", "dtype"), [(True, torch.bfloat16), (False, torch.float32)])
@@ -51,6 +52,25 @@ def test_slabs_give_what_one_pass_gives(size: tuple, overlap: float) -> None:
         found = inferer(volume, Places())
         assert found.dtype == torch.float16
         torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("size", [(20, 12, 61), (40, 30, 64), (16, 8, 5)])
+@pytest.mark.parametrize("overlap", [0.0, 0.6])
+def test_a_long_volume_has_a_bar_that_ends_with_its_last_window(size, overlap, monkeypatch, capsys) -> None:
+    """One volume of published size takes minutes on a CPU: the bar of scans stands at 0 until then."""
+    bars = []
+    monkeypatch.setattr(inferers, "SECONDS_WITHOUT_BAR", 0.0)
+    monkeypatch.setattr(inferers, "tqdm", lambda **keys: bars.append(tqdm(mininterval=0, **keys)) or bars[-1])
+    for progress in (True, False):
+        inferer = WindowInferer(
+            (16, 8, 8), overlap=overlap, amp=False, slab_windows=2, sw_batch_size=3, progress=progress
+        )
+        inferer(torch.randn(1, 1, *size), Places())
+        shown = capsys.readouterr().err
+        if progress:
+            assert bars[-1].n == bars[-1].total and f"{bars[-1].total}/{bars[-1].total} [" in shown
+        else:
+            assert not shown
 
 
 def read(value: int) -> torch.Tensor:
