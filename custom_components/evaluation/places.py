@@ -109,8 +109,9 @@ def specificity(
 
     Returns:
         ``simcrop`` with its bootstrap interval ``low``, ``high`` over volumes, and ``random_encoder``: share of
-        sentences that score higher in their volume than the swapped ones, ties counting half; ``peak`` and
-        ``random_peak``: share whose most similar patch lies in that half; ``sentences``; the same ``per_finding``.
+        sentences that score higher in their volume than the swapped ones, ties counting half; ``no_image_prior``:
+        that share for always preferring the half where the finding lies most often; ``peak`` and ``random_peak``: share
+        whose most similar patch lies in that half; ``sentences``; the same ``per_finding``.
     """
     own, swapped, volume, half = (
         torch.tensor([case[key] for case in cases]) for key in ("own", "swapped", "volume", "half")
@@ -123,6 +124,8 @@ def specificity(
 
     (higher, peak), (random_higher, random_peak) = shares(trained), shares(random)
     findings = np.array([case["finding"] for case in cases])
+    usual = {name: half.numpy()[findings == name].mean().round() for name in findings}
+    prior = half.numpy() == [usual[name] for name in findings]
 
     def summary(chosen: np.ndarray) -> dict[str, Any]:
         weights = resample(volume.numpy()[chosen], 2000, seed)
@@ -132,6 +135,7 @@ def specificity(
             "low": found["low"],
             "high": found["high"],
             "random_encoder": float(random_higher[chosen].mean()),
+            "no_image_prior": float(prior[chosen].mean()),
             "peak": float(peak[chosen].mean()),
             "random_peak": float(random_peak[chosen].mean()),
             "sentences": int(chosen.sum()),

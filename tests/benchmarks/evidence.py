@@ -451,7 +451,8 @@ def measures(stages: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         found[f"grounding, {key}"] = number(grounded, key)
     for key, title in (("side_specificity", "side"), ("level_specificity", "level")):
         found[title] = number(own, key, "simcrop")
-        found[f"{title}, random_encoder"] = number(own, key, "random_encoder")
+        for control in ("random_encoder", "no_image_prior"):
+            found[f"{title}, {control}"] = number(own, key, control)
     for key in ("recall@1", "recall@10", "median_rank"):
         for who, suffix in (("simcrop", ""), ("random_encoder", ", random_encoder"), ("chance", ", chance")):
             found[f"retrieval {key}{suffix}"] = number(own, "retrieval", who, key)
@@ -586,7 +587,10 @@ def markdown(results: Results, made_of: str, figures: Mapping[str, Path], folder
     ]
     if reference and len(results) > 1:
         parts += ["#### Minus the recommended recipe" + ("" if one else ", paired by seed")]
-        parts += [] if one else ["±: half the width of the 95 % interval of the mean (Student's t over seeds)."]
+        told = (
+            "±: half the width of the 95 % interval of the mean (Student's t over seeds). Without it: one seed alone."
+        )
+        parts += [] if one else [told]
         parts += [by_variant(results, PAIRED, paired)]
     for caption, path in figures.items():
         parts.append(f"![{caption}]({os.path.relpath(path, folder)})")

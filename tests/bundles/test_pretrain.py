@@ -185,7 +185,7 @@ def test_the_recommended_recipe_is_told_beside_all_its_controls(run_here: Callab
     table = pd.read_csv(tmp_path / "eval" / "metrics.csv").fillna("")
     told = {name: " ".join(rows["beside"]) for name, rows in table.groupby("metric")}
     assert "simcrop_blanked" in told["masked_voxel_mse"] and "raw_statistics" in told["presence_auc"]
-    assert "random_encoder" in told["side_specificity"] and "chance" in told["retrieval"]
+    assert "no_image_prior" in told["side_specificity"] and "chance" in told["retrieval"]
     assert {"patch_patch_cosine", "sentence_sentence_cosine", "patch_effective_rank"} <= set(told)
 
 

@@ -74,6 +74,21 @@ def test_the_half_that_a_mask_lies_in():
     assert LEVEL.half(middle) is None and SIDE.half(torch.zeros(1, 4, 4, 5)) is None
 
 
+def test_preferring_a_findings_usual_half_needs_no_image():
+    """Emphysema is mostly in upper lobes: a network that always prefers "upper" is right there."""
+    halves = {"emphysema": (1, 1, 1, 0), "nodule": (0, 1, 0)}
+    cases = [
+        {"volume": volume, "finding": name, "own": half, "swapped": 1 - half, "half": half}
+        for name, of_volumes in halves.items()
+        for volume, half in enumerate(of_volumes)
+    ]
+    upper = Similarities(torch.tensor([[0.0], [1.0]]).expand(2, 4), torch.zeros(2, 4, dtype=torch.long))
+    found = specificity(cases, upper, upper, LEVEL, (1, 1, 2), seed=0)
+    assert found["per_finding"]["emphysema"]["no_image_prior"] == found["per_finding"]["emphysema"]["simcrop"] == 0.75
+    assert found["per_finding"]["nodule"]["no_image_prior"] == pytest.approx(2 / 3)
+    assert found["no_image_prior"] == pytest.approx(5 / 7) and found["simcrop"] == pytest.approx(4 / 7)
+
+
 def test_specificity_by_hand():
     grid = (2, 1, 3)  # patches 0, 1, 2 lie left, 3, 4, 5 right; upwards from 0 and from 3
     # rows 0 and 1 are a sentence and its opposite, rows 2 and 3 another
