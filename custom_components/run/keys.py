@@ -224,13 +224,22 @@ def rewritten(value: Any) -> Any:
     return ReferenceResolver.normalize_id(value) if isinstance(value, str) else value
 
 
-def literal(value: Any) -> Any:
-    """A value whose texts MONAI takes as they are: it would make ``::`` of ``#`` in all others."""
+def literal(value: Any, references: bool = True) -> Any:
+    """A value whose texts MONAI takes as they are: it would make ``::`` of ``#`` in all others.
+
+    Args:
+        references: leave texts that MONAI evaluates as they are; False for what nobody wrote into a config.
+    """
     if isinstance(value, Mapping):
-        return {key: literal(item) for key, item in value.items()}
+        return {key: literal(item, references) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [literal(item) for item in value]
-    if not isinstance(value, str) or is_reference(value) or ("#" not in value and ID_SEP_KEY not in value):
+        return [literal(item, references) for item in value]
+    if not isinstance(value, str):
+        return value
+    if is_reference(value):
+        if references:
+            return value
+    elif "#" not in value and ID_SEP_KEY not in value:
         return value
     escaped = "".join(f"\\x{ord(letter):02x}" if letter in "#@:" else letter for letter in ascii(value))
     return EXPR_KEY + escaped
@@ -318,7 +327,13 @@ class _Check:
             given = {top(unmerged(key)) for keys in (self.run.given, *overlays) for key in keys}
         else:  # nobody knows what was given
             given = {key for key in self.config if self.config[key] != self.base.get(key)}
-        taken = {key: literal(told[key]) for key in self.schema.keys if key in told and key not in given}
+        told = {key: told[key] for key in self.schema.keys if key in told and key not in given}
+        if components := [key for key, value in told.items() if holds_component(value)]:
+            raise InputError(
+                f"the checkpoint says {components[0]} is {shown(told[components[0]])}, which a run would build; no "
+                "training writes it; take the weights from where you trust them"
+            )
+        taken = {key: literal(value, references=False) for key, value in told.items()}
         taken = {key: value for key, value in taken.items() if key in self.config and value != self.config[key]}
         if taken:
             self.config |= taken

@@ -15,6 +15,7 @@ import pytest
 import torch
 from custom_components.errors import InputError
 from custom_components.run.keys import RESERVED, KeyValidator, Schema, reference, running, top
+from custom_components.run.weights import save_weights
 from monai.bundle import ConfigParser, ConfigWorkflow
 
 from tests.bundles.conftest import told
@@ -418,6 +419,49 @@ def test_a_real_command_ends_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     told(done.stderr, "dataset_dir", "./", "did you mean num_layers?")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("text", ["$__import__('os').mkdir('PWNED') or 'sincos3d'", "@my_code", "%PWNED.json::key"])
+@pytest.mark.parametrize("key", ["pos_embed", "mask_ratio", "loss_weights", "text_encoder"])
+def test_what_weights_say_of_themselves_is_no_code(begin: Callable, tmp_path: Path, key: str, text: str) -> None:
+    """A checkpoint is read with ``weights_only``; so it must run nothing later either."""
+    text = text.replace("PWNED", str(tmp_path / "pwned"))
+    checkpoint = tmp_path / "models" / "checkpoint.pt"
+    checkpoint.parent.mkdir()
+    recipe = {key: {"volume": text} if key == "loss_weights" else text}
+    torch.save({"description": {"settings": {}, "recipe": recipe}, "network": {}}, checkpoint)
+    code = {"models_dir": str(checkpoint.parent), "my_code": f"$__import__('os').mkdir('{tmp_path}/pwned')"}
+    if key == "text_encoder":  # which may be any text
+        assert begin("pretrain", ["train", "evaluate"], **code).parser.get_parsed_content(key) == text
+    else:
+        with pytest.raises(Exception) as raised:
+            begin("pretrain", ["train", "evaluate"], **code)
+        assert f"{key}" in str(raised.value.__cause__) and text[:20] in str(raised.value.__cause__)
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("target", ["os.mkdir", "$__import__('os').mkdir"])
+def test_what_weights_say_of_themselves_is_no_component(refused: Callable, tmp_path: Path, target: str) -> None:
+    checkpoint = tmp_path / "models" / "checkpoint.pt"
+    checkpoint.parent.mkdir()
+    component = {"_target_": target, "path": str(tmp_path / "pwned")}
+    for found in (component, {"volume": component}, [component]):
+        torch.save({"description": {"settings": {}, "recipe": {"loss_weights": found}}, "network": {}}, checkpoint)
+        told_of = refused("pretrain", ["train", "evaluate"], models_dir=str(checkpoint.parent))
+        assert "loss_weights" in told_of and "checkpoint" in told_of
+        assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+@pytest.mark.parametrize("as_component", [False, True])
+def test_settings_beside_weights_are_no_code(begin: Callable, tmp_path: Path, as_component: bool) -> None:
+    code: Any = f"$__import__('os').mkdir('{tmp_path}/pwned')"
+    if as_component:
+        code = {"_target_": "os.mkdir", "path": f"{tmp_path}/pwned"}
+    save_weights({}, tmp_path / "models" / "model.pt", {"settings": {"pos_embed": code, "skip_layers": [code]}})
+    with pytest.raises(Exception):  # noqa: B017
+        workflow = begin("segment", ["inference"], models_dir=str(tmp_path / "models"))
+        workflow.parser.get_parsed_content("network_def")
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
 
 
 def test_files_are_the_safe_way(tmp_path: Path) -> None:
