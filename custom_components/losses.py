@@ -180,13 +180,13 @@ class SimilarityAlignmentLoss(nn.Module):
         # a process scores all sentences in its own volumes, so that scores travel and not patches
         scores = self.score(patches, torch.cat(every_sentence)).T  # v s
         every_score = gather_rows(scores)
-        if not len(every_hash):
-            return (patches.sum() + sentences.sum()) * 0.0
-        logits = torch.cat(every_score).T / self.score.temperature  # s v
         first = sum(len(score) for score in every_score[: rank()])
         # the volume of each sentence, -1 for none
         own = torch.cat(gather_rows(torch.where(row < len(patches), first + row, -1)))
         placed = own >= 0
+        if not placed.any():
+            return (patches.sum() + sentences.sum()) * 0.0
+        logits = torch.cat(every_score).T / self.score.temperature  # s v
         is_own = own[:, None] == torch.arange(logits.shape[1], device=own.device)
         # no negative of a sentence: a volume whose report holds the very sentence, or holds none at all
         identical = (every_hash[:, None] == every_hash).float() @ is_own.float() > 0  # s v

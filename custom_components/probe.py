@@ -151,9 +151,10 @@ class ClassificationLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Logits ``[B, C]``; labels ``[B, C]`` of zeros and ones, or ``[B]`` int64 codes. Returns a scalar."""
+        weight = None if self.weight is None else self.weight.to(logits.device)  # no config moves a loss
         if self.exclusive:
-            return F.cross_entropy(logits.float(), labels, weight=self.weight)
-        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=self.weight)
+            return F.cross_entropy(logits.float(), labels, weight=weight)
+        return F.binary_cross_entropy_with_logits(logits.float(), labels, pos_weight=weight)
 
 
 def layer_decay_groups(

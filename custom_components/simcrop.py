@@ -24,6 +24,7 @@ from monai.data import MetaTensor
 from monai.inferers import Inferer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerBase
 
 
@@ -356,6 +357,36 @@ class SimCroP(nn.Module):
             output["report_logits"] = self.report_decoder(features, tokens[:, patches], padding, hidden)
             output["report_target"] = labels[hidden]
         return output
+
+    def unread(self, loss_weights: Mapping[str, float]) -> list[str]:
+        """Names of the trained parameters that no loss with a weight reads, so that they never get a gradient."""
+        read = {name for name, weight in loss_weights.items() if weight}
+        layer = self.aligner.align_layer if "alignment" in read else 0
+        final = layer < 0 or bool(read & {"volume", "report"})  # the tokens after the norm
+        depth = len(self.encoder.blocks) if final or "instance" in read else layer  # blocks that anything reads
+        unread = [f"encoder.blocks.{i}." for i in range(depth, len(self.encoder.blocks))]
+        if not final:
+            unread.append("encoder.norm.")
+        if not depth:  # nothing but what is known of each patch alone
+            unread.append("encoder.cls_token")
+            unread += [] if self.encoder.statistics is None else ["encoder.patch_embed."]
+        if "alignment" not in read:
+            unread.append("aligner.patch_projection.")
+        return [name for name, p in self.named_parameters() if p.requires_grad and name.startswith(tuple(unread))]
+
+
+def in_parallel(network: SimCroP, loss_weights: Mapping[str, float], **options: Any) -> DistributedDataParallel:
+    """The network in all processes, of which none waits for gradients of what no weighted loss reads.
+
+    Such parameters stay as they are, as in a single process. DDP's own search for them costs time in every step, and
+    takes all that the network puts out for read.
+
+    Args:
+        options: more of DistributedDataParallel's arguments.
+    """
+    unread = network.unread(loss_weights)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(network, unread)
+    return DistributedDataParallel(network, **options)
 
 
 class VolumeEmbedder(nn.Module):

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import monai.data
 import numpy as np
 import torch
+from custom_components.distributed import from_all_ranks
 from custom_components.errors import InputError
 from custom_components.files import Claims, file_stamp, replacing
 from custom_components.probe import LinearProbe
@@ -240,6 +241,8 @@ class FeatureCache(OnlineFeatures):
     def encode(self, data: Sequence[Mapping[str, Any]], num_views: int = 1, description: str = "") -> FeatureDataset:
         """Features of items with ``image`` and ``name``; volumes that cannot be read are reported, and left out.
 
+        Processes of a group must all call it, for the same items: each leaves out what any of them could not read.
+
         Raises:
             InputError: the encoder is not frozen, ``num_views`` is not positive, or no volume at all can be read.
         """
@@ -278,13 +281,14 @@ class FeatureCache(OnlineFeatures):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 missing = _missing(missing)
 
+        # processes that train together must have as many volumes, though some could read what others could not
+        failures = {name: reason for found in from_all_ranks(failures) for name, reason in found.items()}
+        self.failures |= failures
         kept, features = [], []
         for item in items:
-            loaded = [_load(file) for file in item["files"].values()]
-            if all(feature is not None for feature in loaded):
+            if item["name"] not in failures:
                 kept.append({name: value for name, value in item.items() if name not in ("stem", "files")})
-                features.append(torch.from_numpy(np.stack(loaded)))
-        self.failures |= failures
+                features.append(torch.from_numpy(np.stack([_load(file) for file in item["files"].values()])))
         if not kept:
             first = next(iter(failures.values()))
             raise InputError(f"none of {len(data)} volumes could be read, the first for this reason: {first}")

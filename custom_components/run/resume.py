@@ -251,20 +251,22 @@ class Checkpointer:
         }
         if self.before is not None:
             self.position["epoch_ends"] = 1
-        if rank() > 0:
-            return
+        if rank() == 0:
+            self._write(with_weights=batch == 0)
+        self.resumed = True
+        self.saved_at = time.monotonic()
+
+    def _write(self, with_weights: bool) -> None:
         content = {name: _state(item) for name, item in self.objects.items()} | (self.before or {})
         content |= {"trainer": self.position, "recipe": self.recipe, "frozen": self.frozen}
         if self.description is not None:
             content["description"] = dict(self.description)
-        if batch == 0:
+        if with_weights:
             for path, module in self.weights.items():
                 save_weights(module.state_dict(), path, self.description)
         save_atomically(content, self.path, self.previous if self.resumed else None)
         if not self.resumed:
             self.previous.unlink(missing_ok=True)  # of a training that this one replaces
-        self.resumed = True
-        self.saved_at = time.monotonic()
 
     def restore(self) -> None:
         """Fill the objects from a checkpoint, if there is one."""

@@ -118,6 +118,20 @@ class EpochSampler(DistributedSampler):
         return ((self.epoch, index) for index in own[start:])
 
 
+def own_share(dataset: Dataset) -> range:
+    """The sampler of this process' share of a validation, in order and without repeats: shares may differ by an item.
+
+    Raises:
+        InputError: a process would have nothing, and a metric over all processes would wait for it for ever.
+    """
+    if len(dataset) < world_size():
+        raise InputError(
+            f"{len(dataset)} validation scans for {world_size()} processes: lower --nproc_per_node to {len(dataset)}, "
+            "or put more scans into validation_split"
+        )
+    return range(rank(), len(dataset), world_size())
+
+
 class SeededDataLoader(WatchedDataLoader):
     """MONAI's DataLoader for training, made repeatable: a run resumes within an epoch from its position alone.
 

@@ -28,7 +28,7 @@ from custom_components.cpu import keep_freed, threads_within_quota, wait_asleep_
 from custom_components.distributed import world_size
 from custom_components.errors import InputError
 from custom_components.files import check_folder, only_writer
-from custom_components.processes import TRY_AGAIN, EndOnSignal, Interrupted
+from custom_components.processes import SIGNALS, TRY_AGAIN, EndOnSignal, Interrupted
 from custom_components.run.keys import check_keys, configs_folder, running
 from custom_components.run.weights import trained_with
 from monai.bundle import ConfigParser
@@ -236,6 +236,8 @@ class OneLineErrors:
         else:
             hanging = distributed.hanging(error)
             if number > 0:
+                for each in SIGNALS:
+                    signal.signal(each, signal.SIG_DFL)  # torchrun's, once rank 0 has failed, ends it in silence
                 time.sleep(self.SECONDS_BEHIND_RANK_ZERO)
             message = hanging or self.message(error)
             message = message and f"error: {message}"

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import itk
 import nibabel as nib
@@ -553,6 +554,26 @@ def test_two_processes_train_as_one(bundle: Path, tmp_path: Path) -> None:
     result = subprocess.run(command, cwd=bundle, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stdout + result.stderr
     assert json.loads((tmp_path / "again" / "metrics.json").read_text())["per_class"] == metrics["per_class"]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_the_one_that_evaluates_tells_of_unreadable_volumes(
+    monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    """The others have nothing to fail of, since torchrun would end it with the first of them that fails."""
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    told: list[int] = []
+    config = {
+        "run": json.loads((BUNDLE / "configs" / "multi_gpu_train.json").read_text())["run"],
+        "train": {"trainer": SimpleNamespace(run=lambda: None)},
+        "test": {"dataset": None},
+        "features": SimpleNamespace(report=lambda: told.append(rank)),
+        "evaluation": lambda: None,
+        "evaluate_after_training": True,
+        "rank": rank,
+    }
+    ConfigParser(config).get_parsed_content("run")
+    assert told == ([0] if rank == 0 else [])
 
 
 def test_workflow_properties(has_properties: Callable, bundle: Path, tmp_path: Path) -> None:

@@ -247,6 +247,19 @@ def test_a_batch_without_sentences_gives_zero_that_still_carries_gradients(negat
     assert features.grad is not None and not features.grad.any()
 
 
+@pytest.mark.parametrize("negatives", ["volume", "both"])
+def test_a_batch_whose_encoded_volumes_have_no_sentence_gives_zero_that_still_carries_gradients(negatives):
+    """Sentences of volumes that are not encoded have nothing to be negatives of."""
+    patches, features, ids = alignment_batch((0, 1, 1, 1))
+    patches = patches[:1].requires_grad_()
+    features.requires_grad_()
+    loss = alignment_loss(negatives)(patches, features, ids[:, :1])
+    loss.backward()
+    assert loss.item() == 0
+    assert patches.grad is not None and not patches.grad.any()
+    assert features.grad is not None and not features.grad.any()
+
+
 def test_a_volume_whose_report_holds_the_identical_sentence_is_no_negative():
     loss = alignment_loss("volume")
     patches, features, ids = alignment_batch((1, 1))

@@ -9,6 +9,7 @@ import torch
 from custom_components.errors import InputError
 from custom_components.probe import ClassificationLoss, LinearProbe, layer_decay_groups, schedule_of
 from custom_components.vit import SimCroPEncoder
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 
@@ -106,6 +107,16 @@ def test_loss_of_exclusive_classes() -> None:
     assert loss.weight.tolist() == pytest.approx([4 / 6, 2.0])
     logits, labels = torch.randn(4, 2), torch.tensor([0, 0, 0, 1])
     torch.testing.assert_close(loss(logits, labels), F.cross_entropy(logits, labels, weight=loss.weight))
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_weights_follow_the_logits_to_their_device(exclusive: bool) -> None:
+    """A config makes the loss on the CPU. A fake GPU computes nothing, but refuses what lies on two devices."""
+    loss = ClassificationLoss(3, exclusive, pos_weight=[1.0, 2.0, 3.0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        logits = torch.zeros(4, 3, device="cuda")
+        labels = torch.zeros(4, dtype=torch.long, device="cuda") if exclusive else torch.zeros_like(logits)
+        assert loss(logits, labels).device.type == "cuda"
 
 
 @pytest.mark.parametrize("pos_weight", ["always", [1.0], [1.0, -1.0, 1.0]])

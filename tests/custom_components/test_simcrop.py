@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
 from custom_components.errors import InputError
 from custom_components.losses import (
+    READS,
     MaskedReportLoss,
     MaskedVolumeLoss,
     SentenceVolumeScore,
@@ -47,7 +50,8 @@ OUTPUTS = {
 def losses(negatives: str = "both", **weights: float) -> SimCroPLoss:
     weights = {"volume": 1.0, "alignment": 1.0, "report": 1.0} | weights
     alignment = SimilarityAlignmentLoss(top_k=2, negatives=negatives)
-    return SimCroPLoss(weights, MaskedVolumeLoss(), alignment, MaskedReportLoss())
+    instance = SimilarityAlignmentLoss(top_k=1, negatives="volume")
+    return SimCroPLoss(weights, MaskedVolumeLoss(), alignment, MaskedReportLoss(), instance)
 
 
 def parts(network: SimCroP, batch: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
@@ -473,6 +477,65 @@ def test_ddp_needs_no_unused_parameter_search_even_if_one_rank_has_no_sentence(n
     first, second = (torch.load(tmp_path / f"grads{rank}.pt", weights_only=True) for rank in range(2))
     torch.testing.assert_close(first, second, atol=0, rtol=0)
     assert all(grad is not None and grad.isfinite().all() for grad in first.values())
+
+
+@pytest.mark.parametrize("align_layer", [None, 0, 1, 2])
+@pytest.mark.parametrize("weights", [dict(zip(READS, on, strict=True)) for on in product((0, 1), repeat=4) if any(on)])
+@pytest.mark.parametrize("statistics", [{}, {"hu_bins": 4, "statistics_mlp_dim": 8}])
+def test_what_no_weighted_loss_reads_is_known_before_the_first_step(network, batch, weights, align_layer, statistics):
+    model = selected(network, weights, align_layer, statistics=statistics)
+    losses(**weights)(model(**batch())).backward()
+    assert model.unread(weights) == [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+# what some weights leave without a gradient; the last weighs all, as the defaults do but for the instance level
+SELECTIONS = [
+    ({"volume": 1, "alignment": 0, "report": 0, "instance": 1}, 0),
+    ({"volume": 0, "alignment": 1, "report": 0, "instance": 0}, 0),
+    ({"volume": 0, "alignment": 1, "report": 0, "instance": 1}, 0),
+    ({"volume": 0, "alignment": 1, "report": 0, "instance": 0}, 1),
+    ({"volume": 1, "alignment": 1, "report": 1, "instance": 1}, None),
+]
+
+
+def selected(network, weights: dict[str, float], align_layer: int | None, **keys) -> SimCroP:
+    """The network that train.json makes for these ``loss_weights``."""
+    on = {name: bool(weight) for name, weight in weights.items()} | {
+        "alignment": bool(weights["alignment"] or weights["instance"])
+    }
+    return network(align_layer=align_layer, **on, **keys)
+
+
+def run_selections(rank: int, folder: Path, network, batch) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    overlay = json.loads((ROOT / "bundles/pretrain/configs/multi_gpu_train.json").read_text())
+    found = []
+    for weights, align_layer in SELECTIONS:
+        model = selected(network, weights, align_layer)
+        config = {"network": model, "loss_weights": weights, "device": torch.device("cpu")}
+        parallel = ConfigParser(config | {"parallel": overlay["train#trainer#network"]}).get_parsed_content("parallel")
+        assert parallel.module is model
+        loss = losses(**weights)
+        torch.manual_seed(rank)
+        for _ in range(2):
+            parallel.zero_grad()
+            loss(parallel(**batch(seed=rank, sentences=[(3, 2), (0, 0)][rank]))).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.save(found, folder / f"grads{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="autograd's device threads do not survive a fork")
+def test_several_processes_train_with_all_weights_that_one_trains_with(network, batch, tmp_path):
+    """What no weighted loss reads gets no gradient, as in one process; the others are the same in both processes."""
+    start_processes(run_selections, (tmp_path, network, batch), nprocs=2, start_method="fork")
+    first, second = (torch.load(tmp_path / f"grads{rank}.pt", weights_only=True) for rank in range(2))
+    for (weights, align_layer), one, other in zip(SELECTIONS, first, second, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+        alone = selected(network, weights, align_layer)
+        losses(**weights)(alone(**batch())).backward()
+        assert set(one) == {name for name, p in alone.named_parameters() if p.grad is not None}
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from custom_components.data.read import LoadCTd
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
@@ -24,7 +25,7 @@ from custom_components.run.features import FeatureCache, FeatureLoader, RateExpo
 from custom_components.vit import SimCroPEncoder
 from monai import transforms as mt
 
-from tests.watch import forked
+from tests.watch import forked, within
 
 
 def network(seed: int = 0, num_heads: int = 3, frozen: bool = True) -> LinearProbe:
@@ -308,6 +309,35 @@ def test_processes_share_the_work(cache: Callable, items: list[dict], tmp_path: 
     assert sum(each["encoded"] for each in found) == 24
     assert all(torch.equal(each["features"], found[0]["features"]) for each in found)
     assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_what_one_process_cannot_read_all_that_train_together_leave_out(
+    cache: Callable, items: list[dict], tmp_path: Path
+) -> None:
+    """Another process reads it all the same, as where a worker was killed or a disk was slow."""
+    failed = tmp_path / "failed"
+
+    def trains(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=rank, world_size=2)
+        mine = cache()
+        whole = mine.read
+
+        def read(item: dict) -> dict:
+            if rank == 1 and item["name"] == "scan1":
+                failed.touch()
+                raise InputError("scan1 cannot be read")
+            return whole(item)
+
+        mine.read = read
+        assert rank == 1 or within(60, failed.exists)
+        dataset = mine.encode(items)
+        torch.save({"names": [i["name"] for i in dataset.data], "told": mine.failures}, tmp_path / f"{rank}.pt")
+
+    for pid in [forked(partial(trains, rank)) for rank in (0, 1)]:
+        assert os.waitpid(pid, 0)[1] == 0
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    assert list(tmp_path.glob("cache/*/plain/scan1-*.npy")), "by the process that could"
+    assert found[0] == found[1] == {"names": ["scan0", "scan2"], "told": {"scan1": "scan1 cannot be read"}}
 
 
 def test_unreadable_volumes_do_not_keep_their_claims(cache: Callable, items: list[dict], tmp_path: Path) -> None:

@@ -273,6 +273,19 @@ def test_interval_and_minutes_space_the_checkpoints_and_the_last_epoch_always_wr
     assert list(copies) == [10, 15]
 
 
+def test_processes_that_write_nothing_look_at_the_losses_as_often_as_the_one_that_writes(tmp_path, monkeypatch):
+    """By a clock that moves by 40 seconds at each look: every second iteration is due, and the last is the end."""
+    looks = {}
+    for number in (0, 1):
+        monkeypatch.setattr("custom_components.run.resume.rank", lambda number=number: number)
+        trainer, times = make_trainer(tmp_path, minutes=1, interval=9, accumulation=1), iter(range(0, 1000, 40))
+        monkeypatch.setattr("custom_components.run.resume.time.monotonic", lambda times=times: next(times))
+        looks[number] = []
+        monkeypatch.setattr(LossCheck, "__call__", lambda check, seen=looks[number]: seen.append(max(check.pending)))
+        trainer.run()
+    assert looks[1] == looks[0] == [2, 4, 6, 8, 10]
+
+
 def copies_of_finished(tmp_path):
     make_trainer(tmp_path).run()
     return tmp_path / "checkpoint.pt", tmp_path / "checkpoint_previous.pt"

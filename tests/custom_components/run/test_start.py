@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from custom_components.errors import InputError
+from custom_components.processes import EndOnSignal
 from custom_components.run.export import export
 from custom_components.run.start import OneLineErrors, check_components, keep_imported, one_console, start
 from monai.data import DataLoader, Dataset
@@ -26,6 +28,7 @@ from monai.transforms import Lambdad
 from tqdm import tqdm
 
 from tests.conftest import untrained
+from tests.watch import forked
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -219,6 +222,24 @@ def test_a_process_that_ends_in_an_input_error_has_exit_code_one(tmp_path):
     assert done.stdout == "bad 1\nbug 1\n", done.stderr
     assert (tmp_path / "bad").read_text() == "error: told\n"
     assert (tmp_path / "bug").read_text().startswith("KeyError: 'a bug'\n\nThe above exception was the direct cause")
+
+
+def test_a_process_that_leaves_the_message_to_the_first_ends_by_a_signal_without_a_word():
+    """torchrun sends one to all that are left as soon as one has failed."""
+    reader, writer = os.pipe()
+
+    def fails() -> None:
+        os.environ["RANK"] = "1"
+        EndOnSignal.install()
+        OneLineErrors()
+        os.write(writer, b"fails")
+        sys.excepthook(InputError, InputError("told"), None)
+
+    pid = forked(fails)
+    os.read(reader, 5)
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGTERM
 
 
 def write() -> None:
