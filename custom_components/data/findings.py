@@ -85,18 +85,19 @@ def listed(dataset_dir: str | os.PathLike, table: str | os.PathLike = "findings.
     frame = frame[list(headers.values())].set_axis(list(headers), axis=1)
     if not len(frame):
         raise InputError(f"table {path} names no scan: give another")
+    frame = frame.fillna("").apply(lambda cells: cells.str.strip())
     for key in ("image", "sentence", "mask"):
-        if (empty := frame[key].fillna("").str.strip().eq("")).any():
+        if (empty := frame[key].eq("")).any():
             raise InputError(f"table {path}: row {int(empty.argmax()) + 1} has no {key}: fill it in, or take it out")
     items: dict[str, dict] = {}
-    for row in frame.astype(object).where(frame.notna(), None).to_dict("records"):
-        image, mask = (str(dataset_dir / Path(row[key].strip()).expanduser()) for key in ("image", "mask"))
-        split = row.get("split") and SPLIT_OF.get(row["split"].strip().lower(), row["split"])
+    for row in frame.to_dict("records"):
+        image, mask = (str(dataset_dir / Path(row[key]).expanduser()) for key in ("image", "mask"))
+        split = row.get("split") and SPLIT_OF.get(row["split"].lower(), row["split"])
         own = {"image": image, "patient": row.get("patient"), "split": split}
         item = items.setdefault(os.path.abspath(image), own | {"findings": []})
         if any(item[key] != own[key] for key in ("patient", "split")):
             raise InputError(f"table {path} gives {row['image']} two patients or splits: correct it")
-        finding = {"sentence": row["sentence"].strip(), "category": row.get("category") or NO_CATEGORY, "mask": mask}
+        finding = {"sentence": row["sentence"], "category": row.get("category") or NO_CATEGORY, "mask": mask}
         others = [other for other in item["findings"] if other["sentence"] == finding["sentence"]]
         if others:
             what = "twice" if others == [finding] else "with two masks or categories"
@@ -113,7 +114,7 @@ def listed(dataset_dir: str | os.PathLike, table: str | os.PathLike = "findings.
     for item, name in zip(items.values(), names, strict=True):
         item |= {"name": name, "patient": item["patient"] or name}
         item |= {"channel_first": False, "numbered": None, "partial": False}
-        if item["split"] is None:
+        if not item["split"]:
             del item["split"]
     return list(items.values())
 

@@ -13,7 +13,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -164,18 +164,28 @@ def volumes(
     columns = columns or {}
     parse = name_parser(name_pattern)
     images, masks = ([places] if isinstance(places, str) else list(places or ()) for places in (images, masks))
+    for key, patterns in (("images", images), ("masks", masks)):
+        check_patterns(key, patterns)
     mentioned = set().union(*map(words_of, (*images, *masks)))
 
+    named = cache(lambda path: named_rows(path, id_column))
+
+    def owners(frame: pd.DataFrame, names: pd.Series) -> pd.Series:
+        """The patient of each row: by its cell, or by its name where that is empty."""
+        if (header := header_of(frame, patient_column)) is None:
+            return names.map(lambda name: parse(name).get("patient", name))
+        patients = frame[header].str.strip()
+        return patients.where(patients.fillna("") != "", names)
+
     def read(path: Path, sections: Mapping[str, str] = sections) -> list[dict]:
-        frame, names = named_rows(path, id_column)
+        frame, names = named(path)
         parts = [parse(name) for name in names]
-        owners = [part.get("patient", name) for part, name in zip(parts, names, strict=True)]
         patients, splits = header_of(frame, patient_column), header_of(frame, split_column)
         cells = frame[[header for header in frame if header in mentioned]].to_dict("records")
         cells = [{header: cell for header, cell in row.items() if cell == cell} for row in cells]  # without NaN
         content = {
             "name": names,
-            "patient": owners if patients is None else frame[patients].fillna(names),
+            "patient": owners(frame, names),
             "split": [None] * len(frame) if splits is None else _split_of(path, frame[splits]),
             "words": [{**cell, **part, "name": name} for cell, part, name in zip(cells, parts, names, strict=True)],
         }
@@ -194,6 +204,10 @@ def volumes(
 
     if isinstance(tables, Mapping):
         part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
+        there = {key: path for key in SPLITS if (path := _first(tables.get(key), folder))}
+        _tell_shared(
+            (key, *row) for key, path in there.items() for row in zip(owners(*named(path)), named(path)[1], strict=True)
+        )
     else:
         every = read(_first(tables, folder, what))
         _tell_unlisted(images, dataset_dir, {row["name"] for row in every}, tables)
@@ -215,10 +229,8 @@ def volumes(
     if lines:  # of any split, since one list serves all
         files = tables.values() if isinstance(tables, Mapping) else [tables]
         known, headers = set(), set()
-        for frame, names in (named_rows(path, id_column) for each in files if (path := _first(each, folder))):
-            patients = header_of(frame, patient_column)
-            known |= {*names, *(parse(name).get("patient", name) for name in names)}
-            known |= set() if patients is None else set(frame[patients].dropna())
+        for frame, names in (named(path) for each in files if (path := _first(each, folder))):
+            known |= {*names, *owners(frame, names)}
             headers |= {*frame.columns}
         check_exclusion(exclude, lines, known, headers, f"volume or patient of {what}")
     excluded = set().union(*lines.values())
@@ -523,10 +535,14 @@ def _folded(name: str) -> str:
 def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str, str]]:
     """Volume -> finding -> the sentence of the report that speaks of it."""
     frame, names = named_rows(path, id_column)
-    finding, sentence = headers_of(path, frame, {key: (key,) for key in ("Finding", "Sentence")}).values()
+    headers = headers_of(path, frame, {key: (key,) for key in ("Finding", "Sentence")})
+    findings, sentences = (frame[header].fillna("").str.strip() for header in headers.values())
     said: dict[str, dict[str, str]] = defaultdict(dict)
-    for name, of, text in zip(names, frame[finding], frame[sentence], strict=True):
-        if str(said[name].setdefault(of, text)) != str(text):  # NaN where there is none
+    for name, of, text in zip(names, findings, sentences, strict=True):
+        if not of or not text:
+            what, other = ("Sentence", of or "any finding") if not text else ("Finding", repr(text))
+            raise InputError(f"{path} has no {what} of {name} for {other}: fill it in, or take the row out")
+        if said[name].setdefault(of, text) != text:
             raise InputError(f"{path} has two sentences of {name} for {of}: keep one")
     return dict(said)
 
@@ -624,11 +640,7 @@ def _once(path: Path, rows: list[dict]) -> list[dict]:
 def _parts(rows: list[dict], test_share: float, seed: int) -> dict[str, list[dict]]:
     """Split -> rows of one table: as its rows say, or `test_share` of the patients for testing."""
     if any(row["split"] for row in rows):
-        splits: dict[Hashable, set[str]] = defaultdict(set)
-        for row in rows:
-            splits[row["patient"]].add(row["split"])
-        if several := [patient for patient, of in splits.items() if len(of) > 1]:
-            warn_once(f"{len(several)} patients stand in several splits ({some(several)}): scores will be too good")
+        _tell_shared((row["split"], row["patient"], row["name"]) for row in rows)
         return {split: [row for row in rows if row["split"] == split] for split in SPLITS}
     order = _order(rows, seed)
     held_out = set(order[len(order) - round(test_share * len(order)) :])
@@ -705,6 +717,18 @@ def _tell_absent(rows: Sequence[Mapping[str, object]], split: str, classes: Sequ
             )
 
 
+def _tell_shared(rows: Iterable[tuple[str, str, str]]) -> None:
+    """Warn of patients in several splits, or else of volumes, by rows of split, patient and volume."""
+    splits: dict[str, dict[str, set[str]]] = {"patients": defaultdict(set), "volumes": defaultdict(set)}
+    for split, *names in rows:
+        for of, name in zip(splits.values(), names, strict=True):
+            of[name].add(split)
+    for what, of in splits.items():
+        if several := [name for name, found in of.items() if len(found) > 1]:
+            warn_once(f"{len(several)} {what} stand in several splits ({some(several)}): scores will be too good")
+            return
+
+
 def _tell_unlisted(images: Sequence[str], dataset_dir: Path, names: set[str], table: Files) -> None:
     """Warn of files beside the volumes that no row names, where one folder holds all."""
     for before, _, after in (place.partition("{name}") for place in images):
@@ -720,8 +744,21 @@ def _tell_unlisted(images: Sequence[str], dataset_dir: Path, names: set[str], ta
 
 
 def words_of(pattern: str) -> set[str]:
-    """The words in braces of a pattern of paths."""
-    return {word for _, word, *_ in Formatter().parse(pattern) if word}
+    """The words in braces of a pattern of paths; of ``{name[0]}``, a part of one, the word."""
+    return {re.split(r"[.[]", word)[0] for _, word, *_ in Formatter().parse(pattern) if word}
+
+
+def check_patterns(key: str, patterns: Sequence[str]) -> None:
+    """Raises an InputError for a pattern of paths, given as `key`, that no words could fill in."""
+    for pattern in patterns:
+        try:
+            # as long as a file's name may be, so that a part of a word is found
+            pattern.format(**dict.fromkeys(words_of(pattern), "x" * 255))
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
+            raise InputError(
+                f"{key} is {pattern!r}, which cannot be filled in ({error}): write one word in each pair of braces, "
+                "such as 'scans/{name}.nii.gz'"
+            ) from error
 
 
 def _first(files: Files, folder: Path, key: str | None = None) -> Path | None:

@@ -220,6 +220,19 @@ def _outputs(scan: Scan, recipe: Recipe) -> list[str]:
     return [path + ".gz" * recipe.compress for path in (scan.output, scan.label_output) if path is not None]
 
 
+def _remove_earlier(place: Path, scan: Scan) -> None:
+    """What a run of another recipe or source made, compressed or not: training would take either for this run's.
+
+    Never the scan's own files, however the folders lie in each other.
+    """
+    plain = place.with_name(place.name.removesuffix(".gz"))
+    own = {Path(path).resolve() for path in (scan.image, scan.label) if path is not None}
+    for path in (plain, Path(f"{plain}.gz")):
+        if path.resolve() not in own:
+            with _writing(path):
+                path.unlink(missing_ok=True)
+
+
 def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str | os.PathLike) -> dict[str, Any]:
     """Read, check, resample and write one scan with its label; returns what the manifest says of it.
 
@@ -229,23 +242,20 @@ def prepare_scan(source: Source, scan: Scan, recipe: Recipe, prepared_dir: str |
     """
     start = time.perf_counter()
     places = [Path(prepared_dir, path) for path in _outputs(scan, recipe)]
-    try:
-        with reading(scan.image):
-            raw = source.read(scan)
-            if raw.guessed:  # what is written would not show it
-                raise Unfit(f"{scan.image} may be mirrored, {raw.guessed}: write its affine", "orientation")
-            check_geometry(scan.image, raw)
-            percentiles = check_voxels(scan.image, raw, recipe.check_hu)
-            volume, affine = resample(raw, recipe)
-            lung_share = _check_prepared(scan, volume, recipe)
-            arrays = [volume]
-        if scan.label is not None:
-            with reading(scan.label):
-                arrays.append(_prepare_label(scan, source, raw, volume.shape, affine))
-    except Unfit:
-        for place in places:  # of an earlier run, when the source was another
-            place.unlink(missing_ok=True)
-        raise
+    for place in places:  # first, since a scan may end its process
+        _remove_earlier(place, scan)
+    with reading(scan.image):
+        raw = source.read(scan)
+        if raw.guessed:  # what is written would not show it
+            raise Unfit(f"{scan.image} may be mirrored, {raw.guessed}: write its affine", "orientation")
+        check_geometry(scan.image, raw)
+        percentiles = check_voxels(scan.image, raw, recipe.check_hu)
+        volume, affine = resample(raw, recipe)
+        lung_share = _check_prepared(scan, volume, recipe)
+        arrays = [volume]
+    if scan.label is not None:
+        with reading(scan.label):
+            arrays.append(_prepare_label(scan, source, raw, volume.shape, affine))
     # the label first: an image whose label is missing would look complete
     for place, array in reversed(list(zip(places, arrays, strict=True))):
         _write(place, array, affine)

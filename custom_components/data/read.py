@@ -84,11 +84,7 @@ class LoadCTd(MapTransform):
                     _told(path, raw.guessed, self.check_sides)
                 check_voxels(path, raw, self.check_hu)
             image = as_metatensor(path, raw)
-            if self.hu_range is not None:
-                low, high = map(float, torch.aminmax(_in_memory_order(image)))
-                if low < self.hu_range[0] or high > self.hu_range[1]:
-                    image.clamp_(*self.hu_range)
-            data[key] = image
+            data[key] = image if self.hu_range is None else _clipped(image, *self.hu_range)
             data.setdefault("name", stem(path))  # MONAI Label and Deploy send a path alone
         return data
 
@@ -124,6 +120,22 @@ def as_metatensor(path: Path, raw: Raw) -> MetaTensor:
     shape = np.array(raw.voxels.shape)
     meta = {"filename_or_obj": str(path), "original_affine": raw.affine, "spatial_shape": shape}
     return MetaTensor(torch.from_numpy(raw.hu())[None], affine=torch.from_numpy(raw.affine), meta=meta)
+
+
+def _clipped(image: MetaTensor, low: float, high: float) -> MetaTensor:
+    """In place, but in float32 where the image's own numbers have no such value as a bound that it passes."""
+    least, greatest = map(float, torch.aminmax(_in_memory_order(image)))
+    bounds = {"min": low} if least < low else {}
+    bounds |= {"max": high} if greatest > high else {}
+    if not bounds:
+        return image
+    if not image.is_floating_point():
+        limits = torch.iinfo(image.dtype)
+        if all(limits.min <= bound <= limits.max and bound == int(bound) for bound in bounds.values()):
+            bounds = {name: int(bound) for name, bound in bounds.items()}
+        else:
+            image = image.float()
+    return image.clamp_(**bounds)
 
 
 def _in_memory_order(image: Tensor) -> Tensor:

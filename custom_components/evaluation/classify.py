@@ -19,7 +19,14 @@ from custom_components.evaluation.metrics import (
     metric_rows,
     resample,
 )
-from custom_components.evaluation.report import LABEL, read_metrics, write_predictions, write_report
+from custom_components.evaluation.report import (
+    LABEL,
+    none_read,
+    read_metrics,
+    tell_left_out,
+    write_predictions,
+    write_report,
+)
 from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureDataset
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
@@ -81,14 +88,19 @@ class ProbeEvaluation:
             )
 
     def __call__(self) -> dict[str, Any]:
-        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
+        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds.
+
+        Raises:
+            InputError: no volume could be read; or some could not, once all else is done. Those without a cached
+                feature the cache tells, with those of training.
+        """
         if self.checkpoint is not None:
             load_weights(self.network, self.checkpoint)
         probability_of_all, truth, items, failures = self._outputs(self.dataset)
         probability = self._merge(probability_of_all)
-        thresholds, on_test = None, None
+        thresholds, on_test, valid_failures = None, None, []
         if self.valid_dataset is not None:
-            valid_probability, valid_truth, valid_items, _ = self._outputs(self.valid_dataset)
+            valid_probability, valid_truth, valid_items, valid_failures = self._outputs(self.valid_dataset)
             thresholds = best_f1_thresholds(valid_truth, self._merge(valid_probability))
             on_test = not {item["name"] for item in valid_items}.isdisjoint(item["name"] for item in items)
             if on_test:
@@ -118,6 +130,8 @@ class ProbeEvaluation:
         if self.exclusive:
             matrix = metrics["confusion_matrix"]
             figures.save(folder / "confusion_matrix.png", figures.confusion_matrix, matrix, self.classes)
+        if not isinstance(self.dataset, FeatureDataset):
+            tell_left_out(list(dict([*valid_failures, *failures]).items()))
         return metrics
 
     def _outputs(self, dataset: Dataset) -> tuple[pd.DataFrame, np.ndarray, list, list]:
@@ -145,9 +159,7 @@ class ProbeEvaluation:
             logits.append(forward(torch.as_tensor(batch["image"]).to(self.device), self.network).cpu())
             kept.append(items[batch["name"][0]])
         if not kept:
-            raise InputError(
-                f"none of {len(dataset)} volumes could be read, the first for this reason: {loader.failures[0][1]}"
-            )
+            raise none_read(len(dataset), loader.failures)
         return torch.cat(logits), kept, loader.failures
 
     def _merge(self, probability: pd.DataFrame) -> np.ndarray:
@@ -228,7 +240,9 @@ def compare_auroc(
 
 def _auroc_of(folder: Path, num_resamples: int, seed: int) -> tuple[dict[str, Any], np.ndarray]:
     """:func:`auroc_table` of the ``predictions.csv`` of a run."""
-    predictions = pd.read_csv(folder / "predictions.csv", dtype={"patient": str})
+    # a patient may be called NA
+    options = {"dtype": {"patient": str}, "keep_default_na": False, "na_values": [""]}
+    predictions = pd.read_csv(folder / "predictions.csv", **options)
     classes = [column.removesuffix(LABEL) for column in predictions if column.endswith(LABEL)]
     truth = predictions[[name + LABEL for name in classes]].to_numpy()
     weights = resample(predictions["patient"], num_resamples, seed)

@@ -5,12 +5,14 @@ import gc
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from custom_components.errors import InputError
+from custom_components.evaluation.report import LeftOut, tell_left_out
 from custom_components.files import replacing
 from custom_components.run.keys import running
 from custom_components.run.start import quietly
@@ -61,8 +63,10 @@ class Comparison:
         """Run all and report; returns what ``metrics.json`` holds.
 
         Raises:
-            InputError: no contender is left, since the files that they are to start from do not exist.
+            InputError: no contender is left, since the files that they are to start from do not exist; or volumes could
+                not be read by the evaluations, once all else is done.
         """
+        self.failures: dict[str, str] = {}
         config = running_config()
         contenders = {name: keys for name, keys in config["contenders"].items() if self._starts(name, config, keys)}
         if not contenders:
@@ -82,7 +86,9 @@ class Comparison:
                 folders[name] = outputs / label
         if self.checkpoint is not None:
             self._copy(self._checkpoint(runs[max(runs)][next(iter(contenders))].name), Path(self.checkpoint))
-        return self.report(runs, outputs, **({"tuning": tuning} if self.learning_rates else {}))
+        metrics = self.report(runs, outputs, **({"tuning": tuning} if self.learning_rates else {}))
+        tell_left_out(list(self.failures.items()))
+        return metrics
 
     def _tune(self, config: Mapping[str, Any], label: str) -> tuple[str, dict[str, Any]]:
         """Train at every rate, and evaluate the run of the best validation: its folder's name, and what was found."""
@@ -94,7 +100,8 @@ class Comparison:
             if value > max(found.values(), default=-math.inf):
                 chosen, best = rate, workflow  # the others are let go: each holds its own network and volumes
             found[rate] = value
-        best.parser.get_parsed_content("evaluation")()
+        with self._noting():
+            best.parser.get_parsed_content("evaluation")()
         validation = {f"{rate:g}": value for rate, value in found.items()}
         return f"{label}_lr_{chosen:g}", {"learning_rate": chosen, "validation": validation}
 
@@ -123,9 +130,23 @@ class Comparison:
             config = copy.deepcopy({**config, **own})
             workflow = ConfigWorkflow(None, {}, logging_file=False, run_id="training", **config)
         workflow.initialize()
-        workflow.run()
+        with self._noting():
+            workflow.run()
         workflow.finalize()
         return workflow
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """Keeps for the end what an evaluation says, in the end, of volumes that it could not read."""
+        try:
+            yield
+        except Exception as error:
+            cause: BaseException | None = error  # MONAI wraps what an expression of a config raises
+            while cause is not None and not isinstance(cause, LeftOut):
+                cause = cause.__cause__
+            if cause is None:
+                raise
+            self.failures |= dict(cause.failures)
 
     @staticmethod
     def _starts(name: str, config: Mapping[str, Any], keys: Mapping[str, Any]) -> bool:

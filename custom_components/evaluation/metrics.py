@@ -41,13 +41,19 @@ def check_selection(data: Sequence[Mapping[str, Any]], select_by: str) -> None:
     """Make sure, before a volume is read, that validation items with ``label`` have the metric of ``select_by``.
 
     Raises:
-        InputError: as :func:`mean_auroc` and :func:`selection_metric`; classes that exclude each other have no AUROC.
+        InputError: as :func:`mean_auroc` and :func:`selection_metric`; classes that exclude each other have no AUROC,
+            and others no accuracy.
     """
     labels = torch.stack([torch.as_tensor(item["label"]) for item in data])
     if selection_metric(select_by) is mean_auroc:
         if labels.ndim == 1:
             raise InputError("select_by is auroc, and the classes exclude each other: set select_by to accuracy")
         mean_auroc(torch.zeros(labels.shape), labels)
+    elif labels.ndim > 1:
+        raise InputError(
+            "select_by is accuracy, and the classes do not exclude each other: set select_by to auroc, or exclusive to "
+            "true"
+        )
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:

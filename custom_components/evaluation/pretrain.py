@@ -2,8 +2,9 @@
 
 import logging
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from custom_components.data.lists import mask_file_name
 from custom_components.data.read import as_metatensor
 from custom_components.data.volume import read_volume
+from custom_components.errors import InputError
 from custom_components.evaluation import figures
 from custom_components.evaluation.cells import aligned_patches
 from custom_components.evaluation.controls import (
@@ -23,22 +25,20 @@ from custom_components.evaluation.controls import (
 )
 from custom_components.evaluation.figures import spacing_of
 from custom_components.evaluation.places import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
-from custom_components.evaluation.report import write_report
+from custom_components.evaluation.report import none_read, tell_left_out, write_report
 from custom_components.evaluation.retrieval import MAX_COSINES, draw_pools, retrieval
 from custom_components.losses import SimCroPLoss
-from custom_components.run.seeded import WatchedDataLoader
+from custom_components.run.inferers import ReadableLoader
 from custom_components.simcrop import SimCroP, VolumeEmbedder, similarity
 from custom_components.text import ReportCollate, encode_sentences, read_prompts, split_sentences
 from custom_components.vit import patchify, unpatchify, upsample_patches
 from matplotlib.figure import Figure
-from monai.data import Dataset
+from monai.data import Dataset, decollate_batch
 from monai.networks import eval_mode
 from monai.transforms import ResampleToMatch
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import Subset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -64,6 +64,8 @@ class PretrainEvaluation:
     - ``retrieval`` of a report's volume: see :func:`custom_components.evaluation.retrieval.retrieval`.
     - Collapse: mean cosine of a volume's patches and of distinct sentences, near 1 where all are alike; and effective
       rank of the patches, exp of the entropy of their normalised singular values (RankMe, Garrido et al. 2023).
+
+    A volume or a mask that cannot be read is passed over, and told at the end.
 
     Args:
         loss: of pre-training; its targets and its pooling of patches count.
@@ -97,12 +99,17 @@ class PretrainEvaluation:
 
     @torch.inference_mode()
     def __call__(self) -> dict[str, Any]:
-        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
+        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds.
+
+        Raises:
+            InputError: no volume could be read; or some could not, or their masks, once all else is done.
+        """
         self.device = next(self.network.encoder.parameters()).device
         torch.manual_seed(self.seed)
         with eval_mode(self.network):
             metrics, places = self._metrics()
-            metrics = {"seed": self.seed, "volumes": len(self.dataset), **metrics}
+            unreadable = [name for name, _ in self.failures]
+            metrics = {"seed": self.seed, "volumes": len(self.read), "unreadable": unreadable, **metrics}
             rows = table_rows(metrics)
             table = [("metric", "of", "SimCroP", "baselines"), *rows]
             write_report(
@@ -113,18 +120,33 @@ class PretrainEvaluation:
                 [PICTURE] if places else [],
             )
             self._figures(places, Path(self.output_dir))
+        tell_left_out(self.failures)
         return metrics
 
-    def _batches(self, dataset: Dataset, description: str) -> tqdm:
-        """Lists of ``batch_size`` items, with a progress bar."""
-        with torch.random.fork_rng(devices=()):  # MONAI's loader would start torch's generator anew
-            loader = WatchedDataLoader(
-                dataset, self.num_workers, self.timeout_minutes, batch_size=self.batch_size, collate_fn=list
-            )
-        return tqdm(loader, desc=description, unit="batch")
+    def _loader(self, dataset: Dataset, description: str) -> ReadableLoader:
+        return ReadableLoader(dataset, self.num_workers, description, self.timeout_minutes)
+
+    def _batches(self, loader: ReadableLoader) -> Iterator[list[dict[str, Any]]]:
+        """Lists of ``batch_size`` items that can be read."""
+        items = self._items(loader)
+        while batch := list(islice(items, self.batch_size)):
+            yield batch
+
+    @staticmethod
+    def _items(loader: ReadableLoader) -> Iterator[dict[str, Any]]:
+        # the number that one loader of all batches took for its workers: masks are drawn as they were with it
+        torch.empty((), dtype=torch.int64).random_()
+        items = iter(loader)
+        while True:
+            with torch.random.fork_rng(devices=()):  # MONAI's loaders would start torch's generator anew
+                batch = next(items, None)
+            if batch is None:
+                return
+            yield decollate_batch(batch)[0]
 
     def _metrics(self) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         """The metrics, and the places of finding sentences that they speak of."""
+        self.failures: list[tuple[str, str]] = []
         baseline = self._baseline()
         aligned = self.network.aligner is not None
         places, embedders, features = [], [], []
@@ -146,8 +168,12 @@ class PretrainEvaluation:
         sums: dict[str, Counter] = defaultdict(Counter)
         similar: list[list[Similarities]] = [[] for _ in embedders]
         histograms, statistics, spread, gram = [], [], [], 0.0
-        for items in self._batches(self.dataset, "held-out volumes"):
-            start = len(histograms)
+        numbers = {item["name"]: number for number, item in enumerate(self.dataset.data)}
+        self.read: list[int] = []  # numbers of the volumes that could be
+        loader = self._loader(self.dataset, "held-out volumes")
+        for items in self._batches(loader):
+            own = {numbers[item["name"]]: item["image"] for item in items}
+            self.read += own
             images = torch.stack([item["image"].as_tensor() for item in items]).to(self.device)
             self._add_masked(sums, images, collate(items), baseline)
             histograms += [hu_histogram(item["image"]) for item in items]
@@ -159,10 +185,22 @@ class PretrainEvaluation:
                     spread.append(patches.mean(1).square().sum(-1).cpu())
                     gram = gram + (patches.transpose(1, 2) @ patches).double().sum(0)
             for place in places:
-                if start <= place["volume"] < start + len(items):
-                    mask = self._mask(place, items[place["volume"] - start]["image"])
+                if place["volume"] in own:
+                    try:
+                        mask = self._mask(place, own[place["volume"]])
+                    except InputError as error:
+                        name = self.dataset.data[place["volume"]]["name"]
+                        loader.pass_over(f"mask of {place['finding']} in {name}", str(error))
+                        continue
                     place["patches"] = patches_of_mask(mask, self.network.encoder.patch_size)
                     place["half"] = {name: opposites.half(mask) for name, opposites in OPPOSITES.items()}
+        self.failures += loader.failures
+        if not self.read:
+            raise none_read(len(self.dataset), loader.failures)
+        if aligned:
+            column = {number: i for i, number in enumerate(self.read)}
+            places = [place | {"volume": column[place["volume"]]} for place in places if "patches" in place]
+            reports, pools = [reports[number] for number in self.read], of_read(pools, column)
 
         metrics: dict[str, Any] = {}
         for name, found in sums.items():
@@ -198,11 +236,14 @@ class PretrainEvaluation:
 
     def _baseline(self) -> dict[str, Any]:
         """What can be said of a volume and a report without the network, learned from training items."""
-        encoder, subset = self.network.encoder, range(min(self.num_baseline, len(self.train_dataset)))
+        encoder = self.network.encoder
+        dataset = Dataset(self.train_dataset.data[: self.num_baseline], self.train_dataset.transform)
+        known = {item["name"]: item.get("label") for item in dataset.data}
         describe, voxels, target = None, 0.0, 0.0
         tokens, histograms, statistics, labels = Counter(), [], [], []
         special = set(self.tokenizer.all_special_ids)
-        for items in self._batches(Subset(self.train_dataset, subset), "training volumes, for the baselines"):
+        loader = self._loader(dataset, "training volumes, for the baselines")
+        for items in self._batches(loader):
             describe = describe or patch_statistics(encoder, spacing_of(items[0]["image"])).to(self.device)
             images = torch.stack([item["image"].as_tensor() for item in items]).to(self.device)
             patches = patchify(images, encoder.patch_size)
@@ -211,15 +252,18 @@ class PretrainEvaluation:
             for item in items:
                 tokens.update(token for token in item["report_ids"].tolist() if token not in special)
                 histograms.append(hu_histogram(item["image"]))
-                labels += [item["label"]] if "label" in item else []
+                labels.append(known[item["name"]])
+        self.failures += loader.failures
+        if not labels:
+            raise none_read(len(dataset), loader.failures)
         return {
-            "voxels": voxels / len(subset),
-            "target": target / len(subset),
+            "voxels": voxels / len(labels),
+            "target": target / len(labels),
             "token": tokens.most_common(1)[0][0] if tokens else -1,
             "describe": describe,
             "hu_histogram": np.stack(histograms),
             "raw_statistics": np.concatenate(statistics),
-            "labels": np.stack(labels) if len(labels) == len(subset) else None,
+            "labels": None if any(label is None for label in labels) else np.stack(labels),
         }
 
     def _add_masked(self, sums: dict[str, Counter], images: Tensor, batch: Mapping, baseline: Mapping) -> None:
@@ -259,9 +303,10 @@ class PretrainEvaluation:
     ) -> dict[str, Any]:
         """AUROC per class: of scores ``[S, V]`` of sentences, whose ``rows`` are given, and of regressions on what
         controls are ``told`` of each volume, ``[V, F]``."""
-        if any("label" not in item for item in self.dataset.data):
+        items = [self.dataset.data[number] for number in self.read]
+        if any("label" not in item for item in items):
             return {}
-        labels = np.stack([item["label"] for item in self.dataset.data])
+        labels = np.stack([item["label"] for item in items])
         absent = [name for name, truth in zip(self.prompts, labels.T, strict=True) if np.isnan(truth).any()]
         if absent:
             logger.warning("no presence AUC of %s: the labels have no such column", ", ".join(absent))
@@ -304,16 +349,16 @@ class PretrainEvaluation:
         if self.log_dir is not None:
             figures.save(folder / "losses.png", figures.loss_curves, self.log_dir)
         if self.network.volume_decoder is not None:
-            figures.save(folder / "reconstructions.png", self._reconstructions, min(3, len(self.dataset)))
+            figures.save(folder / "reconstructions.png", self._reconstructions, self.read[:3])
         if places:
             # the first of each finding, not the best
             first = {place["finding"]: place for place in reversed(places)}
             figures.save(folder / "sentences.png", self._sentence_maps, list(first.values()))
 
-    def _reconstructions(self, number: int) -> Figure:
-        """The middle slice of the first volumes, what was hidden of it, and what the network restored there."""
+    def _reconstructions(self, numbers: Sequence[int]) -> Figure:
+        """The middle slice of some volumes, what was hidden of it, and what the network restored there."""
         encoder, rows = self.network.encoder, []
-        for i in range(number):
+        for i in numbers:
             image = self.dataset[i]["image"]
             volume = image.as_tensor()[None].to(self.device)
             keep, masked = self.network.draw_masks(volume)
@@ -337,15 +382,22 @@ class PretrainEvaluation:
         """Maps of finding sentences beside the finding's true mask, with what the figures above make of them."""
         embedder, rows = VolumeEmbedder(self.network.encoder, self.network.aligner), []
         for place in places:
-            image = self.dataset[place["volume"]]["image"]
+            image = self.dataset[self.read[place["volume"]]]["image"]
             features = embedder.patches_and_embedding(image.as_tensor()[None].to(self.device))[0][0]
             heat = similarity(features, self._encode([place["sentence"]], embedder))
             heat = upsample_patches(heat, self.network.encoder.grid, image.shape[1:])[0].cpu()
             told = f"\u201c{place['sentence']}\u201d\nscore {place['score']:.2f}"
-            told += f"; in other volumes {place['score_elsewhere']:.2f} on average" if len(self.dataset) > 1 else ""
+            told += f"; in other volumes {place['score_elsewhere']:.2f} on average" if len(self.read) > 1 else ""
             mask = self._mask(place, image)[0] > 0
             rows.append({"told": told, "image": image.cpu(), "heat": heat, "mask": mask.cpu()})
         return figures.told_looked_there(rows)
+
+
+def of_read(pools: Sequence[Sequence[int]], column: Mapping[int, int]) -> list[list[int]]:
+    """The columns of each pool's volumes that have one, equally many of each; no pool of less than two."""
+    pools = [[column[volume] for volume in pool if volume in column] for pool in pools]
+    size = min(map(len, pools), default=0)
+    return [pool[:size] for pool in pools if size > 1]
 
 
 def _cases(places: Sequence[Mapping[str, Any]], kind: str, rows: Mapping[str, int]) -> list[dict[str, Any]]:

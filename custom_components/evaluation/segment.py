@@ -13,14 +13,14 @@ from custom_components.errors import InputError
 from custom_components.evaluation import figures
 from custom_components.evaluation.figures import spacing_of
 from custom_components.evaluation.metrics import difference_interval, mean_interval, mean_of_defined
-from custom_components.evaluation.report import read_metrics, write_report
-from monai.data import Dataset
+from custom_components.evaluation.report import none_read, read_metrics, tell_left_out, write_report
+from custom_components.run.inferers import ReadableLoader
+from monai.data import Dataset, decollate_batch
 from monai.inferers import Inferer
 from monai.metrics import DiceMetric, compute_hausdorff_distance, compute_surface_dice
 from monai.networks import eval_mode
 from monai.transforms import generate_spatial_bounding_box
 from torch import Tensor, nn
-from tqdm import tqdm
 
 METRICS = {"dice": "Dice", "hd95": "HD95 (mm)", "surface_dice": "surface Dice at {:g} mm"}
 
@@ -89,6 +89,8 @@ def scan_scores(
 class SegmentationEvaluation:
     """Dice, HD95 and surface Dice on held-out scans, at their own resolution, with 95 % bootstrap intervals over scans.
 
+    A scan that cannot be read is passed over, and told at the end.
+
     Writes ``metrics.json``, ``metrics.csv`` (a row per scan and class), ``box_plots.png`` and ``contours.png``.
 
     Args:
@@ -119,31 +121,43 @@ class SegmentationEvaluation:
 
     @torch.inference_mode()
     def __call__(self) -> dict[str, Any]:
-        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
+        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds.
+
+        Raises:
+            InputError: no scan could be read; or some could not, once all else is done.
+        """
         device = next(self.network.parameters()).device
-        names, scores, rows = [], [], []
+        scores: dict[str, dict[str, list[float]]] = {}
+        rows = []
+        loader = ReadableLoader(self.dataset, description="held-out scans")
         with eval_mode(self.network):
-            for i in tqdm(range(len(self.dataset)), desc="held-out scans", unit="scan"):
-                item = self.dataset[i]
+            for batch in loader:
+                (item,) = decollate_batch(batch)
                 image, truth = item["image"], item["label"]
                 logits = self.inferer(image.as_tensor()[None].to(device), self.network)[0]
                 pred, _ = labels_in_scan(logits, image.affine, truth.affine, truth.shape[1:])
-                names.append(item["name"])
-                scores.append(
-                    scan_scores(pred, truth.as_tensor()[0], spacing_of(truth), len(self.classes) + 1, self.tolerance)
+                scores[item["name"]] = scan_scores(
+                    pred, truth.as_tensor()[0], spacing_of(truth), len(self.classes) + 1, self.tolerance
                 )
-                if i < self.num_figures:
-                    rows.append(self._row(item, logits, scores[-1]["dice"]))
+                if len(rows) < self.num_figures:
+                    rows.append(self._row(item, logits, scores[item["name"]]["dice"]))
+        if not scores:
+            raise none_read(len(self.dataset), loader.failures)
 
-        values = {name: np.array([score[name] for score in scores]) for name in METRICS}
-        metrics = self._metrics(values)
-        write_report(self.output_dir, metrics, self._rows(names, values), table_rows(metrics))
+        # a scan that could not be read keeps its place, by which two evaluations are compared
+        unknown = dict.fromkeys(METRICS, [math.nan] * (len(self.classes) + 1))
+        of_all = [scores.get(item["name"], unknown) for item in self.dataset.data]
+        values = {name: np.array([score[name] for score in of_all]) for name in METRICS}
+        unreadable = [name for name, _ in loader.failures]
+        metrics = {"seed": self.seed, "scans": len(scores), "unreadable": unreadable, **self._metrics(values)}
+        write_report(self.output_dir, metrics, self._rows(scores), table_rows(metrics))
         panels = {
             title.format(self.tolerance): dict(zip(self.classes, values[name].T[1:], strict=True))
             for name, title in METRICS.items()
         }
         figures.save(Path(self.output_dir, "box_plots.png"), figures.box_plots, panels)
         figures.save(Path(self.output_dir, "contours.png"), figures.contours, rows, self.classes)
+        tell_left_out(loader.failures)
         return metrics
 
     def _row(self, item: Mapping[str, Any], logits: Tensor, dice: Sequence[float]) -> dict[str, Any]:
@@ -158,7 +172,7 @@ class SegmentationEvaluation:
         return row | {"affine": image.affine.cpu().numpy()}
 
     def _metrics(self, scores: Mapping[str, np.ndarray]) -> dict[str, Any]:
-        metrics: dict[str, Any] = {"seed": self.seed, "scans": len(self.dataset)}
+        metrics: dict[str, Any] = {}
         for name, values in scores.items():
             of_class = dict(zip(self.classes, values.T[1:], strict=True))
             of_group = {
@@ -178,11 +192,11 @@ class SegmentationEvaluation:
         per_scan = [None if math.isnan(value) else value for value in values.tolist()]
         return {**mean_interval(values, self.seed), "per_scan": per_scan}
 
-    def _rows(self, names: Sequence[str], scores: Mapping[str, np.ndarray]) -> list[Sequence[Any]]:
+    def _rows(self, scores: Mapping[str, Mapping[str, Sequence[float]]]) -> list[Sequence[Any]]:
         """What ``metrics.csv`` holds."""
         rows: list[Sequence[Any]] = [("scan", "class", "dice", "hd95_mm", "surface_dice")]
-        for name, scan in zip(names, np.stack(list(scores.values()), -1).tolist(), strict=True):
-            for c, values in zip(["background", *self.classes], scan, strict=True):
+        for name, scan in scores.items():
+            for c, *values in zip(["background", *self.classes], *scan.values(), strict=True):
                 rows.append([name, c, *("" if math.isnan(value) else round(value, 5) for value in values)])
         return rows
 

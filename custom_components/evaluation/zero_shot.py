@@ -29,7 +29,7 @@ from custom_components.evaluation.metrics import (
     metric_rows,
     resample,
 )
-from custom_components.evaluation.report import write_predictions, write_report
+from custom_components.evaluation.report import none_read, tell_left_out, write_predictions, write_report
 from custom_components.evaluation.retrieval import (
     ReportScores,
     chance_label_metrics,
@@ -166,7 +166,7 @@ class ZeroShotEvaluation:
         with eval_mode(self.network):
             chosen, test = _Encoded(), self._encode(self.dataset, "held-out volumes", held_out=True)
             if not test.items:
-                raise InputError(f"none of {len(self.dataset)} volumes could be read: {test.failures[0][1]}")
+                raise none_read(len(self.dataset), test.failures)
             if self.classes and len(self.selection):
                 chosen = self._encode(self.selection, "volumes to select on", held_out=False)
             elif self.classes:
@@ -194,11 +194,7 @@ class ZeroShotEvaluation:
             write_predictions(folder / "predictions.csv", test.items, self.classes, truth, values)
             measured = metrics["zero_shot"]["per_class"]
             figures.save(folder / "roc_pr.png", figures.roc_and_pr_curves, truth, values, self.classes, measured)
-        if failures:
-            raise InputError(
-                f"{len(failures)} volumes could not be read and were left out ({', '.join(n for n, _ in failures)}); "
-                "all else is done, the reasons stand above: repair them, or list their names in a file given as exclude"
-            )
+        tell_left_out(failures)
         return metrics
 
     def _known_classes(self) -> np.ndarray:

@@ -179,7 +179,7 @@ class OnlineFeatures:
             return WatchedDataLoader(dataset, self.num_workers, self.timeout_minutes, batch_size=self.batch_size)
 
     def report(self) -> None:
-        """Nothing to report: a volume that cannot be read has ended the run."""
+        """Nothing to report: a volume that cannot be read has ended the training, or is told by the evaluation."""
 
 
 @dataclass

@@ -370,6 +370,17 @@ def test_an_unreadable_volume_is_left_out_and_ends_in_exit_code_1(bundle: Path, 
     assert metrics["unreadable"] == ["valid_3_a_1"] and metrics["volumes"] == 15
 
 
+def test_an_unreadable_test_volume_is_told_without_cached_features_too(
+    bundle: Path, refuses: Callable, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle / "data" / "phantom", tmp_path / "cohort")
+    volume = tmp_path / "cohort" / "dataset" / "valid_fixed" / "valid_3" / "valid_3_a" / "valid_3_a_1.nii.gz"
+    volume.write_bytes(volume.read_bytes()[:3000])
+    keys = {"dataset_dir": tmp_path / "cohort", "models_dir": bundle / "models", "features_dir": None}
+    refuses([*TRAIN, "evaluate.json"], keys | {"num_resamples": 20}, "1 volumes could not be read", "valid_3_a_1")
+    assert json.loads((tmp_path / "eval" / "metrics.json").read_text())["unreadable"] == ["valid_3_a_1"]
+
+
 BAD_KEYS = {
     "encoder of another size": ({"hidden_size": 48}, ["encoder.pt", "trained with hidden_size 96", "is 48"]),
     "spacing": ({"pixdim": [1.5, 1.5, 3.0]}, ["encoder.pt", "pixdim [4.0, 4.0, 8.0]", "pixdim is [1.5, 1.5, 3.0]"]),

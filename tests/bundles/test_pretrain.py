@@ -530,6 +530,41 @@ def test_a_bad_volume_is_named(
     refuses(TRAIN, {"dataset_dir": dataset_dir} | keys, "train_1_a_1")
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_held_out_volumes_that_cannot_be_read_leave_the_rest(
+    bundle: Path, refuses: Callable, run_here: Callable, tmp_path: Path, num_workers: int
+) -> None:
+    """What is left has the figures of a data set without them, but for those of hidden parts, drawn by batch."""
+    dataset_dir, first = _copy_of_cohort(bundle, tmp_path)
+    _truncate(first)
+    second, *rest = sorted(dataset_dir.glob("dataset/valid_fixed/*/*/*.nii.gz"))
+    _empty(second)
+    masks = sorted(dataset_dir.glob("dataset/masks/valid_fixed/*/*/*/*.nii.gz"))
+    mask = next(path for path in masks if path.name != "organs.nii.gz" and path.parent.name not in second.name)
+    mask.write_bytes(mask.read_bytes()[:50])
+    keys = {"models_dir": bundle / "models", "eval_batch_size": 4, "cache_rate": 0.0, "num_workers": num_workers}
+    words = ["3 volumes could not be read", "train_1_a_1", second.name.removesuffix(".nii.gz"), "all else is done"]
+    refuses([*TRAIN, "evaluate.json"], keys | {"dataset_dir": dataset_dir}, *words)
+    found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
+    assert found["volumes"] == 5 and len(found["unreadable"]) == 3
+
+    (tmp_path / "exclude.txt").write_text("".join(f"{path.name.removesuffix('.nii.gz')}\n" for path in (first, second)))
+    keys |= {"dataset_dir": dataset_dir, "exclude": tmp_path / "exclude.txt", "output_dir": tmp_path / "without"}
+    mask.unlink()
+    run_here([*TRAIN, "evaluate.json"], **keys)
+    without = json.loads((tmp_path / "without" / "metrics.json").read_text())
+    assert without.pop("unreadable") == [] and set(found) == {*without, "unreadable"}
+    of_all_sentences = "sentence_sentence_cosine"  # which need no volume
+    for name in without.keys() - {"masked_voxel_mse", "masked_token_accuracy", of_all_sentences}:
+        assert found[name] == without[name], name
+
+    for path in rest:
+        _truncate(path)
+    keys |= {"exclude": None, "output_dir": tmp_path / "nothing"}
+    refuses([*TRAIN, "evaluate.json"], keys, "none of 6 volumes could be read, the first for this reason", "is empty")
+    assert not (tmp_path / "nothing" / "metrics.json").exists()
+
+
 def test_a_missing_column_is_named(bundle: Path, refuses: Callable, tmp_path: Path) -> None:
     dataset_dir, _ = _copy_of_cohort(bundle, tmp_path)
     reports = dataset_dir / "dataset" / "radiology_text_reports" / "train_reports.csv"

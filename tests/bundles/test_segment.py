@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from custom_components.errors import InputError
 from monai.bundle import ConfigParser, ckpt_export, verify_net_in_out
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -232,6 +233,22 @@ def test_evaluate_repeats_the_table(bundle: Path, run_here: Callable, cohort: di
     assert json.loads((tmp_path / "metrics.json").read_text()) == first
 
 
+def test_a_test_scan_that_cannot_be_read_ends_no_comparison(
+    bundle: Path, refuses: Callable, cohort: dict, tmp_path: Path
+) -> None:
+    """It is left out of both contenders, and told when both are done."""
+    keys = cohort | {"dataset_dir": tmp_path / "cohort", "datalist": tmp_path / "cohort" / "segmentation.json"}
+    shutil.copytree(cohort["dataset_dir"], tmp_path / "cohort")
+    entry = json.loads(keys["datalist"].read_text())["testing"][0]
+    scan = tmp_path / "cohort" / entry["image"]
+    scan.write_bytes(scan.read_bytes()[:3000])
+    keys |= {"max_epochs": 1, "fractions": [0.5], "learning_rates": []}
+    refuses(TRAIN, keys, "1 volumes could not be read", scan.name.removesuffix(".nii.gz"), "all else is done")
+    dice = json.loads((tmp_path / "eval" / "metrics.json").read_text())["dice"]["0.5"]
+    assert set(dice) == {"pretrained", "scratch"} and all(entry["scans"] == 1 for entry in dice.values())
+    assert (tmp_path / "models" / "model.pt").is_file()
+
+
 def test_two_processes_train_one_network(bundle: Path, cohort: dict, tmp_path: Path) -> None:
     """``torchrun`` with gloo, as the README says: one training, which the demo's comparison does not replace."""
     files = str([f"configs/{name}" for name in [*TRAIN, "multi_gpu_train.json"]])
@@ -247,6 +264,26 @@ def test_two_processes_train_one_network(bundle: Path, cohort: dict, tmp_path: P
     # both scans count in the validation: it is the mean that the final test finds, up to the resampling to the scan
     metrics = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert checkpoint["selection"]["best"] == pytest.approx(metrics["dice"]["mean"], abs=0.03)
+
+
+def test_processes_share_a_validation_and_fewer_scans_than_processes_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    overlay = json.loads((BUNDLE / "configs" / "multi_gpu_train.json").read_text())["validate#dataloader#sampler"]
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 3)
+
+    def shares(scans: int) -> list[list[int]]:
+        found = []
+        for rank in range(3):
+            monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+            config = {"validate": {"dataset": list(range(scans))}, "sampler": overlay}
+            found.append(list(ConfigParser(config).get_parsed_content("sampler")))
+        return found
+
+    assert shares(4) == [[0, 3], [1], [2]]
+    with pytest.raises(Exception) as raised:  # MONAI wraps it
+        shares(2)
+    assert "2 validation scans for 3 processes: lower --nproc_per_node to 2" in str(raised.value.__cause__)
+    assert isinstance(raised.value.__cause__, InputError)
 
 
 @pytest.fixture(scope="session")

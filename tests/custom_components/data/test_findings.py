@@ -233,6 +233,10 @@ def test_a_table_of_scans_sentences_and_masks(tmp_path: Path) -> None:
     assert [int(np.flatnonzero(mask[:, 0, 0])[0]) for mask in masks] == [0, 1, 2]
     (tmp_path / "own.json").write_text(json.dumps([dict(zip(("image", "sentence", "mask"), ROWS[0], strict=False))]))
     assert listed(tmp_path, "own.json")[0]["patient"] == "0"
+    spaces = [[*ROWS[2][:3], " ", " p "], ["ct/2.nii.gz", "x", "masks/0.nii.gz", "nodule ", " "]]
+    write_table(tmp_path, [*ROWS[:2], *spaces])
+    found = [(item["patient"], item["findings"][-1]["category"]) for item in listed(tmp_path)]
+    assert found == [("p", "effusion"), ("p", "not given"), ("2", "nodule")]
 
 
 @pytest.mark.parametrize(

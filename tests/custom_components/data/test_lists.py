@@ -116,6 +116,30 @@ def test_valid_split_with_masks_and_sentences_without_labels(tmp_path, reports):
     assert second["sentences"] == {}
 
 
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (["valid_1_a_1.nii.gz", "Lung nodule", ""], "no Sentence of valid_1_a_1 for Lung nodule: fill it in"),
+        (["valid_1_a_1.nii.gz", "Lung nodule", "  "], "no Sentence of valid_1_a_1 for Lung nodule: fill it in"),
+        (["valid_1_a_1.nii.gz", "", "A nodule."], "no Finding of valid_1_a_1 for 'A nodule.': fill it in"),
+    ],
+)
+def test_a_finding_without_its_sentence_is_told(tmp_path, row, message):
+    write_ct_rate(tmp_path, ["valid_1_a_1"], "valid", "valid_fixed", "valid")
+    table = tmp_path / "dataset" / "masks" / "valid_sentences.csv"
+    write_csv(table, [["VolumeName", "Finding", "Sentence"], ["valid_1_a_1.nii.gz", "Emphysema", "Some."], row])
+    with pytest.raises(InputError, match=message) as told:
+        ct_rate(tmp_path, "valid")
+    assert str(table) in str(told.value)
+
+
+def test_spaces_around_a_finding_are_none_of_its_name(tmp_path):
+    write_ct_rate(tmp_path, ["valid_1_a_1"], "valid", "valid_fixed", "valid")
+    rows = [["valid_1_a_1.nii.gz", " Emphysema ", "Some. "]]
+    write_csv(tmp_path / "dataset" / "masks" / "valid_sentences.csv", [["VolumeName", "Finding", "Sentence"], *rows])
+    assert ct_rate(tmp_path, "valid")[0]["sentences"] == {"Emphysema": "Some."}
+
+
 def test_report_text(tmp_path):
     write_ct_rate(tmp_path, NAMES)
     rows = [
@@ -693,6 +717,26 @@ def test_a_volume_whose_path_is_not_given(mine: dict) -> None:
         volumes("pretrain", (), reports="reports.jsonl", **mine | {"images": "{path}"})
 
 
+@pytest.mark.parametrize("key", ["images", "masks"])
+@pytest.mark.parametrize(
+    "pattern",
+    ["scans/{name", "scans/name}", "{name.foo}.nii", "{}.nii", "{0}", "{name!x}", "{name:d}", "{name[x]}", "{a:{b}}"],
+)
+def test_a_pattern_that_cannot_be_filled_in_is_told(mine: dict, key: str, pattern: str) -> None:
+    write_lines(mine["dataset_dir"] / "reports.jsonl", REPORTS)
+    with pytest.raises(InputError, match=f"{key} is {re.escape(repr(pattern))}, .*such as 'scans/{{name}}.nii.gz'"):
+        volumes("pretrain", (), reports="reports.jsonl", **mine | {key: ["other/{name}", pattern]})
+
+
+def test_a_part_of_a_word_may_name_a_folder(mine: dict) -> None:
+    write_lines(mine["dataset_dir"] / "reports.jsonl", REPORTS)
+    for name, who in zip("abcd", "1123", strict=True):
+        (mine["dataset_dir"] / f"p{who}").mkdir(exist_ok=True)
+        (mine["dataset_dir"] / f"p{who}" / f"{name}.nii.gz").touch()
+    items = volumes("pretrain", (), reports="reports.jsonl", **mine | {"images": "{who[0]}{who[1]}/{name:.9}.nii.gz"})
+    assert [Path(item["image"]).parent.name for item in items] == ["p1", "p1", "p2", "p3"]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -943,6 +987,40 @@ def test_a_patient_on_both_sides_is_told(tmp_path: Path, caplog: pytest.LogCaptu
     (tmp_path / "t.csv").write_text("name,c,split\na,1,train\na,1,test\n")
     lists.volumes(tmp_path, "t.csv", "train", images="{name}", classes=["c"])
     assert "1 patients stand in several splits (a)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "train, test, told",
+    [
+        ("name,patient,c\na,p,0\nb,q,1\n", "name,patient,c\nc,p ,1\n", "1 patients stand in several splits (p)"),
+        ("name,c\na,0\nb,1\n", "name,c\nb,1\n", "1 patients stand in several splits (b)"),
+        ("name,patient,c\na,p,0\n", "name,patient,c\na,q,0\n", "1 volumes stand in several splits (a)"),
+        ("name,patient,c\na,p,0\nb,q,1\n", "name,patient,c\nc,r,1\n", None),
+    ],
+    ids=["patient", "no patients", "volume", "none"],
+)
+def test_a_patient_in_the_tables_of_two_splits_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, train: str, test: str, told: str | None
+) -> None:
+    lists.warn_once.cache_clear()
+    for name, text in (("train", train), ("train_10", train), ("test", test)):
+        (tmp_path / f"{name}.csv").write_text(text)
+    for name in "abc":
+        (tmp_path / f"{name}.nii.gz").touch()
+    # a part of the training list is no split of its own
+    tables = {"train": "train.csv", "train_0.1": "train_10.csv", "valid": "absent.csv", "test": "test.csv"}
+    own("train", dataset_dir=tmp_path, labels=tables, classes=["c"])
+    assert ("stand in several splits" in caplog.text) == (told is not None) and (told or "") in caplog.text
+
+
+def test_spaces_make_no_other_patient(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("name,patient,c\na,p,0\nb,p ,1\nc, q,0\nd,  ,1\n")
+    for name in "abcd":
+        (tmp_path / f"{name}.nii.gz").touch()
+    (tmp_path / "exclude.txt").write_text("q\n")
+    keys = {"dataset_dir": tmp_path, "labels": "t.csv", "classes": ["c"], "test_share": 0, "validation_share": 0}
+    assert [item["patient"] for item in own("train", **keys)] == ["p", "p", "q", "d"]
+    assert [item["name"] for item in own("train", **keys, exclude=tmp_path / "exclude.txt")] == ["a", "b", "d"]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "/dev/zero", "folder"])

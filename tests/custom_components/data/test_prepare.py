@@ -391,6 +391,31 @@ def test_a_crash_or_a_hang_costs_its_volume_alone_and_a_restart_skips_the_rest(t
     assert {name for name in times if after[name] == times[name]} == {"a.nii", "e.nii"}
 
 
+@pytest.mark.parametrize("compress", [False, True])
+def test_what_an_earlier_recipe_made_does_not_outlive_a_rerun(truth: Truth, tmp_path: Path, compress: bool) -> None:
+    """Training takes the .nii.gz before the .nii, and would mix the recipes."""
+    for name in ("a", "b_kill", "d_hang", "f"):
+        save(tmp_path / "raw" / "imagesTr" / f"{name}.nii.gz", truth.volume, truth.affine)
+        save(tmp_path / "raw" / "labelsTr" / f"{name}.nii.gz", truth.organs, truth.affine)
+    out = tmp_path / "out"
+    prepare(BTCV(tmp_path / "raw"), out, **RECIPE, num_workers=2, compress=compress)
+    assert len(list(out.rglob("*.nii*"))) == 8
+    (tmp_path / "raw" / "imagesTr" / "f.nii.gz").write_bytes(b"no gzip")
+    with pytest.raises(InputError, match="3 of 4 volumes failed"):
+        prepare(Hostile(tmp_path / "raw"), out, **RECIPE, num_workers=2, timeout_minutes=0.1)
+    assert sorted(str(path.relative_to(out)) for path in out.rglob("*.nii*")) == ["imagesTr/a.nii", "labelsTr/a.nii"]
+
+
+def test_a_source_is_never_removed_however_the_folders_lie(truth: Truth, tmp_path: Path) -> None:
+    source = tmp_path / "raw" / "imagesTr" / "a.nii.gz"
+    save(source, truth.volume, truth.affine)
+    before = source.read_bytes()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "imagesTr").symlink_to(source.parent)
+    prepare(BTCV(tmp_path / "raw"), tmp_path / "out", **RECIPE, num_workers=1, compress=False)
+    assert source.read_bytes() == before and source.with_name("a.nii").is_file()
+
+
 def test_shards_share_the_work_and_the_manifest(truth: Truth, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(3):
         save(tmp_path / "raw" / "imagesTr" / f"{i}.nii.gz", truth.volume, truth.affine)

@@ -729,9 +729,23 @@ def test_plain_int16_is_not_converted_and_its_file_never_written_to(tmp_path, ax
     clipped = LoadCTd("image", hu_range=(-1000, 500))({"image": path})["image"]
     assert (clipped.min(), clipped.max()) == (-1000, 500)
     assert torch.equal(clipped.as_tensor(), raw.as_tensor().clamp(-1000, 500))
+    floats = LoadCTd("image", hu_range=(-1000.0, 500.0))({"image": path})["image"]
+    assert floats.dtype == torch.int16 and torch.equal(floats.as_tensor(), clipped.as_tensor())
     assert path.read_bytes() == before
     found = Orientationd("image", axcodes="RAS", labels=None)({"image": raw})["image"]
     torch.testing.assert_close(found.as_tensor().float(), image.as_tensor())
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.int32, np.float32])
+@pytest.mark.parametrize(
+    "hu_range", [[-1000.0, 100.0], [-1000, 100], [-100, 300], [10, 300], [-950.5, 99.5], [20.0, 900.0], [-300, -100]]
+)
+def test_clipping_gives_the_values_of_the_range_in_any_number_type(tmp_path, dtype, hu_range):
+    low = 0 if dtype == np.uint8 else -1024
+    values = np.random.default_rng(0).integers(low, 256, (20, 16, 12)).astype(dtype)
+    path = write_nifti(tmp_path / "ct.nii", values)
+    image = LoadCTd("image", hu_range=hu_range, check_hu=False)({"image": path})["image"]
+    np.testing.assert_array_equal(image[0].numpy(), values.astype(np.float64).clip(*hu_range))
 
 
 @needs_real_ct

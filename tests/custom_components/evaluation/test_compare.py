@@ -51,12 +51,14 @@ CONFIG = {
 def compare(tmp_path: Path) -> Callable[..., dict[float, dict[str, dict]]]:
     """Runs a comparison; gives fraction -> contender -> the keys that its training found."""
 
-    def run(*overlays: dict, tuning: dict | None = None, **keys: object) -> dict[float, dict[str, dict]]:
+    def run(
+        *overlays: dict, tuning: dict | None = None, found_in: dict | None = None, **keys: object
+    ) -> dict[float, dict[str, dict]]:
         files = []
         for i, content in enumerate((CONFIG, *overlays)):
             files.append(str(tmp_path / f"{i}.json"))
             Path(files[-1]).write_text(json.dumps(content))
-        runs: dict[float, dict[str, Path]] = {}
+        runs: dict[float, dict[str, Path]] = {} if found_in is None else found_in
         folders = {"models_dir": str(tmp_path / "models"), "output_dir": str(tmp_path / "eval")}
         (tmp_path / "models").mkdir()
         monai.bundle.run(config_file=files, logging_file=False, runs=Runs(runs, tuning), **folders, **keys)
@@ -130,6 +132,31 @@ def test_each_contender_is_shown_at_the_rate_of_its_best_validation(compare: Cal
     assert evaluated == {"first_0.1_lr_0.1", "second_0.1_lr_0.3", "first_1_lr_0.1", "second_1_lr_0.3"}
     assert len(list((tmp_path / "models").glob("*_lr_*"))) == 12  # all were trained, each in its own folder
     assert (tmp_path / "models" / "model.pt").read_text().endswith("first_1_lr_0.1")
+
+
+UNREADABLE = {
+    "imports": ["$import os", "$import json", "$from custom_components.evaluation.report import tell_left_out"],
+    "tell": "$lambda: tell_left_out([('scan7', 'scan7 is damaged')] if @data_fraction == 0.1 else [])",
+}
+
+
+@pytest.mark.parametrize("tuned", [False, True])
+def test_a_scan_that_could_not_be_read_is_told_once_all_are_compared(
+    compare: Callable, tmp_path: Path, tuned: bool
+) -> None:
+    tuning, runs = {}, {}
+    if tuned:
+        changes = TUNED | {"evaluate": f"{TUNED['evaluate']} or @tell()"}
+    else:
+        changes = {"training": [*CONFIG["training"], "$@tell()"]}
+    with pytest.raises(RuntimeError) as raised:
+        compare({**changes, **UNREADABLE}, tuning=tuning, found_in=runs)
+    told = raised.value.__cause__
+    assert isinstance(told, InputError) and str(told).startswith(
+        "1 volumes could not be read and were left out (scan7)"
+    )
+    assert {fraction: list(found) for fraction, found in runs.items()} == dict.fromkeys((0.1, 1.0), ["first", "second"])
+    assert len(list((tmp_path / "eval").glob("*/metrics.json"))) == 4
 
 
 def test_a_contender_without_its_file_is_left_out(compare: Callable, caplog: pytest.LogCaptureFixture) -> None:

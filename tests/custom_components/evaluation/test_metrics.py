@@ -158,6 +158,9 @@ def test_a_selection_is_checked_before_a_volume_is_read() -> None:
         check_selection(items(of_one, of_one), "auroc")
     with pytest.raises(InputError, match="set select_by to accuracy"):
         check_selection(items(0, 2), "auroc")
+    for labels in ([of_one, of_both], [np.zeros(1, np.float32), np.ones(1, np.float32)]):
+        with pytest.raises(InputError, match="select_by is accuracy, .*: set select_by to auroc, or exclusive to true"):
+            check_selection(items(*labels), "accuracy")
 
 
 def test_selection_metric_is_known() -> None:

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from custom_components.errors import InputError
 from custom_components.evaluation.metrics import mean_interval, mean_of_defined
 from custom_components.evaluation.report import write_report
 from custom_components.evaluation.segment import PresentDice, SegmentationEvaluation, compare_dice, scan_scores
 from matplotlib.figure import Figure
-from monai.data import MetaTensor
+from monai.data import Dataset, MetaTensor
 from torch import Tensor, nn
 
 
@@ -104,9 +105,50 @@ def test_numbers_are_written_before_pictures_which_cost_a_warning(
     label = torch.zeros(1, 8, 8, 8)
     label[:, 2:6, 2:6, 2:6] = 1
     logits = torch.cat([1 - label, label])[None]
-    items = [{"name": "a", "image": MetaTensor(torch.zeros(1, 8, 8, 8)), "label": MetaTensor(label)}]
+    items = Dataset([{"name": "a", "image": MetaTensor(torch.zeros(1, 8, 8, 8)), "label": MetaTensor(label)}])
     evaluation = SegmentationEvaluation(nn.Linear(1, 1), lambda *_: logits, items, ["organ"], tmp_path)
     assert evaluation()["dice"]["mean"] == 1.0 and seen == [1.0, 1.0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.csv", "metrics.json"]
     for picture in ("box_plots.png", "contours.png"):
         assert f"{picture}: not drawn (OSError: [Errno 28] No space left on device)" in caplog.text
+
+
+class Scans(Dataset):
+    """Boxes under their true logits, by the names of scans, of which some cannot be read."""
+
+    def __init__(self, names: str, damaged: str) -> None:
+        super().__init__([{"name": name, "image": f"{name}.nii.gz"} for name in names])
+        self.damaged = damaged
+
+    def __getitem__(self, index: int) -> dict:
+        name = self.data[index]["name"]
+        if name in self.damaged:
+            raise InputError(f"{name}.nii.gz is cut off: download it again")
+        label = boxes((1, 4, 14, 5 + index))[None]
+        return {"name": name, "image": MetaTensor(label.float()), "label": MetaTensor(label)}
+
+
+def evaluation_of(scans: Scans, folder: Path) -> SegmentationEvaluation:
+    def logits(image: Tensor, network: nn.Module) -> Tensor:
+        return torch.cat([1 - image, image], 1)
+
+    return SegmentationEvaluation(nn.Linear(1, 1), logits, scans, ["organ"], folder, num_figures=2)
+
+
+def test_a_scan_that_cannot_be_read_leaves_the_rest(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(InputError, match=r"^1 volumes could not be read and were left out \(b\); all else is done"):
+        evaluation_of(Scans("abcd", "b"), tmp_path)()
+    assert "skipped: b.nii.gz is cut off: download it again" in capsys.readouterr().err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert (metrics["scans"], metrics["unreadable"], metrics["dice"]["scans"]) == (3, ["b"], 3)
+    # in its place, so that scans of two networks are paired though one alone could read it
+    assert metrics["dice"]["per_scan"] == [1.0, None, 1.0, 1.0]
+    rows = (tmp_path / "metrics.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows[2::2]] == ["a", "c", "d"]
+    assert (tmp_path / "contours.png").is_file() and (tmp_path / "box_plots.png").is_file()
+
+
+def test_no_scan_that_can_be_read_makes_no_report(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none of 2 volumes could be read, the first for this reason: a.nii.gz is cut"):
+        evaluation_of(Scans("ab", "ab"), tmp_path)()
+    assert not list(tmp_path.iterdir())
