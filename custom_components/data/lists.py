@@ -5,6 +5,7 @@ columns, paths and splits are arguments, which the configs name. Nothing here im
 that wants only the list starts fast.
 """
 
+import contextlib
 import itertools
 import json
 import logging
@@ -204,10 +205,6 @@ def volumes(
 
     if isinstance(tables, Mapping):
         part = cache(lambda key: read(path) if (path := _first(tables.get(key), folder)) else [])
-        there = {key: path for key in SPLITS if (path := _first(tables.get(key), folder))}
-        _tell_shared(
-            (key, *row) for key, path in there.items() for row in zip(owners(*named(path)), named(path)[1], strict=True)
-        )
     else:
         every = read(_first(tables, folder, what))
         _tell_unlisted(images, dataset_dir, {row["name"] for row in every}, tables)
@@ -235,6 +232,11 @@ def volumes(
         check_exclusion(exclude, lines, known, headers, f"volume or patient of {what}")
     excluded = set().union(*lines.values())
     rows = [row for row in rows if not {row["name"], row["patient"]} & excluded]
+    if isinstance(tables, Mapping) and source != "train" and (path := _first(tables.get("train"), folder)):
+        with contextlib.suppress(InputError):  # of the table, which a training tells
+            of_training = zip(owners(*named(path)), named(path)[1], strict=True)
+            of_training = [("train", *each) for each in of_training if not {*each} & excluded]
+            _tell_shared([*of_training, *((source, row["patient"], row["name"]) for row in rows)])
     if not rows:
         raise InputError(f"exclude {exclude} names every volume of split {split}: take out those to be used")
     if order is not None:
@@ -539,11 +541,14 @@ def _finding_sentences(path: Path, id_column: str | None) -> dict[str, dict[str,
     findings, sentences = (frame[header].fillna("").str.strip() for header in headers.values())
     said: dict[str, dict[str, str]] = defaultdict(dict)
     for name, of, text in zip(names, findings, sentences, strict=True):
-        if not of or not text:
-            what, other = ("Sentence", of or "any finding") if not text else ("Finding", repr(text))
-            raise InputError(f"{path} has no {what} of {name} for {other}: fill it in, or take the row out")
+        if not text:  # the report says nothing of that finding
+            continue
+        if not of:
+            raise InputError(f"{path} has no Finding of {name} for {text!r}: fill it in, or take the row out")
         if said[name].setdefault(of, text) != text:
             raise InputError(f"{path} has two sentences of {name} for {of}: keep one")
+    if empty := sentences.eq("").sum():
+        warn_once(f"{path}: {empty} of {len(sentences)} rows have no Sentence, and are not used")
     return dict(said)
 
 

@@ -79,6 +79,7 @@ class ProbeEvaluation:
     timeout_minutes: float | None = None
 
     def __post_init__(self) -> None:
+        self.failures: list[tuple[str, str]] = []
         self.parts = {name: list((self.merged_classes or {}).get(name, [name])) for name in self.classes}
         unknown = [name for name, parts in self.parts.items() if not set(parts) <= set(self.network_classes)]
         if unknown:
@@ -88,12 +89,7 @@ class ProbeEvaluation:
             )
 
     def __call__(self) -> dict[str, Any]:
-        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds.
-
-        Raises:
-            InputError: no volume could be read; or some could not, once all else is done. Those without a cached
-                feature the cache tells, with those of training.
-        """
+        """Evaluate, print the table, write it and the figures; returns what ``metrics.json`` holds."""
         if self.checkpoint is not None:
             load_weights(self.network, self.checkpoint)
         probability_of_all, truth, items, failures = self._outputs(self.dataset)
@@ -131,8 +127,12 @@ class ProbeEvaluation:
             matrix = metrics["confusion_matrix"]
             figures.save(folder / "confusion_matrix.png", figures.confusion_matrix, matrix, self.classes)
         if not isinstance(self.dataset, FeatureDataset):
-            tell_left_out(list(dict([*valid_failures, *failures]).items()))
+            self.failures = [*valid_failures, *failures]
         return metrics
+
+    def report(self) -> None:
+        """Raise an :class:`InputError` that lists what could not be read; of cached features, the cache tells that."""
+        tell_left_out(self.failures)
 
     def _outputs(self, dataset: Dataset) -> tuple[pd.DataFrame, np.ndarray, list, list]:
         """Probabilities, a column per class of the network; labels ``[N, C]``; items; failures."""

@@ -108,8 +108,8 @@ class PretrainEvaluation:
         torch.manual_seed(self.seed)
         with eval_mode(self.network):
             metrics, places = self._metrics()
-            unreadable = [name for name, _ in self.failures]
-            metrics = {"seed": self.seed, "volumes": len(self.read), "unreadable": unreadable, **metrics}
+            left_out = {"unreadable": list(dict(self.failures)), "unreadable_masks": self.unreadable_masks}
+            metrics = {"seed": self.seed, "volumes": len(self.read), **left_out, **metrics}
             rows = table_rows(metrics)
             table = [("metric", "of", "SimCroP", "baselines"), *rows]
             write_report(
@@ -170,7 +170,7 @@ class PretrainEvaluation:
         histograms, statistics, spread, gram = [], [], [], 0.0
         numbers = {item["name"]: number for number, item in enumerate(self.dataset.data)}
         self.read: list[int] = []  # numbers of the volumes that could be
-        loader = self._loader(self.dataset, "held-out volumes")
+        loader, masks = self._loader(self.dataset, "held-out volumes"), []
         for items in self._batches(loader):
             own = {numbers[item["name"]]: item["image"] for item in items}
             self.read += own
@@ -190,13 +190,15 @@ class PretrainEvaluation:
                         mask = self._mask(place, own[place["volume"]])
                     except InputError as error:
                         name = self.dataset.data[place["volume"]]["name"]
-                        loader.pass_over(f"mask of {place['finding']} in {name}", str(error))
+                        loader.pass_over(name, str(error))
+                        masks.append(f"{name}: {place['finding']}")
                         continue
                     place["patches"] = patches_of_mask(mask, self.network.encoder.patch_size)
                     place["half"] = {name: opposites.half(mask) for name, opposites in OPPOSITES.items()}
         self.failures += loader.failures
         if not self.read:
             raise none_read(len(self.dataset), loader.failures)
+        self.unreadable_masks = masks
         if aligned:
             column = {number: i for i, number in enumerate(self.read)}
             places = [place | {"volume": column[place["volume"]]} for place in places if "patches" in place]

@@ -18,13 +18,14 @@ LABEL = " (label)"  # ends the name of a column of labels in predictions.csv
 
 
 class LeftOut(InputError):
-    """Volumes could not be read, told once all else is done; ``failures`` has ``(name, reason)`` of each."""
+    """Volumes, or masks of them, could not be read, told once all else is done; ``failures``: ``(name, reason)``."""
 
     def __init__(self, failures: Sequence[tuple[str, str]]) -> None:
         self.failures = list(failures)
+        names = list(dict(failures))
         super().__init__(
-            f"{len(failures)} volumes could not be read and were left out ({', '.join(name for name, _ in failures)}); "
-            "all else is done, the reasons stand above: repair them, or list their names in a file given as exclude"
+            f"{len(names)} volumes could not be read and were left out ({', '.join(names)}); all else is done, the "
+            "reasons stand above: repair them, or list their names in a file given as exclude"
         )
 
 

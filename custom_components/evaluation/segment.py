@@ -246,6 +246,12 @@ def compare_dice(
         found = {name: read_metrics(folder) for name, folder in folders.items()}
         dice = {name: run["dice"] for name, run in found.items()}
         first, *others = dice
+        for other in others:
+            if (of_other := found[other].get("unreadable")) != (of_first := found[first].get("unreadable")):
+                raise InputError(
+                    f"{folders[other]}: its evaluation could not read {of_other or 'nothing'}, that of {first} "
+                    f"{of_first or 'nothing'}, so they cannot be compared: start the same command again"
+                )
         seed = metrics["seed"] = found[first]["seed"]
         entries = {name: _entries(entry) for name, entry in dice.items()}
         differences = {

@@ -281,6 +281,13 @@ class FeatureCache(OnlineFeatures):
                 time.sleep(SECONDS_BETWEEN_LOOKS)
                 missing = _missing(missing)
 
+        loaded = {}
+        for item in items:
+            views = [_load(file) for file in item["files"].values()]
+            if all(view is not None for view in views):
+                loaded[item["name"]] = torch.from_numpy(np.stack(views))
+            elif item["name"] not in failures:
+                failures[item["name"]] = f"{item['name']}: its cached feature cannot be read"
         # processes that train together must have as many volumes, though some could read what others could not
         failures = {name: reason for found in from_all_ranks(failures) for name, reason in found.items()}
         self.failures |= failures
@@ -288,7 +295,7 @@ class FeatureCache(OnlineFeatures):
         for item in items:
             if item["name"] not in failures:
                 kept.append({name: value for name, value in item.items() if name not in ("stem", "files")})
-                features.append(torch.from_numpy(np.stack([_load(file) for file in item["files"].values()])))
+                features.append(loaded[item["name"]])
         if not kept:
             first = next(iter(failures.values()))
             raise InputError(f"none of {len(data)} volumes could be read, the first for this reason: {first}")

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -573,18 +574,25 @@ def test_of_several_processes_the_one_that_evaluates_tells_of_unreadable_volumes
 ) -> None:
     """The others have nothing to fail of, since torchrun would end it with the first of them that fails."""
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
-    told: list[int] = []
+    told: list[str] = []
+
+    class Evaluation:
+        report = partial(told.append, "evaluation")
+
+        def __call__(self) -> None:
+            told.append("evaluated")
+
     config = {
         "run": json.loads((BUNDLE / "configs" / "multi_gpu_train.json").read_text())["run"],
         "train": {"trainer": SimpleNamespace(run=lambda: None)},
         "test": {"dataset": None},
-        "features": SimpleNamespace(report=lambda: told.append(rank)),
-        "evaluation": lambda: None,
+        "features": SimpleNamespace(report=lambda: told.append("features")),
+        "evaluation": Evaluation(),
         "evaluate_after_training": True,
         "rank": rank,
     }
     ConfigParser(config).get_parsed_content("run")
-    assert told == ([0] if rank == 0 else [])
+    assert told == (["evaluated", "evaluation", "features"] if rank == 0 else [])
 
 
 def test_workflow_properties(has_properties: Callable, bundle: Path, tmp_path: Path) -> None:

@@ -542,18 +542,23 @@ def test_held_out_volumes_that_cannot_be_read_leave_the_rest(
     masks = sorted(dataset_dir.glob("dataset/masks/valid_fixed/*/*/*/*.nii.gz"))
     mask = next(path for path in masks if path.name != "organs.nii.gz" and path.parent.name not in second.name)
     mask.write_bytes(mask.read_bytes()[:50])
-    keys = {"models_dir": bundle / "models", "eval_batch_size": 4, "cache_rate": 0.0, "num_workers": num_workers}
-    words = ["3 volumes could not be read", "train_1_a_1", second.name.removesuffix(".nii.gz"), "all else is done"]
+    keys = {"models_dir": bundle / "models", "eval_batch_size": 4, "cache_rate": 1.0, "num_workers": num_workers}
+    names = ["train_1_a_1", second.name.removesuffix(".nii.gz"), mask.parent.name]
+    words = ["3 volumes could not be read", *names, "all else is done"]
     refuses([*TRAIN, "evaluate.json"], keys | {"dataset_dir": dataset_dir}, *words)
     found = json.loads((tmp_path / "eval" / "metrics.json").read_text())
     assert found["volumes"] == 5 and len(found["unreadable"]) == 3
+    finding = mask.name.removesuffix(".nii.gz").replace("_", " ")
+    (told,) = found["unreadable_masks"]
+    assert told.lower() == f"{mask.parent.name}: {finding}".lower()
 
     (tmp_path / "exclude.txt").write_text("".join(f"{path.name.removesuffix('.nii.gz')}\n" for path in (first, second)))
     keys |= {"dataset_dir": dataset_dir, "exclude": tmp_path / "exclude.txt", "output_dir": tmp_path / "without"}
     mask.unlink()
     run_here([*TRAIN, "evaluate.json"], **keys)
     without = json.loads((tmp_path / "without" / "metrics.json").read_text())
-    assert without.pop("unreadable") == [] and set(found) == {*without, "unreadable"}
+    assert without.pop("unreadable") == without.pop("unreadable_masks") == []
+    assert set(found) == {*without, "unreadable", "unreadable_masks"}
     of_all_sentences = "sentence_sentence_cosine"  # which need no volume
     for name in without.keys() - {"masked_voxel_mse", "masked_token_accuracy", of_all_sentences}:
         assert found[name] == without[name], name

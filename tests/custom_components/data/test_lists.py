@@ -116,21 +116,18 @@ def test_valid_split_with_masks_and_sentences_without_labels(tmp_path, reports):
     assert second["sentences"] == {}
 
 
-@pytest.mark.parametrize(
-    "row, message",
-    [
-        (["valid_1_a_1.nii.gz", "Lung nodule", ""], "no Sentence of valid_1_a_1 for Lung nodule: fill it in"),
-        (["valid_1_a_1.nii.gz", "Lung nodule", "  "], "no Sentence of valid_1_a_1 for Lung nodule: fill it in"),
-        (["valid_1_a_1.nii.gz", "", "A nodule."], "no Finding of valid_1_a_1 for 'A nodule.': fill it in"),
-    ],
-)
-def test_a_finding_without_its_sentence_is_told(tmp_path, row, message):
+def test_a_finding_without_its_sentence_is_told(tmp_path, caplog):
+    lists.warn_once.cache_clear()
     write_ct_rate(tmp_path, ["valid_1_a_1"], "valid", "valid_fixed", "valid")
     table = tmp_path / "dataset" / "masks" / "valid_sentences.csv"
-    write_csv(table, [["VolumeName", "Finding", "Sentence"], ["valid_1_a_1.nii.gz", "Emphysema", "Some."], row])
-    with pytest.raises(InputError, match=message) as told:
+    name = "valid_1_a_1.nii.gz"
+    rows = [["VolumeName", "Finding", "Sentence"], [name, "Emphysema", "Some."], [name, "Lung nodule", " "]]
+    write_csv(table, [*rows, [name, "Consolidation", ""]])
+    assert ct_rate(tmp_path, "valid")[0]["sentences"] == {"Emphysema": "Some."}
+    assert f"{table}: 2 of 3 rows have no Sentence, and are not used" in caplog.text
+    write_csv(table, [*rows, [name, "", "A nodule."]])
+    with pytest.raises(InputError, match="valid_sentences.csv has no Finding of valid_1_a_1 for 'A nodule.': fill it"):
         ct_rate(tmp_path, "valid")
-    assert str(table) in str(told.value)
 
 
 def test_spaces_around_a_finding_are_none_of_its_name(tmp_path):
@@ -1010,7 +1007,29 @@ def test_a_patient_in_the_tables_of_two_splits_is_told(
     # a part of the training list is no split of its own
     tables = {"train": "train.csv", "train_0.1": "train_10.csv", "valid": "absent.csv", "test": "test.csv"}
     own("train", dataset_dir=tmp_path, labels=tables, classes=["c"])
+    assert "stand in several splits" not in caplog.text  # a training alone has no scores
+    own("test", dataset_dir=tmp_path, labels=tables, classes=["c"])
     assert ("stand in several splits" in caplog.text) == (told is not None) and (told or "") in caplog.text
+
+
+def test_what_is_shared_in_no_use_of_it_is_not_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The published lists select on the test list; a share of the training patients, or an exclusion, mends that."""
+    lists.warn_once.cache_clear()
+    (tmp_path / "train.csv").write_text("name,patient,c\na,p,0\nb,q,1\nc,r,0\n")
+    (tmp_path / "test.csv").write_text("name,patient,c\nd,s,0\ne,p,1\n")
+    (tmp_path / "exclude.txt").write_text("a\n")
+    for name in "abcde":
+        (tmp_path / f"{name}.nii.gz").touch()
+    keys = {"dataset_dir": tmp_path, "classes": ["c"]}
+    tables = {"train": "train.csv", "valid": "test.csv", "test": "test.csv"}
+    for split in ("train", "valid", "test"):
+        own(split, **keys, labels=tables, exclude=tmp_path / "exclude.txt")
+    own("valid", **keys, labels=tables, validation_share=0.4)
+    (tmp_path / "broken.csv").write_text("x;y\n")
+    own("test", **keys, labels={"train": "broken.csv", "test": "test.csv"}, id_column="name")
+    assert "stand in several splits" not in caplog.text
+    own("test", **keys, labels=tables)
+    assert "1 patients stand in several splits (p)" in caplog.text
 
 
 def test_spaces_make_no_other_patient(tmp_path: Path) -> None:

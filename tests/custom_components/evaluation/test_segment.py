@@ -90,6 +90,10 @@ def test_a_comparison_pairs_groups_and_classes(tmp_path: Path) -> None:
     assert found["tuning"] == {"1": tuning[1.0]}
     table = (tmp_path / "out" / "metrics.csv").read_text()
     assert "1,first - other,a,+0.250," in table and "1,other,lesions mean,0.450," in table
+    # a disk that failed while one of them was evaluated
+    write_report(tmp_path / "other", {"seed": 0, "dice": metrics, "unreadable": ["c"]}, [()], [("",)])
+    with pytest.raises(InputError, match=r"other: its evaluation could not read \['c'\], that of first nothing"):
+        compare_dice({1.0: {name: tmp_path / name for name in dice}}, tmp_path / "out", tuning)
 
 
 def test_numbers_are_written_before_pictures_which_cost_a_warning(

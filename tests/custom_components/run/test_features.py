@@ -21,6 +21,7 @@ import torch.distributed as dist
 from custom_components.data.read import LoadCTd
 from custom_components.errors import InputError
 from custom_components.probe import LinearProbe
+from custom_components.run import features
 from custom_components.run.features import FeatureCache, FeatureLoader, RateExport, describe
 from custom_components.vit import SimCroPEncoder
 from monai import transforms as mt
@@ -309,6 +310,24 @@ def test_processes_share_the_work(cache: Callable, items: list[dict], tmp_path: 
     assert sum(each["encoded"] for each in found) == 24
     assert all(torch.equal(each["features"], found[0]["features"]) for each in found)
     assert not list((tmp_path / "cache").rglob(".*"))
+
+
+def test_a_feature_that_is_lost_in_the_end_is_left_out(
+    cache: Callable, items: list[dict], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another run that tidies the folder, or a disk."""
+    mine, missing = cache(), features._missing
+
+    def loses(found: list[dict]) -> list[dict]:
+        left = missing(found)
+        for file in [] if left else tmp_path.glob("cache/*/plain/scan1-*.npy"):
+            file.unlink()
+        return left
+
+    monkeypatch.setattr(features, "_missing", loses)
+    dataset = mine.encode(items)
+    assert "scan1" not in {item["name"] for item in dataset.data} and len(dataset.features) == len(items) - 1
+    assert mine.failures == {"scan1": "scan1: its cached feature cannot be read"}
 
 
 def test_what_one_process_cannot_read_all_that_train_together_leave_out(
