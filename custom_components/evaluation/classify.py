@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from custom_components.errors import InputError
+from custom_components.errors import InputError, none_read, tell_left_out
 from custom_components.evaluation import figures
 from custom_components.evaluation.metrics import (
     auroc_table,
@@ -19,14 +19,7 @@ from custom_components.evaluation.metrics import (
     metric_rows,
     resample,
 )
-from custom_components.evaluation.report import (
-    LABEL,
-    none_read,
-    read_metrics,
-    tell_left_out,
-    write_predictions,
-    write_report,
-)
+from custom_components.evaluation.report import LABEL, read_metrics, write_predictions, write_report
 from custom_components.probe import LinearProbe
 from custom_components.run.features import FeatureDataset
 from custom_components.run.inferers import AutocastInferer, ReadableLoader

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from custom_components.errors import InputError
-from custom_components.evaluation.report import LeftOut, tell_left_out
+from custom_components.errors import InputError, LeftOut, tell_left_out
 from custom_components.files import replacing
 from custom_components.run.keys import running
 from custom_components.run.start import quietly

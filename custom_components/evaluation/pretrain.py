@@ -13,7 +13,7 @@ import torch
 from custom_components.data.lists import mask_file_name
 from custom_components.data.read import as_metatensor
 from custom_components.data.volume import read_volume
-from custom_components.errors import InputError
+from custom_components.errors import InputError, none_read, tell_left_out
 from custom_components.evaluation import figures
 from custom_components.evaluation.cells import aligned_patches
 from custom_components.evaluation.controls import (
@@ -25,7 +25,7 @@ from custom_components.evaluation.controls import (
 )
 from custom_components.evaluation.figures import spacing_of
 from custom_components.evaluation.places import OPPOSITES, Similarities, grounding, patches_of_mask, specificity
-from custom_components.evaluation.report import none_read, tell_left_out, write_report
+from custom_components.evaluation.report import write_report
 from custom_components.evaluation.retrieval import MAX_COSINES, draw_pools, retrieval
 from custom_components.losses import SimCroPLoss
 from custom_components.run.inferers import ReadableLoader

@@ -11,33 +11,9 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from custom_components.errors import InputError
 from custom_components.files import remove_temporary, replacing
 
 LABEL = " (label)"  # ends the name of a column of labels in predictions.csv
-
-
-class LeftOut(InputError):
-    """Volumes, or masks of them, could not be read, told once all else is done; ``failures``: ``(name, reason)``."""
-
-    def __init__(self, failures: Sequence[tuple[str, str]]) -> None:
-        self.failures = list(failures)
-        names = list(dict(failures))
-        super().__init__(
-            f"{len(names)} volumes could not be read and were left out ({', '.join(names)}); all else is done, the "
-            "reasons stand above: repair them, or list their names in a file given as exclude"
-        )
-
-
-def tell_left_out(failures: Sequence[tuple[str, str]]) -> None:
-    """Raise :class:`LeftOut` where there are failures, so that the run ends with exit code 1."""
-    if failures:
-        raise LeftOut(failures)
-
-
-def none_read(number: int, failures: Sequence[tuple[str, str]]) -> InputError:
-    """What to raise where all of a ``number`` of volumes have failed, and nothing is to be reported."""
-    return InputError(f"none of {number} volumes could be read, the first for this reason: {failures[0][1]}")
 
 
 def write_report(

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 from custom_components.data.save import argmax_labels, labels_in_scan
-from custom_components.errors import InputError
+from custom_components.errors import InputError, none_read, tell_left_out
 from custom_components.evaluation import figures
 from custom_components.evaluation.figures import spacing_of
 from custom_components.evaluation.metrics import difference_interval, mean_interval, mean_of_defined
-from custom_components.evaluation.report import none_read, read_metrics, tell_left_out, write_report
+from custom_components.evaluation.report import read_metrics, write_report
 from custom_components.run.inferers import ReadableLoader
 from monai.data import Dataset, decollate_batch
 from monai.inferers import Inferer

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from custom_components.errors import InputError
+from custom_components.errors import InputError, none_read, tell_left_out
 from custom_components.evaluation import figures
 from custom_components.evaluation.controls import (
     hu_histogram,
@@ -29,7 +29,7 @@ from custom_components.evaluation.metrics import (
     metric_rows,
     resample,
 )
-from custom_components.evaluation.report import none_read, tell_left_out, write_predictions, write_report
+from custom_components.evaluation.report import write_predictions, write_report
 from custom_components.evaluation.retrieval import (
     ReportScores,
     chance_label_metrics,

@@ -21,7 +21,7 @@ import monai.data
 import numpy as np
 import torch
 from custom_components.distributed import from_all_ranks
-from custom_components.errors import InputError
+from custom_components.errors import InputError, none_read, tell_left_out
 from custom_components.files import Claims, file_stamp, replacing
 from custom_components.probe import LinearProbe
 from custom_components.run.inferers import AutocastInferer, ReadableLoader
@@ -297,8 +297,7 @@ class FeatureCache(OnlineFeatures):
                 kept.append({name: value for name, value in item.items() if name not in ("stem", "files")})
                 features.append(loaded[item["name"]])
         if not kept:
-            first = next(iter(failures.values()))
-            raise InputError(f"none of {len(data)} volumes could be read, the first for this reason: {first}")
+            raise none_read(len(data), list(failures.items()))
         return FeatureDataset(torch.stack(features), kept, list(failures.items()))
 
     def _encode(self, items: Sequence[Mapping[str, Any]], claims: Claims, description: str) -> dict[str, str]:
@@ -340,11 +339,7 @@ class FeatureCache(OnlineFeatures):
 
     def report(self) -> None:
         """Raise an :class:`InputError` that lists the volumes left out, so that the run ends with exit code 1."""
-        if self.failures:
-            raise InputError(
-                f"{len(self.failures)} volumes could not be read and were left out ({', '.join(self.failures)}); all "
-                "else is done, the reasons stand above: repair them, or list their names in a file given as exclude"
-            )
+        tell_left_out(list(self.failures.items()))
 
 
 @dataclass

@@ -554,10 +554,8 @@ def by_variant(results: Results, columns: Mapping[str, str], cells: Callable[[st
 
 LANGUAGE = {
     name: name
-    for name in (
-        *(PRESENCE, HITS, "side", "level", "retrieval recall@1", "retrieval recall@10"),
-        *("patch patch cosine", "patch effective rank"),
-    )
+    for name in (PRESENCE, HITS, "side", "level")
+    + ("retrieval recall@1", "retrieval recall@10", "patch patch cosine", "patch effective rank")
 }
 FEATURES = {f"probe {percent(fraction)}": f"probe {percent(fraction)}" for fraction in FRACTIONS}
 FEATURES |= {name: name for name in (LESIONS, "organ Dice", "masked-voxel MSE", "masked-token accuracy")}

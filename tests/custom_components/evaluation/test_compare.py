@@ -135,7 +135,7 @@ def test_each_contender_is_shown_at_the_rate_of_its_best_validation(compare: Cal
 
 
 UNREADABLE = {
-    "imports": ["$import os", "$import json", "$from custom_components.evaluation.report import tell_left_out"],
+    "imports": ["$import os", "$import json", "$from custom_components.errors import tell_left_out"],
     "tell": "$lambda: tell_left_out([('scan7', 'scan7 is damaged')] if @data_fraction == 0.1 else [])",
 }
 
