@@ -122,15 +122,22 @@ def together(
         return json.loads(Path(folder, "found.json").read_text())
 
 
-def _process(
-    rank: int, folder: str, text_encoder: str, precision: str, batch_size: int, repeats: int, keys: dict[str, Any]
-) -> None:
+def _process(rank: int, folder: str, *options: Any) -> None:
     keep_freed(device())
     backend = "nccl" if torch.cuda.device_count() > 1 else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(rank)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group(backend, init_method=meeting, rank=rank, world_size=2, timeout=timedelta(minutes=2))
+    found = _steps(rank, *options) | {"backend": backend}  # DDP ends in it, before its process group
+    if rank == 0:
+        Path(folder, "found.json").write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+def _steps(
+    rank: int, text_encoder: str, precision: str, batch_size: int, repeats: int, keys: dict[str, Any]
+) -> dict[str, Any]:
     parser = parse(text_encoder, precision, keys)
     torch.manual_seed(0)
     network, loss, optimizer = (parser.get_parsed_content(key) for key in ("network", "loss", "optimizer"))
@@ -148,10 +155,7 @@ def _process(
 
     seconds = median_seconds(step, repeats)
     sums = from_all_ranks(sum(p.detach().double().sum().item() for p in network.parameters()))
-    if rank == 0:
-        found = {"seconds": seconds, "backend": backend, "sums_of_weights": sums}
-        Path(folder, "found.json").write_text(json.dumps(found))
-    dist.destroy_process_group()
+    return {"seconds": seconds, "sums_of_weights": sums}
 
 
 def main() -> None:

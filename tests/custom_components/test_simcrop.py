@@ -456,9 +456,22 @@ def test_every_part_may_have_its_own_size(text_encoder, batch):
 # more than one process, and the published size
 
 
-def run_rank(rank: int, folder: Path, network, batch) -> None:
+def two_ranks(gradients, folder: Path, network, batch) -> list:
+    """What both of two processes find; forked, since a new process would spend ten seconds on imports."""
+    start_processes(run_rank, (gradients, folder, network, batch), nprocs=2, start_method="fork")
+    return [torch.load(folder / f"grads{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def run_rank(rank: int, gradients, folder: Path, network, batch) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    # DDP ends in it, before its process group. A DDP that outlives the group ends the group's threads itself and keeps
+    # the GIL meanwhile, for which the thread of the last exchange may wait: a deadlock, in about 1 run of 200
+    torch.save(gradients(rank, network, batch), folder / f"grads{rank}.pt")
+    distributed.destroy_process_group()
+
+
+def gradients_of_all(rank: int, network, batch) -> dict[str, Tensor | None]:
     model = network(seed=rank)
     parallel = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=False)
     loss = losses()
@@ -466,15 +479,12 @@ def run_rank(rank: int, folder: Path, network, batch) -> None:
     for _ in range(2):  # DDP tells an unused parameter at the second step only
         parallel.zero_grad()
         loss(parallel(**batch(seed=rank, sentences=[(3, 2), (0, 0)][rank]))).backward()
-    torch.save({n: p.grad for n, p in model.named_parameters() if p.requires_grad}, folder / f"grads{rank}.pt")
-    distributed.destroy_process_group()
+    return {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="autograd's device threads do not survive a fork")
 def test_ddp_needs_no_unused_parameter_search_even_if_one_rank_has_no_sentence(network, batch, tmp_path):
-    # forked, since a new process would spend ten seconds on imports
-    start_processes(run_rank, (tmp_path, network, batch), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"grads{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = two_ranks(gradients_of_all, tmp_path, network, batch)
     torch.testing.assert_close(first, second, atol=0, rtol=0)
     assert all(grad is not None and grad.isfinite().all() for grad in first.values())
 
@@ -506,9 +516,7 @@ def selected(network, weights: dict[str, float], align_layer: int | None, **keys
     return network(align_layer=align_layer, **on, **keys)
 
 
-def run_selections(rank: int, folder: Path, network, batch) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def gradients_of_selections(rank: int, network, batch) -> list[dict[str, Tensor]]:
     overlay = json.loads((ROOT / "bundles/pretrain/configs/multi_gpu_train.json").read_text())
     found = []
     for weights, align_layer in SELECTIONS:
@@ -522,15 +530,13 @@ def run_selections(rank: int, folder: Path, network, batch) -> None:
             parallel.zero_grad()
             loss(parallel(**batch(seed=rank, sentences=[(3, 2), (0, 0)][rank]))).backward()
         found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    torch.save(found, folder / f"grads{rank}.pt")
-    distributed.destroy_process_group()
+    return found
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="autograd's device threads do not survive a fork")
 def test_several_processes_train_with_all_weights_that_one_trains_with(network, batch, tmp_path):
     """What no weighted loss reads gets no gradient, as in one process; the others are the same in both processes."""
-    start_processes(run_selections, (tmp_path, network, batch), nprocs=2, start_method="fork")
-    first, second = (torch.load(tmp_path / f"grads{rank}.pt", weights_only=True) for rank in range(2))
+    first, second = two_ranks(gradients_of_selections, tmp_path, network, batch)
     for (weights, align_layer), one, other in zip(SELECTIONS, first, second, strict=True):
         torch.testing.assert_close(one, other, atol=0, rtol=0)
         alone = selected(network, weights, align_layer)
